@@ -71,7 +71,7 @@ def test_override() -> None:
         ("train.steps", "expected a.b=c"),
         ("=3", "expected a.b=c"),
         ("train.steps.x=3", "train.steps is a value, not a table"),
-        ("model.mixers.7.window=3", "'7' is no index of a list of 1"),
+        ("model.mixers.7.window=3", "'7' is not an index of a list of length 1"),
     ],
 )
 def test_wrong_overrides_are_refused(assignment: str, message: str) -> None:

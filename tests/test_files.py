@@ -23,7 +23,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ls.CheckpointError, match="No space left on device; the file that was there still stands"):
+    with pytest.raises(ls.CheckpointError, match="No space left on device; the earlier file is unchanged"):
         write_atomically(path, fail)
     assert read_json(path) == {"good": 1}
     assert list(tmp_path.iterdir()) == [path], "no temporary file stays behind"
@@ -40,7 +40,7 @@ def test_missing_damaged_and_foreign_files(tmp_path: Path) -> None:
     import safetensors.torch
 
     safetensors.torch.save_file({"a": torch.ones(3)}, path)
-    with pytest.raises(ls.CheckpointError, match="not one that longspan wrote"):
+    with pytest.raises(ls.CheckpointError, match="was not written by longspan"):
         read_tensors(path)
     with pytest.raises(ls.CheckpointError, match="no such file"):
         read_json(tmp_path / "none.json")

@@ -61,7 +61,7 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ls.CheckpointError, match=r"another model: missing 'k'"):
         ls.state.load(tmp_path / "s", like=Part(torch.zeros(1, 2, 5, 4), torch.zeros(1)))
     narrow = Whole((Part(torch.randn(1, 2, 5, 3), torch.zeros(1)),) * 2, None, torch.zeros(1))
-    with pytest.raises(ls.CheckpointError, match=r"parts.0.k is \(3, 2, 5, 4\)"):
+    with pytest.raises(ls.CheckpointError, match=r"parts.0.k has shape \(3, 2, 5, 4\)"):
         ls.state.load(tmp_path / "s", like=narrow)
 
 

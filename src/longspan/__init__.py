@@ -18,7 +18,7 @@ from longspan.models import (
 from longspan.stream import StreamSession
 from longspan.version import __version__
 
-if not TYPE_CHECKING:  # a checker of types shall see misspelled names
+if not TYPE_CHECKING:  # so that type checkers still report misspelled names
     __getattr__ = submodules_of(__name__)
 
 __all__ = [

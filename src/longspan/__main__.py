@@ -1,4 +1,4 @@
-"""`python -m longspan`."""
+"""Run the command line by `python -m longspan`."""
 
 from longspan.cli import main
 

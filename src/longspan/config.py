@@ -1,8 +1,8 @@
 """Configuration: frozen keyword-only dataclasses, built from TOML or JSON data, checked field by field.
 
 A configuration class is a plain `@dataclass(frozen=True, kw_only=True)` whose every field has a default. `from_dict`
-builds one (nested ones too) and answers every mistake with one line that names the place and the nearest right name;
-`to_dict` is its inverse; `override` applies `--set a.b=c`.
+builds one (nested ones too); its errors name the field and suggest the nearest valid name. `to_dict` is its inverse;
+`override` applies `--set a.b=c`.
 """
 
 import dataclasses
@@ -21,7 +21,9 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: `; did you mean 'x'?` where one is near, and all known names where none is."""
+    """Return a hint for an unknown name: `; did you mean 'x'?` if a similar one exists,
+    else the list of known names.
+    """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
@@ -32,8 +34,8 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
     Args:
         cls: the dataclass.
-        data: field names to plain values (as TOML or JSON give them).
-        where: what the data is called in error messages, such as `model`.
+        data: field names to plain values (as read from TOML or JSON).
+        where: name of the data in error messages, such as `model`.
 
     Raises:
         ConfigError: an unknown field (with the nearest name) or a value of the wrong type.
@@ -53,7 +55,11 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """The value as its type hint wants it: int for float, list for tuple, table for dataclass."""
+    """Convert a value to the type of its hint: int to float, list to tuple, table to dataclass.
+
+    Raises:
+        ConfigError: the value does not have that type.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -82,6 +88,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Convert a value to the first of several types that fits; arguments as in `_convert`."""
     if value is None and type(None) in options:
         return None
     errors = []
@@ -91,11 +98,12 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
                 return _convert(option, value, where)
             except ConfigError as error:
                 errors.append(error)
-    raise errors[0] if len(errors) == 1 else ConfigError(f"{where}: {value!r} is of no type that fits")
+    expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise errors[0] if len(errors) == 1 else ConfigError(f"{where}: expected {expected}, got {value!r}")
 
 
 def to_dict(config: Any) -> Any:
-    """Plain data (dicts, lists, numbers, strings) of a configuration; `from_dict` turns it back into an equal one."""
+    """Convert a configuration to plain data (dicts, lists, numbers, strings); `from_dict` inverts it."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
     if isinstance(config, Mapping):
@@ -106,12 +114,13 @@ def to_dict(config: Any) -> Any:
 
 
 def override(data: dict[str, Any], assignment: str) -> dict[str, Any]:
-    """A copy of plain data with one `a.b=c` applied; numbers in the path index lists (`model.mixers.0.window=64`).
+    """Return a copy of plain data with one assignment `a.b=c` applied; numbers in the path index lists
+    (`model.mixers.0.window=64`).
 
-    The value is read as TOML (`3`, `0.1`, `true`, `[1, 2]`, `"text"`); what is not TOML is taken as a string.
+    The value is read as TOML (`3`, `0.1`, `true`, `[1, 2]`, `"text"`); if it is not TOML, it is taken as a string.
 
     Raises:
-        ConfigError: no `=`, or the path leads through something that is not a table or a list.
+        ConfigError: there is no `=`, or the path leads through something that is not a table or a list.
     """
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
@@ -121,13 +130,13 @@ def override(data: dict[str, Any], assignment: str) -> dict[str, Any]:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    result = json.loads(json.dumps(data))
-    node = result
+    changed = json.loads(json.dumps(data))
+    node = changed
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f"--set {assignment!r}: {key!r} is no index of a list of {len(node)}")
+                raise ConfigError(f"--set {assignment!r}: {key!r} is not an index of a list of length {len(node)}")
             index: Any = int(key)
         elif isinstance(node, dict):
             index = key
@@ -139,29 +148,29 @@ def override(data: dict[str, Any], assignment: str) -> dict[str, Any]:
             node[index] = value
         else:
             node = node[index]
-    return typing.cast(dict[str, Any], result)
+    return typing.cast(dict[str, Any], changed)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The data of a TOML file.
+    """Read the data of a TOML file.
 
     Raises:
-        ConfigError: there is no such file, or it is not TOML (with the line).
+        ConfigError: the file does not exist, or is not TOML (with the line).
     """
     path = Path(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; `longspan train` wants a recipe in TOML") from None
+        raise ConfigError(f"{path}: no such file; `longspan train` needs a recipe in TOML") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
 
 
 def check_least(config: Any, where: str, least_of: Mapping[str, float]) -> None:
-    """Refuse fields that are given and below their least value.
+    """Check that fields, where they are set, are not below their smallest allowed value.
 
     Raises:
-        ConfigError: names the first.
+        ConfigError: names the first field that is too small.
     """
     for name, least in least_of.items():
         value = getattr(config, name)
@@ -170,18 +179,22 @@ def check_least(config: Any, where: str, least_of: Mapping[str, float]) -> None:
 
 
 def check_shares(config: Any, where: str, names: Iterable[str]) -> None:
-    """Refuse fields outside 0 to 1.
+    """Check that fields are between 0 and 1, both included.
 
     Raises:
-        ConfigError: names the first.
+        ConfigError: names the first field outside.
     """
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"{where}.{name} = {getattr(config, name)}: from 0 to 1")
+            raise ConfigError(f"{where}.{name} = {getattr(config, name)}: must be from 0 to 1")
 
 
 def check_fractions(config: Any, where: str, names: Iterable[str]) -> None:
-    """The same of fields that are neither 0 nor 1."""
+    """Check that fields are between 0 and 1, both excluded.
+
+    Raises:
+        ConfigError: names the first field outside.
+    """
     for name in names:
         if not 0 < getattr(config, name) < 1:
-            raise ConfigError(f"{where}.{name} = {getattr(config, name)}: a share between 0 and 1")
+            raise ConfigError(f"{where}.{name} = {getattr(config, name)}: must be greater than 0 and less than 1")

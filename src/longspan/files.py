@@ -1,4 +1,4 @@
-"""Files that survive a kill at any instant: written under a temporary name, flushed to disk, then renamed."""
+"""Files that survive a kill at any time: written under a temporary name, flushed to disk, then renamed."""
 
 import contextlib
 import hashlib
@@ -21,16 +21,16 @@ HEADER, DIGEST = "longspan", "longspan.digest"
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Call `write(temporary_path)`, flush it to disk and rename it to `path`; on failure `path` is untouched.
+    """Call `write(temporary_path)`, flush the file to disk and rename it to `path`; if it fails, `path` is unchanged.
 
-    A link stays one, and what it names is written. A device or a pipe gets the bytes and stays what it is.
+    A symbolic link stays a link, and its target is written. A device or a pipe receives the bytes and is not replaced.
 
     Raises:
-        CheckpointError: the disk is full or not writable; names the file and says that the earlier one still stands.
+        CheckpointError: the disk is full or not writable; names the file and says whether an earlier one is unchanged.
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: could not be saved: it is a folder; give the name of a file")
+        raise CheckpointError(f"{path}: could not be saved: it is a folder; pass the name of a file")
     if path.exists() and not path.is_file():
         return _write_into(path, write)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -43,15 +43,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        kept = "; the file that was there still stands" if path.exists() else ""
-        raise CheckpointError(f"{path}: could not be saved: {error}{kept}") from None
+        unchanged = "; the earlier file is unchanged" if path.exists() else ""
+        raise CheckpointError(f"{path}: could not be saved: {error}{unchanged}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
 def _write_into(path: Path, write: Callable[[Path], object]) -> Path:
-    """The same for what no file may take the place of: a device, a pipe, /dev/stdout."""
+    """Write to something that a file must not replace: a device, a pipe, /dev/stdout."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / "file"
@@ -64,7 +64,7 @@ def _write_into(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable; some file systems cannot, and then it is the best that can be had."""
+    """Flush a folder's entries to disk, so that renames are durable; does nothing on file systems that cannot."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -84,7 +84,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def read_json(path: str | Path) -> Any:
-    """Plain data of a JSON file.
+    """Read the data of a JSON file.
 
     Raises:
         CheckpointError: missing or not JSON.
@@ -98,7 +98,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The same where it is a JSON object.
+    """Read a JSON file whose content is an object.
 
     Raises:
         CheckpointError: missing, or not a JSON object.
@@ -110,8 +110,8 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
-    """Write tensors as safetensors with a JSON header (kept in the file's metadata), atomically."""
-    # safetensors refuses tensors that share memory or have gaps, and asks for addresses, which devices may not have
+    """Write tensors as safetensors with a JSON header (stored in the file's metadata), atomically."""
+    # safetensors refuses tensors that share memory or have gaps, and needs addresses, which some devices do not have
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {HEADER: json.dumps(dict(header))}
     metadata[DIGEST] = tensors_digest(plain, metadata[HEADER])
@@ -119,7 +119,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], header: str) -> str:
-    """Digest of names, types, shapes and bytes of tensors, and of a file's header."""
+    """Return a digest of the names, dtypes, shapes and bytes of tensors, and of a file's header."""
     digest = hashlib.blake2b(header.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -129,12 +129,12 @@ def tensors_digest(tensors: Mapping[str, Tensor], header: str) -> str:
 
 
 def data_digest(data: Any) -> str:
-    """Digest of plain data, the same however it is laid out as JSON."""
+    """Return a digest of plain data that does not depend on the formatting of its JSON."""
     return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON header of a file that `write_tensors` wrote.
+    """Return the tensors and the JSON header of a file that `write_tensors` wrote.
 
     Raises:
         CheckpointError: missing, damaged, or not written by longspan.
@@ -147,11 +147,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             # copies: the file's own memory is not aligned, and matrix products round differently on such tensors
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         header = json.loads(metadata[HEADER])
-        # files of earlier versions have no digest, and nothing else in its place either
+        # files of earlier versions have no digest and no other metadata
         if metadata.keys() != {HEADER} and metadata.get(DIGEST) != tensors_digest(tensors, metadata[HEADER]):
-            raise CheckpointError(f"{path}: damaged: its contents are not what was written")
+            raise CheckpointError(f"{path}: damaged: its contents have changed since it was written")
     except KeyError:
-        raise CheckpointError(f"{path}: a safetensors file, but not one that longspan wrote") from None
+        raise CheckpointError(f"{path}: is a safetensors file, but was not written by longspan") from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     return tensors, header

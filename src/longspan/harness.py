@@ -1,16 +1,16 @@
-"""lm-evaluation-harness: any run or converted model as one of its models. Needs the extra `eval`.
+"""lm-evaluation-harness: use any run or converted model as one of its models. Needs the extra `eval`.
 
     import lm_eval
     from longspan.harness import LongspanLM
 
     lm_eval.simple_evaluate(LongspanLM("runs/xl"), tasks=["lambada_openai"])
 
-Contexts are read by sessions, so their length is free and their state constant where the mixers allow; what requests
-have in common is read once. Rolling likelihoods are of the whole text, never of windows.
+Contexts are read by streaming sessions, so they may have any length, with a constant state where the mixers allow;
+common prefixes of requests are read once. Rolling likelihoods cover the whole text, never windows of it.
 
-On the command line it is `--model longspan --model_args run=runs/xl`: of `lm_eval` where the release looks for plugins
-(the entry point `longspan` of the group `lm_eval.models`), of `longspan-lm-eval`, or `python -m longspan.harness`, with
-any release (0.4.13 looks for none).
+On the command line it is `--model longspan --model_args run=runs/xl`. `lm_eval` finds it in releases that load plugins
+(by the entry point `longspan` of the group `lm_eval.models`); `longspan-lm-eval`, or `python -m longspan.harness`,
+works with any release (0.4.13 does not load plugins).
 """
 
 import sys
@@ -35,24 +35,24 @@ from longspan.train import open_run
 
 
 class LongspanLM(TemplateLM):  # type: ignore[misc]
-    """A model of this library, or one it converted, as the harness calls it.
+    """A model of this library, or one it converted, as a model of lm-evaluation-harness.
 
     Args:
-        run: the folder of a run, or one that `longspan convert` wrote.
-        max_gen_toks: tokens that an answer has at most, where the task does not say.
+        run: the folder of a run, or of a model that `longspan convert` wrote.
+        max_gen_toks: maximal number of generated tokens, where the task does not set it.
 
     Raises:
-        ConfigError: a model in the place of its folder.
-        CheckpointError: no run there, or one that does not read text.
-        UnsupportedError: a layer does not stream; what it says of a token then depends on what follows.
+        ConfigError: a model object was passed instead of its folder.
+        CheckpointError: the folder is not a run, or its model does not read text.
+        UnsupportedError: a layer does not stream, so that its likelihood of a token would depend on later tokens.
     """
 
     def __init__(self, run: str | Path, max_gen_toks: int = 256, **_: Any) -> None:
         super().__init__()
         if not isinstance(run, (str, Path)):
             raise ConfigError(
-                f"LongspanLM reads a folder, not a {type(run).__name__}: save_pretrained the model and its tokenizer "
-                "there, and give its path"
+                f"LongspanLM needs the path of a folder, not a {type(run).__name__}; call save_pretrained of the model "
+                "and its tokenizer, and pass that folder"
             )
         self.run, self.max_gen_toks = str(run), int(max_gen_toks)
         self.model, task, notes = open_run(self.run, text=True)
@@ -64,26 +64,29 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The token after which a text is over; where there are several, the tokenizer's own."""
+        """The end-of-text token; the tokenizer's own if the task has several."""
         return self.task_tokenizer.ends[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for an empty context: with it every document begins."""
+        """The token that begins every document and replaces an empty context."""
         return self.task_tokenizer.begin
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness calls the tokenizer in its caches."""
+        """The name of the tokenizer in the harness's caches."""
         return self.run
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         return [int(token) for token in self.task_tokenizer.encode(string.encode())]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
+        """Return, for each request, the log-likelihood
+        of its continuation and whether greedy decoding would produce it.
+        """
         likelihoods: dict[int, tuple[float, bool]] = {}
         contexts = [self._context(context) for _, context, _ in requests]
         for index, session in self._read(contexts):
@@ -93,14 +96,16 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         return [likelihoods[index] for index in range(len(requests))]
 
     def _context(self, tokens: list[int]) -> list[int]:
-        """Without the token that stands for an empty context: every session begins with it."""
+        """Remove a leading begin-of-document token, because every session already starts with it."""
         return tokens[1:] if tokens[:1] == [self.prefix_token_id] else tokens
 
     def _read(self, contexts: Sequence[list[int]]) -> Iterator[tuple[int, StreamSession]]:
-        """The index of each context with a session behind it; equal ones, and the start all share, are read once."""
+        """Yield the index of each context with a session that has read it;
+        equal contexts and the common prefix are read once.
+        """
         if not contexts:
             return
-        # of sorted contexts the first and the last have least in common
+        # the first and the last of the sorted contexts have the shortest common prefix, which all share
         pairs = zip(min(contexts), max(contexts), strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         start = self._start.fork()
@@ -113,7 +118,7 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
                 yield index, session
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each text, as a document of its own."""
+        """Return the log-likelihood of each text as a document of its own."""
         likelihoods = []
         for request in requests:
             (text,) = request.args
@@ -123,7 +128,7 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         return likelihoods
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations, cut before the first of the texts that end them."""
+        """Return a continuation for each request, cut before the first of its stop strings."""
         continuations: dict[int, str] = {}
         contexts = [self._context(self.tok_encode(request.args[0])) for request in requests]
         for index, session in self._read(contexts):
@@ -132,6 +137,7 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         return [continuations[index] for index in range(len(requests))]
 
     def _answer(self, session: StreamSession, options: dict[str, Any]) -> str:
+        """Generate text until a stop string, an end-of-text token or the maximal number of tokens."""
         until = options.get("until") or []
         ends = [until] if isinstance(until, str) else list(until)
         drawn = bool(options.get("do_sample", False))
@@ -152,20 +158,22 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         return self._text(tokens)
 
     def _text(self, tokens: list[int]) -> str:
+        """Decode token ids to text, replacing invalid UTF-8."""
         return self.task_tokenizer.decode(tokens).decode("utf-8", errors="replace")
 
 
 def main() -> None:
-    """The harness's own command line, with the model `longspan` known to it; a console script, and `python -m` this.
+    """Run the harness's own command line with the model `longspan` registered.
 
-    Releases of lm-eval that look for plugins find the model by its entry point, so that `lm_eval` itself is enough.
+    It is the console script `longspan-lm-eval` and `python -m longspan.harness`. Releases of lm-eval that load plugins
+    find the model by its entry point, so that plain `lm_eval` is enough there.
     """
     from lm_eval.__main__ import cli_evaluate  # type: ignore[import-untyped]
 
     cli_evaluate()
 
 
-# a release that looks for plugins has the entry point there already, which is what has imported this module
+# releases that load plugins have registered the model already, by importing this module
 if "longspan" not in model_registry:
     model_registry.register("longspan")(LongspanLM)
 

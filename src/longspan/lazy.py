@@ -1,4 +1,4 @@
-"""Submodules that are loaded when they are first named, so that importing a package stays quick."""
+"""Submodules that are loaded on first access, so that importing a package stays fast."""
 
 import importlib
 import importlib.util
@@ -7,18 +7,19 @@ from types import ModuleType
 
 
 def submodules_of(package: str) -> Callable[[str], ModuleType]:
-    """The `__getattr__` of a package that finds its submodules without an import of their own.
+    """Return a `__getattr__` for a package that imports its submodules on first access.
 
     Args:
         package: `__name__` of the package.
 
     Returns:
-        A function of an attribute's name to the submodule; AttributeError where there is none of that name.
+        A function from an attribute's name to the submodule; it raises AttributeError if there is none of that name.
     """
 
-    def find(name: str) -> ModuleType:
+    def load_submodule(name: str) -> ModuleType:
+        """Import and return the submodule of that name."""
         if name.startswith("_") or importlib.util.find_spec(f"{package}.{name}") is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return importlib.import_module(f"{package}.{name}")
 
-    return find
+    return load_submodule

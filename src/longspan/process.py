@@ -1,4 +1,4 @@
-"""This process: how much memory it holds, and the signals that ask it to end."""
+"""This process: its memory use, and the signals that ask it to stop."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def stop_signals() -> list[int]:
-    """Signals that ask for an orderly end: SIGINT, SIGTERM, and SIGHUP unless it is ignored, as nohup has it."""
+    """Return the signals that ask for an orderly stop: SIGINT, SIGTERM, and SIGHUP unless ignored (as under nohup)."""
     numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)
     if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
@@ -19,13 +19,16 @@ def stop_signals() -> list[int]:
 
 
 def handle_signal(number: int, handler: Any) -> Any:
-    """Set a signal's handler, and return the earlier one; None stands for one that Python did not set, which stays."""
+    """Set a signal's handler and return the previous one.
+
+    None stands for a handler that was not set from Python; it cannot be restored, so passing None changes nothing.
+    """
     return signal.getsignal(number) if handler is None else signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
-    """Inside, these signals call `handler`; nothing changes outside of the main thread."""
+    """Context in which these signals call `handler`; does nothing outside of the main thread."""
     main = threading.current_thread() is threading.main_thread()
     earlier = {number: handle_signal(number, handler) for number in (numbers if main else ())}
     try:
@@ -36,7 +39,9 @@ def handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
 
 
 def resident_bytes() -> int | None:
-    """Memory this process holds now (its peak where the system does not say); None where neither is known."""
+    """Return the resident memory of this process in bytes (its peak if the system only reports that);
+    None if unknown.
+    """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, IndexError, ValueError):
@@ -47,19 +52,23 @@ def resident_bytes() -> int | None:
 
 
 def peak_bytes() -> int | None:
-    """The most memory this process has held, since `forget_peak` where that was called; None where it is not known.
+    """Return the peak resident memory of this process in bytes, since `forget_peak` if that was called; None if
+    unknown.
 
-    Not getrusage, whose figure a process inherits from the one that started it.
+    It does not use getrusage, whose peak a process inherits from its parent.
     """
     return _status("VmHWM")
 
 
 def anonymous_bytes() -> int | None:
-    """Memory this process holds now that is no file's, so that it must fit into RAM; None where it is not known."""
+    """Return the resident memory in bytes that does not belong to files, so that it must fit into RAM;
+    None if unknown.
+    """
     return _status("RssAnon")
 
 
 def _status(name: str) -> int | None:
+    """Return a field of /proc/self/status in bytes; None if it is not available."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
@@ -68,7 +77,7 @@ def _status(name: str) -> int | None:
 
 
 def forget_peak() -> bool:
-    """Let the peak count from here; False where the system cannot (Linux can)."""
+    """Reset the peak that `peak_bytes` reports; return False where the system cannot (Linux can)."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -77,7 +86,9 @@ def forget_peak() -> bool:
 
 
 def highest_bytes() -> int | None:
-    """The most memory this process, or one that started it, has held, by getrusage; None where there is none."""
+    """Return the peak memory by getrusage in bytes, which may be inherited from the parent process;
+    None if unavailable.
+    """
     try:
         import resource
     except ImportError:

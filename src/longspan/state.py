@@ -1,12 +1,12 @@
-"""Functions over states.
+"""Functions on states: convert, copy, select rows, save and load.
 
 A state is what a mechanism or a model carries from one call to the next: a typed NamedTuple of batch-first tensors,
-nested where a model has layers or a mixer has parts. Offsets and counts are tensors too, one entry a row, so that
-every function here treats them alike. A state is a value: mixers never write into the one they are given.
+nested for models with layers and mixers with several mechanisms. Offsets and counts are tensors too, one entry per row,
+so that every function here treats them alike. A state is immutable: mixers never write into the state they receive.
 
-Sums that go on for as long as the stream are *accumulators*: fp32 at least, whatever the activations are. A state that
-has any names them by a method `accumulators()`, so that they stay what they are where a state changes its type. Those
-that only grow are in fp64 where the device has it, and named by a method `sums()` too.
+Sums that run as long as the stream are *accumulators*: fp32 at least, whatever the dtype of activations. A state that
+has some names them in a method `accumulators()`, so that they keep their dtype when the state is cast. Those that only
+grow are in fp64 where the device supports it, and are also named in a method `sums()`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ S = TypeVar("S")
 
 
 class State(Protocol):
-    """What every state has: a NamedTuple of tensors and tuples with the field `live`."""
+    """Protocol of every state: a NamedTuple of tensors and tuples with the field `live`."""
 
     @property
     def live(self) -> Tensor:
@@ -35,7 +35,7 @@ class State(Protocol):
 
 
 def _map(function: Callable[[str, Tensor], Tensor], state: S, name: str = "") -> S:
-    """The same structure with `function(name, tensor)` in place of every tensor; names are paths like `layers.0.k`."""
+    """Return the same structure with `function(name, tensor)` for every tensor; names are paths like `layers.0.k`."""
     if isinstance(state, Tensor):
         return cast(S, function(name, state))
     if isinstance(state, tuple):
@@ -49,52 +49,58 @@ def _map(function: Callable[[str, Tensor], Tensor], state: S, name: str = "") ->
 
 
 def tensors(state: Any) -> dict[str, Tensor]:
-    """Every tensor of a state by its path, such as `layers.0.k`."""
+    """Return every tensor of a state by its path, such as `layers.0.k`."""
     named: dict[str, Tensor] = {}
     _map(named.setdefault, state)
     return named
 
 
 def replace(state: S, by: Mapping[str, Tensor]) -> S:
-    """The same structure with other tensors, by the paths that `tensors` gives; those not named stay."""
+    """Return the same structure with some tensors replaced, by the paths that `tensors` returns."""
     return _map(lambda name, tensor: by.get(name, tensor), state)
 
 
 def detach(state: S) -> S:
-    """The same values with no graph behind them: the cut of truncated backpropagation through time."""
+    """Return the state without its autograd graph, as in truncated backpropagation through time."""
     return _map(lambda _, tensor: tensor.detach(), state)
 
 
 def clone(state: S) -> S:
-    """An independent copy, in exact (contiguous) tensors."""
+    """Return an independent copy in contiguous tensors."""
     return _map(lambda _, tensor: tensor.contiguous().clone(), state)
 
 
 def nbytes(state: Any) -> int:
-    """Bytes of all tensors of a state, counts included."""
+    """Return the bytes of all tensors of a state, counts included."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors(state).values())
 
 
 def select(state: S, index: Tensor) -> S:
-    """The rows `index` (int64 or bool) of the batch, in that order: reordering beams, dropping finished rows."""
+    """Return the rows `index` (int64 or bool) of the batch, in that order, to reorder beams or drop finished rows."""
     return _map(lambda _, tensor: tensor[index], state)
 
 
 def to(state: S, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> S:
-    """The state on another device or in another floating-point type: what `init_state` of that type would be made of.
+    """Return the state on another device or in another floating-point dtype.
 
-    Accumulators stay in fp32 at least, counts keep their integer type; what fits already is not copied.
+    Accumulators stay in fp32 at least, counts keep their integer dtype; tensors that already fit are not copied.
     """
     return cast(S, _converted(state, None if device is None else torch.device(device), dtype, None))
 
 
 def fit(state: S, dtype: torch.dtype) -> S:
-    """`to` that type of activations: how a core takes up a state that another precision has left behind."""
+    """Cast a state to the dtype of the current activations, after an earlier call in another precision."""
     return cast(S, _converted(state, None, dtype, None))
 
 
 def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | None, least: torch.dtype | None) -> Any:
-    """`to`; `least`: all of this is accumulators, of that type at least. The same object where nothing changes."""
+    """Convert a state as `to` does; return the same object if nothing changes.
+
+    Args:
+        state: a state or part of one.
+        device, dtype: the target; None = unchanged.
+        least: the minimal dtype, if all of `state` is accumulators.
+    """
     if isinstance(state, Tensor):
         kind = state.dtype
         if kind.is_floating_point:
@@ -117,17 +123,17 @@ def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | Non
 
 
 def _floors(state: Any) -> dict[str, torch.dtype]:
-    """The least types of the fields of a state that are accumulators."""
+    """Return the minimal dtypes of the fields of a state that are accumulators."""
     floor: dict[str, torch.dtype] = {}
     for method, kind in (("accumulators", torch.float32), ("sums", torch.float64)):
         named_by = getattr(state, method, None)
-        if callable(named_by) and not isinstance(named_by, Tensor):  # a tensor of that name is no method
+        if callable(named_by) and not isinstance(named_by, Tensor):  # a field may have that name
             floor |= dict.fromkeys(named_by(), kind)
     return floor
 
 
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
-    """(batch,) real tokens of each row since its last reset; zeros where `state` is None."""
+    """Return the real tokens (batch,) of each row since its last reset; zeros if `state` is None."""
     if state is None:
         empty = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return host.remember(empty, np.zeros(batch_size, np.int64))
@@ -135,10 +141,10 @@ def live(state: Any, batch_size: int, device: torch.device | str | None = None) 
 
 
 def save(path: str | Path, state: Any, header: Mapping[str, Any] | None = None) -> Path:
-    """Write a state as safetensors, atomically, with plain data beside it (`header`).
+    """Write a state as safetensors, atomically, with the JSON data of `header`.
 
     Raises:
-        CheckpointError: the file could not be written; an earlier one of that name still stands.
+        CheckpointError: the file could not be written; an earlier file of that name is unchanged.
     """
     return write_tensors(path, tensors(state), {"kind": "state", **(header or {})})
 
@@ -148,69 +154,68 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
 
     Args:
         path: the file.
-        like: any state of the same model (`model.init_state(1)`), for the structure, the types and the device; batch
-            and columns may differ.
+        like: any state of the same model (`model.init_state(1)`), for the structure, dtypes and device; batch size and
+            columns may differ.
 
     Returns:
-        The state and the header. Numbers that were stored in another floating-point type come in that of `like`.
+        The state, with floating-point tensors cast to the dtypes of `like`, and the header.
 
     Raises:
-        CheckpointError: missing, damaged, or of another structure; says what differs.
+        CheckpointError: the file is missing, damaged, or has another structure; the message says what differs.
     """
     stored, header = read_tensors(path)
     if header.get("kind") != "state":
-        raise CheckpointError(f"{path}: holds a {header.get('kind', 'thing of unknown kind')}, not a state")
+        raise CheckpointError(f"{path}: contains a {header.get('kind', 'file of unknown kind')}, not a state")
     expected = tensors(like)
     if stored.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
         differs = f"missing {missing[0]!r}" if missing else f"unexpected {extra[0]!r}"
-        raise CheckpointError(f"{path}: the state of another model: {differs}")
+        raise CheckpointError(f"{path}: is the state of another model: {differs}; load it into the model that saved it")
     for name, tensor in expected.items():
-        tensor_there = stored[name]
-        if tensor_there.ndim != tensor.ndim or (tensor.ndim > 1 and tensor_there.shape[-1] != tensor.shape[-1]):
-            shapes = f"{tuple(tensor_there.shape)}, expected one like {tuple(tensor.shape)}"
-            raise CheckpointError(f"{path}: the state of another model: {name} is {shapes}")
-        if tensor_there.is_floating_point() != tensor.is_floating_point():
+        stored_tensor = stored[name]
+        if stored_tensor.ndim != tensor.ndim or (tensor.ndim > 1 and stored_tensor.shape[-1] != tensor.shape[-1]):
+            shapes = f"{tuple(stored_tensor.shape)}, expected one like {tuple(tensor.shape)}"
+            raise CheckpointError(f"{path}: is the state of another model: {name} has shape {shapes}")
+        if stored_tensor.is_floating_point() != tensor.is_floating_point():
             raise CheckpointError(
-                f"{path}: the state of another model: {name} is {tensor_there.dtype}, expected {tensor.dtype}"
+                f"{path}: is the state of another model: {name} is {stored_tensor.dtype}, expected {tensor.dtype}"
             )
     return _map(lambda name, tensor: stored[name].to(tensor.device, tensor.dtype), like), header
 
 
 class Undo:
-    """What a call writes in place, and how each write is taken back where the call does not come to its end.
+    """A log of in-place writes of a call, which can undo them if the call fails.
 
-    Whoever commits to the state behind the call drops this; whoever goes on from the state before it runs this first.
-    Steps set values, so that running one again does no harm: a run that is interrupted too may be repeated.
+    After a successful call it is dropped; to continue from the state before the call, `run` it first. Steps set
+    absolute values, so that running one twice does no harm, and an interrupted `run` may be repeated.
     """
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], Any]] = []
 
     def record(self, step: Callable[[], Any]) -> None:
-        """Before a write: what takes it back."""
+        """Record, before a write, a function that undoes it."""
         self._steps.append(step)
 
     def run(self) -> None:
-        """Take everything back, the last write first."""
+        """Undo all recorded writes, the last one first."""
         while self._steps:
             self._steps[-1]()
             self._steps.pop()
 
 
-# Context variables, not arguments: between a session and the layers that write may lie a model of transformers, inside
-# PEFT or accelerate, whose calls take none of ours; and `owned` is public.
+# Context variables, not arguments: between a session and the layers that write there may be a transformers model,
+# wrapped by PEFT or accelerate, whose calls do not accept our arguments; and `owned` is public.
 _owned: contextvars.ContextVar[bool] = contextvars.ContextVar("longspan_state_owned", default=False)
 _undo: contextvars.ContextVar[Undo | None] = contextvars.ContextVar("longspan_state_undo", default=None)
 
 
 @contextlib.contextmanager
 def owned(undo: Undo | None = None) -> Iterator[None]:
-    """Inside, the caller gives each state up for the next one, so that its buffers may be filled and written in place.
+    """Context in which the caller gives up each state for the next one, so that its buffers may be written in place.
 
-    For `StreamSession`; anyone who keeps, forks or shares states must not use it. Where the block is left by an
-    exception, the states that were given up are as they were. `undo` holds what the block writes in place until the
-    caller has taken up the next state.
+    For `StreamSession`; do not use it where states are kept, forked or shared. If the block raises, the given-up states
+    are restored. `undo` records the in-place writes of the block until the caller has stored the next state.
     """
     undo = Undo() if undo is None else undo
     undo.run()
@@ -226,13 +231,16 @@ def owned(undo: Undo | None = None) -> Iterator[None]:
 
 
 def all_or_nothing() -> contextlib.AbstractContextManager[None]:
-    """Inside, what is written outside the state (stores on disk) is taken back where the block raises; blocks nest."""
+    """Context in which writes outside the state (stores on disk) are undone if the block raises;
+    only the outermost acts.
+    """
     inner = torch.compiler.is_compiling() or _undo.get() is not None
     return contextlib.nullcontext() if inner else _undoing()
 
 
 @contextlib.contextmanager
 def _undoing() -> Iterator[None]:
+    """Record in-place writes inside the block and undo them if it raises."""
     undo = Undo()
     token = _undo.set(undo)
     try:
@@ -245,36 +253,38 @@ def _undoing() -> Iterator[None]:
 
 
 def on_failure(step: Callable[[], Any]) -> None:
-    """Record what takes a write back that is about to be made, for the case that the call around it fails."""
+    """Record a function that undoes a write that is about to be made, in case the surrounding call fails."""
     undo = _undo.get()
     if undo is not None:
         undo.record(step)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether gradients of any of these tensors are wanted here."""
+    """Whether gradients are enabled and any of these tensors requires one."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def recomputing() -> bool:
-    """Whether this is a recomputation in a backward pass (checkpointing), so that what it sees was counted already.
+    """Whether this is a recomputation in a backward pass (checkpointing), whose statistics were already counted.
 
-    Asked of autograd, as torch's checkpoint calls a function again with the arguments of the first call: nothing that
-    is handed down could tell the two apart.
+    It asks autograd, because torch's checkpoint repeats a call with the same arguments: no argument could tell the two
+    apart.
     """
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def may_overwrite(*tensors: Tensor) -> bool:
-    """Whether the caller has given its state up (`owned`) and no gradient of these tensors needs the old values."""
+    """Whether buffers may be written in place: the caller has given up its state (`owned`)
+    and no gradient needs old values.
+    """
     return _owned.get() and not needs_grad(*tensors)
 
 
 def append(old: Tensor, new: Tensor) -> Tensor:
-    """Columns of `old` (batch, heads, columns, dim) followed by those of `new`.
+    """Return `old` (batch, heads, columns, dim) with the columns of `new` appended.
 
-    Inside `owned()` and without gradients it is a view of a buffer with room to spare, which the next call fills in
-    place: appending one token to 16,384 keys would else cost more than attending to them.
+    Inside `owned()` and without gradients it returns a view of a buffer with spare capacity, which the next call fills
+    in place: otherwise appending one token to 16,384 keys would cost more than attending to them.
     """
     if not may_overwrite(old, new):
         return torch.cat([old, new], 2)

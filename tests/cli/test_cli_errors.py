@@ -135,7 +135,7 @@ def test_a_full_disk_keeps_the_last_good_state(
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     error = longspan(*arguments).error
     assert "No space left on device" in error
-    assert "still stands" in error
+    assert "earlier file is unchanged" in error
     assert state.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
@@ -159,7 +159,7 @@ def test_a_log_that_cannot_be_written(longspan: Command, byte_run: Path, folder:
 def test_settings_that_do_not_fit_the_weights(longspan: Command, byte_run: Path, folder: Path) -> None:
     text = folder / "long.txt"
     assert "only the model" in longspan("stream", byte_run, text, "--set", "train.steps=3").error
-    assert "the configuration says" in longspan("stream", byte_run, text, "--set", "model.dim=32").error
+    assert "by the configuration" in longspan("stream", byte_run, text, "--set", "model.dim=32").error
     assert "did you mean 'mem_len'" in longspan("eval", byte_run, "--set", "model.mixers.0.memlen=3").error
 
 

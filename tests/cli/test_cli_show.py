@@ -186,7 +186,7 @@ def test_scaling_laws_of_runs(longspan: Command, folder: Path, tmp_path: Path) -
         runs.append(run)
     outcome = longspan("show", "scaling", *runs, "-o", tmp_path / "laws")
     assert outcome.code == 0, outcome
-    assert "3 runs cannot fix 5 parameters" in " ".join(outcome.out.split())
+    assert "3 runs cannot determine 5 parameters" in " ".join(outcome.out.split())
     assert outcome.out.count("exponent [") == 3
     record = json.loads((tmp_path / "laws" / "report.json").read_text())
     assert [row["D"] for row in record["runs"]] == sorted(row["D"] for row in record["runs"])
@@ -224,7 +224,7 @@ def test_the_joint_law_is_reported_with_intervals_and_its_budget() -> None:
     assert len(data["laws"]["chinchilla"]["intervals"]) == 5
     assert "spent as 6 N D, without the term of the context, which is 9% to 33% of these runs' FLOPs" in text
     joint_law("chinchilla", [{**row, "N": 1e6} for row in rows], 1e18, blocks, data)
-    assert "No law in parameters and tokens: runs of 1 different N cannot fix" in blocks[-1].text
+    assert "No law in parameters and tokens: runs with 1 distinct values of N cannot determine" in blocks[-1].text
     tied = [{**row, "N": row["D"] / 20 * (1 + index % 2 * 1e-9)} for index, row in enumerate(rows)]
     tied += [{**row, "N": row["N"] * 7, "D": row["D"] * 7} for row in tied]
     joint_law("chinchilla", tied, 1e18, blocks, data)

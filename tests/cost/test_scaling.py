@@ -55,9 +55,11 @@ def test_intervals_hold_the_truth(form: Any) -> None:
 def test_runs_of_one_size_fix_no_joint_law(form: Any, same: str) -> None:
     varied = "D" if same == "N" else "N"
     table = {same: [1e6] * 6, varied: [1e6, 3e6, 1e7, 3e7, 1e8, 3e8], "loss": [3, 2.7, 2.5, 2.35, 2.25, 2.2]}
-    with pytest.raises(ConfigError, match=f"runs of 1 different {same} cannot fix '{form}': 3 are needed"):
+    with pytest.raises(
+        ConfigError, match=f"runs with 1 distinct values of {same} cannot determine '{form}'; use at least 3"
+    ):
         scaling.fit(form, table, draws=0)
-    with pytest.raises(ConfigError, match="runs of 1 different x cannot fix 'power': 2 are needed"):
+    with pytest.raises(ConfigError, match="runs with 1 distinct values of x cannot determine 'power'; use at least 2"):
         scaling.fit("power", {"x": table[same], "loss": table["loss"]}, draws=0)
 
 
@@ -170,11 +172,11 @@ def test_batches_have_their_limits() -> None:
 @pytest.mark.parametrize(
     ("form", "table", "message"),
     [
-        ("cubic", {}, "no form"),
-        ("power", {"x": [1.0, 2.0]}, "no column 'loss'"),
+        ("cubic", {}, "unknown form 'cubic'"),
+        ("power", {"x": [1.0, 2.0]}, "column 'loss' is missing"),
         ("power", {"x": [1.0, -2.0], "loss": [1.0, 1.0]}, "positive"),
-        ("power", {"x": [1.0], "loss": [1.0, 1.0]}, "one length"),
-        ("chinchilla", {"N": [1.0, 2.0], "D": [1.0, 2.0], "loss": [1.0, 1.0]}, "cannot fix 5"),
+        ("power", {"x": [1.0], "loss": [1.0, 1.0]}, "equal length"),
+        ("chinchilla", {"N": [1.0, 2.0], "D": [1.0, 2.0], "loss": [1.0, 1.0]}, "cannot determine 5"),
     ],
 )
 def test_unusable_runs_are_refused(form: Any, table: dict[str, Any], message: str) -> None:

@@ -38,7 +38,7 @@ def test_a_cache_by_either_name_continues(kind: str, name: str) -> None:
 def test_two_names_for_two_caches_are_an_error() -> None:
     first, second = transformers.DynamicCache(), transformers.DynamicCache()
     mine = hf.LongspanForCausalLM.wrap(own()).eval()
-    with pytest.raises(ConfigError, match="two names of one argument"):
+    with pytest.raises(ConfigError, match="two names of the same argument"):
         mine(tokens(1, 3), cache=first, past_key_values=second)
     mine(tokens(1, 3), cache=first, past_key_values=first)
     assert first.get_seq_length() == 3
@@ -93,7 +93,7 @@ def test_a_cache_that_is_not_ours_is_an_error() -> None:
 
     # as a version would that calls its cache by a third name
     model.model.layers[0].register_forward_pre_hook(makes_a_cache, with_kwargs=True)
-    with pytest.raises(UnsupportedError, match="cache of keys beside"):
+    with pytest.raises(UnsupportedError, match="key cache beside"):
         model(tokens(1, 3))
 
 

@@ -125,13 +125,15 @@ def test_labels_that_do_not_fit_raise_an_error() -> None:
     model.config.__dict__["problem_type"] = "ranking"  # some versions check what is set
     with pytest.raises(ConfigError, match="problem_type = 'ranking': must be regression"):
         model(input_ids=ids, labels=torch.tensor([0, 1]))
-    with pytest.raises(DataError, match=r"labels are \(2, 2\), expected \(2, 3\) for multi_label_classification"):
+    with pytest.raises(
+        DataError, match=r"labels have shape \(2, 2\), expected \(2, 3\) for multi_label_classification"
+    ):
         classifier(problem_type="multi_label_classification")(input_ids=ids, labels=torch.zeros(2, 2))
     with pytest.raises(DataError, match="set problem_type = 'multi_label_classification'"):
         classifier(problem_type="single_label_classification")(
             input_ids=ids, labels=torch.zeros(2, 3, dtype=torch.int64)
         )
-    with pytest.raises(DataError, match="label 3 is outside of 3 classes"):
+    with pytest.raises(DataError, match="label 3: must be from 0 to 2"):
         classifier()(input_ids=ids, labels=torch.tensor([0, 3]))
 
 

@@ -213,7 +213,7 @@ def test_logits_of_some_columns_of_other_models() -> None:
             torch.testing.assert_close(model(ids, logits_to_keep=selection).logits, expected)
     with pytest.raises(UnsupportedError, match="output_hidden_states: a recurrent memory"):
         memory(ids, output_hidden_states=True)
-    with pytest.raises(UnsupportedError, match="give input_ids"):
+    with pytest.raises(UnsupportedError, match="pass input_ids"):
         memory(inputs_embeds=torch.zeros(2, 9, DIM))
 
 

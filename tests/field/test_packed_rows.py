@@ -109,7 +109,7 @@ def test_a_first_call_may_begin_anywhere(kind: str, name: str) -> None:
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, rtol=1e-4, atol=1e-4)
     wrong = begins[:, 4:].clone()
     wrong[0, 2] += 1
-    with pytest.raises(ConfigError, match="row 0 has 10 at column 2, where 9 would continue"):
+    with pytest.raises(ConfigError, match="row 0 has 10 in column 2; use 9 to continue"):
         model(
             text[:, 4:],
             position_ids=wrong,
@@ -176,17 +176,17 @@ def test_inconsistent_layouts_raise_errors_of_one_line(kind: str) -> None:
     model, text = model_of(kind, "full"), tokens(2, 6)
     line = torch.arange(6)[None]
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (ConfigError, "where 2 would continue", {"position_ids": torch.tensor([[0, 1, 3, 4, 5, 6]])}),
-        (ConfigError, "where 0 would", {"position_ids": line - 1}),
+        (ConfigError, "use 2 to continue", {"position_ids": torch.tensor([[0, 1, 3, 4, 5, 6]])}),
+        (ConfigError, "use 0 to", {"position_ids": line - 1}),
         (ConfigError, "expected shape", {"position_ids": line[:, :4]}),
-        (ConfigError, "whole numbers", {"position_ids": line.float()}),
+        (ConfigError, "expected integers", {"position_ids": line.float()}),
         (UnsupportedError, "several dimensions", {"position_ids": line.expand(3, 2, -1)}),
-        (UnsupportedError, "who sees whom", {"attention_mask": torch.ones(2, 1, 6, 6)}),
+        (UnsupportedError, "which keys are visible", {"attention_mask": torch.ones(2, 1, 6, 6)}),
         (ConfigError, "attention_mask: expected shape", {"attention_mask": torch.ones(2, 9)}),
         (ConfigError, "reset: expected", {"reset": torch.ones(2, 5, dtype=torch.bool)}),
-        (ConfigError, "say the same thing", {"mask": line.expand(2, -1) >= 0, "attention_mask": torch.ones(2, 6)}),
+        (ConfigError, "have the same meaning", {"mask": line.expand(2, -1) >= 0, "attention_mask": torch.ones(2, 6)}),
         (ConfigError, "cu_seq_lens_q: expected", {"cu_seq_lens_q": torch.tensor([0, 9, 4])}),
-        (ConfigError, "without cu_seq_lens_q", {"max_length_q": 4}),
+        (ConfigError, "need cu_seq_lens_q", {"max_length_q": 4}),
         (UnsupportedError, "differs", {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 5])}),
         (ConfigError, "seq_idx: expected", {"seq_idx": torch.zeros(2, 3)}),
     ]

@@ -141,11 +141,11 @@ def test_convert_of_a_missing_folder(capfd: pytest.CaptureFixture[str], tmp_path
 def test_convert_of_folders_that_hold_no_model(capfd: pytest.CaptureFixture[str], plain: Path, tmp_path: Path) -> None:
     shutil.copy(plain / "config.json", tmp_path)
     line = error_line(capfd, "convert", tmp_path, "--to", "window", "-o", tmp_path / "out")
-    assert "holds no weights" in line
+    assert "contains no weights" in line
     for number in range(2):
         (tmp_path / f"{number}.gguf").write_bytes(b"GGUF")
     line = error_line(capfd, "convert", tmp_path, "--to", "window", "-o", tmp_path / "out")
-    assert "2 GGUF files; choose one with --gguf 0.gguf" in line
+    assert "2 GGUF files; choose one, such as --gguf 0.gguf" in line
     line = error_line(capfd, "convert", tmp_path, "--gguf", "2.gguf", "--to", "window", "-o", tmp_path / "out")
     assert "2.gguf: no such file" in line
     line = error_line(capfd, "convert", tmp_path / "config.json", "--to", "window", "-o", tmp_path / "out")

@@ -160,13 +160,13 @@ def test_models_that_cannot_be_read_raise_an_error() -> None:
             vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
         )
     )
-    with pytest.raises(UnsupportedError, match="convert it first"):
+    with pytest.raises(UnsupportedError, match=r"first call longspan.hf.convert"):
         ls.StreamSession(llama())
     with pytest.raises(UnsupportedError, match="no such head"):
         ls.StreamSession(bert)
     with pytest.raises(ConfigError, match="not Linear"):
         ls.StreamSession(torch.nn.Linear(2, 2))
-    with pytest.raises(UnsupportedError, match="does not convert"):
+    with pytest.raises(UnsupportedError, match="cannot be converted"):
         hf.convert(hf.LongspanForCausalLM.wrap(own()), "full")
     with pytest.raises(ConfigError, match="not converted"):
         hf.revert(adapted(llama()))

@@ -372,18 +372,18 @@ def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("transformer_xl", {}, "transformer_xl does not convert: it projects remembered hidden states"),
-        ("compressive", {}, "compressive does not convert: it projects remembered hidden states"),
+        ("transformer_xl", {}, "transformer_xl: cannot replace pretrained attention: it projects cached hidden states"),
+        ("compressive", {}, "compressive: cannot replace pretrained attention: it projects cached hidden states"),
         (
-            "mixed_heads",
+            "heads",
             {"mixers": XL_SECOND},
-            r"mixed_heads does not convert: mixers\[1\]: it projects remembered hidden states",
+            r"heads: cannot replace pretrained attention: parts\[1\]: it projects cached hidden states",
         ),
-        ("gated_delta", {"expand_v": 2.0}, "takes values of 8 a head; those of this model have 4"),
+        ("gated_delta", {"expand_v": 2.0}, "needs values of width 8 per head; those of this model have width 4"),
         ("infinni", {}, "infini"),
         ("infini", {"segmnt": 4}, "segment"),
-        ("full", {"layers": [7]}, "has 2 layers"),
-        ("full", {"layers": []}, "has 2 layers"),
+        ("full", {"layers": [7]}, "among the 2 layers"),
+        ("full", {"layers": []}, "among the 2 layers"),
     ],
 )
 def test_impossible_conversions_are_named_in_one_line(name: str, options: dict[str, Any], message: str) -> None:
@@ -436,7 +436,9 @@ def test_cores_receive_the_normalized_input_of_their_layer(
 
 def test_values_of_another_width_do_not_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "REGISTERED", {"leaky": outside.LeakyMechanism})
-    with pytest.raises(UnsupportedError, match=r"leaky takes values of 6 a head; those of this model have 4$"):
+    with pytest.raises(
+        UnsupportedError, match=r"leaky: needs values of width 6 per head; those of this model have width 4$"
+    ):
         hf.convert(make("llama"), "leaky", value_dim=6)
 
 
@@ -456,13 +458,13 @@ def test_order_of_calls_is_checked() -> None:
         hf.revert(model)
     cache = model(ids(1, 5), use_cache=True)[CACHE]
     hf.convert(model, "full")
-    with pytest.raises(ConfigError, match="converted already"):
+    with pytest.raises(ConfigError, match="already converted"):
         hf.convert(model, "full")
     with pytest.raises(ConfigError, match="before it was converted"):
         model(ids(1, 5), **{CACHE: cache})
-    with pytest.raises(UnsupportedError, match="outside its model"):
+    with pytest.raises(UnsupportedError, match="on its own"):
         model.model.layers[0].self_attn(torch.zeros(1, 3, 16, dtype=torch.float64))
-    with pytest.raises(UnsupportedError, match="does not convert"):
+    with pytest.raises(UnsupportedError, match="cannot be converted"):
         hf.convert(torch.nn.Linear(2, 2), "full")
 
 

@@ -154,7 +154,7 @@ def test_gpt2_takes_adapters_too(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"source": "nowhere"}, "no folder that `longspan convert` wrote"),
-        ({"source": ""}, "which pretrained model"),
+        ({"source": ""}, "model.source is empty"),
         ({"lora_targets": ["k_porj"]}, "k_proj"),
         ({"tune": "lra"}, "lora"),
         ({"lora_rank": 0}, "lora_rank"),

@@ -89,7 +89,7 @@ def test_names_are_registered_once() -> None:
     assert ls.mixers.names()[-1] == "leaky"
     assert ls.mixers.examples("leaky") == outside.LeakyMechanism.examples
     for name, core in (("full", outside.LeakyMechanism), ("leaky", registry.mechanism_class("full"))):
-        with pytest.raises(ls.ConfigError, match=f"register: there is a mixer '{name}' already"):
+        with pytest.raises(ls.ConfigError, match=f"register: the mixer name '{name}' is already taken"):
             ls.mixers.register(name, core)
     classes: list[Any] = [outside.NotAMechanism, Mechanism]
     for refused in classes:
@@ -136,7 +136,7 @@ def test_a_broken_package_is_one_line_and_breaks_no_other(
     installed: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, message in (
-        ("missing", "mixer: mixer 'missing' of tests.outside:ThereIsNone does not load: AttributeError: "),
+        ("missing", "mixer: mixer 'missing' of tests.outside:ThereIsNone failed to load: AttributeError: "),
         (
             "odd",
             "mixer: mixer 'odd' of tests.outside:NotAMechanism: .* is not a subclass of Mechanism with a dataclass",
@@ -150,7 +150,7 @@ def test_a_broken_package_is_one_line_and_breaks_no_other(
     assert run(["mixers"]) == 0
     listed = capfd.readouterr().out
     assert "forgetful" in listed
-    assert "does not load" in " ".join(listed.split())
+    assert "failed to load" in " ".join(listed.split())
     assert run(["mixers", "forgetful"]) == 0
     assert "linear attention that forgets by a gate" in capfd.readouterr().out
     monkeypatch.setattr(registry, "names", lambda: ["full", "forgetful", "missing", "odd"])
@@ -159,4 +159,4 @@ def test_a_broken_package_is_one_line_and_breaks_no_other(
     assert "left out: mixer: mixer 'missing'" in drawn.err
     assert "forgetful" in drawn.out
     assert run(["show", "patterns", "missing", "-o", str(tmp_path / "one")]) == 2
-    assert "does not load" in capfd.readouterr().err
+    assert "failed to load" in capfd.readouterr().err

@@ -23,8 +23,8 @@ SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4}
         ("compressive", {"compression": "median"}, "compressive.compression"),
         ("compressive", {"compressor_lr": 0.0}, "compressor_lr = 0.0: must be positive"),
         ("compressive", {"causal": False}, "no bidirectional form"),
-        ("full", {"num_kv_heads": 3}, "num_kv_heads = 3 does not divide num_heads = 4"),
-        ("full", {"dim": 18}, "dim = 18 is no multiple of num_heads = 4"),
+        ("full", {"num_kv_heads": 3}, "num_kv_heads = 3: must divide num_heads = 4"),
+        ("full", {"dim": 18}, "dim = 18 is not a multiple of num_heads = 4"),
         ("full", {"head_dim": 5, "rope": 1e4}, "needs a positive base and an even head_dim, which is 5"),
         ("full", {"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
         ("mixed_heads", {"mixers": [{"name": "full", "num_heads": 3}]}, "num_heads add up to 3, the layer has 4"),
@@ -59,9 +59,9 @@ def test_every_field_has_a_default(name: str) -> None:
 
 def test_calls_that_do_not_fit_are_refused() -> None:
     mixer = ls.mixers.build("window", **SIZES)
-    with pytest.raises(ls.ConfigError, match=r"window: x is \(2, 3, 8\), expected \(batch, length, 16\)"):
+    with pytest.raises(ls.ConfigError, match=r"window: x has shape \(2, 3, 8\), expected \(batch, length, 16\)"):
         mixer(torch.randn(2, 3, 8))
-    with pytest.raises(ls.ConfigError, match="x has 2 rows, the state 3"):
+    with pytest.raises(ls.ConfigError, match="x has 2 rows, but the state has 3"):
         mixer(torch.randn(2, 3, 16), mixer.init_state(3))
     both = ls.mixers.build("window", **SIZES, causal=False)
     with pytest.raises(ls.UnsupportedError, match="bidirectional mixer sees the future"):

@@ -382,7 +382,7 @@ def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:
     [
         ({"num_clusters": 0}, "routing.num_clusters = 0: must be at least 1"),
         ({"window": 0}, "routing.window = 0: must be at least 1"),
-        ({"decay": 1.5}, "routing.decay = 1.5: from 0 to 1"),
+        ({"decay": 1.5}, "routing.decay = 1.5: must be from 0 to 1"),
         ({"commitment": -1.0}, "routing.commitment = -1.0: must be at least 0"),
         ({"selection": "top"}, "routing.selection"),
         ({"clusters": 2}, "routing: unknown field 'clusters'; did you mean 'num_clusters'"),

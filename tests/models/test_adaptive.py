@@ -325,11 +325,11 @@ def test_an_adaptive_softmax_works_under_recurrent_memory() -> None:
 
 def test_mistakes_are_named_in_one_line() -> None:
     for cutoffs in ((0, 5), (5, 5), (7, 3)):
-        with pytest.raises(ls.ConfigError, match=r"adaptive_cutoffs = \[.*must rise from at least 1"):
+        with pytest.raises(ls.ConfigError, match=r"adaptive_cutoffs = \[.*must increase from at least 1"):
             config(adaptive_cutoffs=cutoffs)
     with pytest.raises(ls.ConfigError, match=r"adaptive_div = 0.5: must be at least 1"):
         config(adaptive_cutoffs=(5,), adaptive_div=0.5)
-    with pytest.raises(ls.ConfigError, match=r"leaves embeddings of the widths \[16, 4, 1, 0\]"):
+    with pytest.raises(ls.ConfigError, match=r"gives embeddings of widths \[16, 4, 1, 0\]"):
         config(adaptive_cutoffs=(5, 6, 7))
-    with pytest.raises(ls.ConfigError, match=r"adaptive_cutoffs = \[31\]: must be below the vocabulary's size, 31"):
+    with pytest.raises(ls.ConfigError, match=r"adaptive_cutoffs = \[31\]: must be below vocab_size = 31"):
         ls.Decoder(config(adaptive_cutoffs=(31,)))

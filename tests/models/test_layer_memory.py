@@ -211,7 +211,7 @@ def test_a_classifier_answers_from_the_last_closed_segment(tmp_path: Path) -> No
     torch.testing.assert_close(later, whole, atol=1e-5, rtol=0)
     ls.save_model(model, tmp_path)
     torch.testing.assert_close(ls.load_model(tmp_path)(tokens)[0], answer, atol=0, rtol=0)
-    with pytest.raises(ls.UnsupportedError, match="sees both sides"):
+    with pytest.raises(ls.UnsupportedError, match="needs a causal model"):
         ls.StreamSession(recurrent)
 
 

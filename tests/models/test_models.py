@@ -107,7 +107,7 @@ def test_flops_are_those_of_the_forward(options: dict[str, Any]) -> None:
 
 def test_a_position_past_the_learned_table_names_the_maximum() -> None:
     model = decoder(positions="learned", max_positions=16)
-    with pytest.raises(ls.UnsupportedError, match="position 18 is past the learned positions, whose maximum is 15"):
+    with pytest.raises(ls.UnsupportedError, match="position 18 exceeds the largest learned position, 15"):
         model(tokens())
     state = model(tokens(length=10))[1]
     with pytest.raises(ls.UnsupportedError, match="position 16"):
@@ -123,9 +123,9 @@ def test_invalid_tokens_are_named_in_one_line() -> None:
         model(torch.tensor([[3, 31]]))
     with pytest.raises(ls.DataError, match="token id -1"):
         model(torch.tensor([[3, -1]]))
-    with pytest.raises(ls.DataError, match="expected whole numbers"):
+    with pytest.raises(ls.DataError, match="expected integers"):
         model(torch.ones(1, 2))
-    with pytest.raises(ls.ConfigError, match="tokens have 1 rows, the state 2"):
+    with pytest.raises(ls.ConfigError, match="tokens have 1 rows, but the state has 2"):
         model(torch.tensor([[3, 1]]), model.init_state(2))
     with pytest.raises(ls.ConfigError, match="either tokens or inputs_embeds"):
         model()
@@ -208,7 +208,7 @@ def test_factorized_positions_are_sums_of_coordinates() -> None:
     for p in range(30):
         expected = tables[0][p // 10] + tables[1][p // 2 % 5] + tables[2][p % 2]
         torch.testing.assert_close(positions(torch.tensor(p)), expected)
-    with pytest.raises(ls.errors.UnsupportedError, match="past the learned positions"):
+    with pytest.raises(ls.errors.UnsupportedError, match="exceeds the largest learned position"):
         model(tokens(1, 31))
     with pytest.raises(ls.ConfigError, match="position_shape"):
         decoder(positions="factorized")
@@ -239,10 +239,10 @@ def test_axial_positions_are_concatenated_coordinates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"position_dims": (8, 9)}, r"\[8, 9\]: needs a width .* of the 2 sizes .* dim = 16 together"),
+        ({"position_dims": (8, 9)}, r"\[8, 9\]: needs a width .* of the 2 sizes .* sum dim = 16"),
         ({"position_dims": (16,)}, r"\[16\]: needs a width"),
         ({"position_dims": (16, 0)}, r"\[16, 0\]: needs a width of at least 1"),
-        ({"position_dims": (8, 8), "positions": "rope"}, "only of positions = 'factorized', here 'rope'"),
+        ({"position_dims": (8, 8), "positions": "rope"}, "needs positions = 'factorized', not 'rope'"),
     ],
     ids=str,
 )

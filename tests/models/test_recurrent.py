@@ -226,8 +226,8 @@ def test_the_gate_does_not_forget_and_can_write_nothing() -> None:
 def test_invalid_settings_are_named_in_one_line() -> None:
     with pytest.raises(ls.ConfigError, match="segment_length = 0"):
         RecurrentMemory(backbone("decoder"), segment_length=0)
-    with pytest.raises(ls.ConfigError, match="no backbone for recurrent memory"):
+    with pytest.raises(ls.ConfigError, match="not a backbone for RecurrentMemory"):
         RecurrentMemory(torch.nn.Linear(2, 2))
     model = build("encoder", alignment="right")
-    with pytest.raises(ls.UnsupportedError, match="right alignment needs the whole text at once"):
+    with pytest.raises(ls.UnsupportedError, match="alignment = 'right' needs the whole text in one call"):
         model(text(1, 5), build("encoder")(text(1, 5))[1])

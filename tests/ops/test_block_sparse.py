@@ -18,7 +18,7 @@ block_sparse_attention: Any = ops.block_sparse_attention
 def lists(
     length: int, columns: int, query_block: int, key_block: int, *, rows: int = 2, heads: int = 2, width: int = 4
 ) -> Tensor:
-    """Lists of random blocks: some blocks are repeated, some entries are -1."""
+    """Lists of random blocks: some blocks: repeated, some entries are -1."""
     tiles, count = -(-length // query_block), -(-columns // key_block)
     generator = torch.Generator().manual_seed(length)
     return torch.randint(-1, count, (rows, heads, tiles, width), generator=generator)
@@ -121,12 +121,12 @@ def test_no_buffer_is_quadratic(query_block: int, train: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query_block": 0}, "query_block must be at least 1"),
-        ({"key_block": 0}, "key_block must be at least 1"),
-        ({"blocks": torch.zeros(1, 3, 2, 1, dtype=torch.int64)}, r"blocks are int64 \(1, 3, 2, 1\), expected int64"),
+        ({"query_block": 0}, "query_block = 0: must be at least 1"),
+        ({"key_block": 0}, "key_block = 0: must be at least 1"),
+        ({"blocks": torch.zeros(1, 3, 2, 1, dtype=torch.int64)}, r"blocks: int64 \(1, 3, 2, 1\), expected int64"),
         ({"blocks": torch.zeros(1, 1, 3, 1, dtype=torch.int64)}, "tiles = 2, list length"),
-        ({"blocks": torch.zeros(1, 1, 2, 1)}, "blocks are float32"),
-        ({"causal": False, "start": torch.zeros(2, 6)}, "start needs causal order"),
+        ({"blocks": torch.zeros(1, 1, 2, 1)}, "blocks: float32"),
+        ({"causal": False, "start": torch.zeros(2, 6)}, "start needs causal = True"),
     ],
 )
 def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: str) -> None:

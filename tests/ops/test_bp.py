@@ -248,5 +248,5 @@ def test_refusals() -> None:
         bp_attention(q, k, k, u, draw(3, 3, 6), nearest=2)
     with pytest.raises(ConfigError, match="queries"):
         bp_attention(q, k, k, u[:, :1], nearest=2)
-    with pytest.raises(ConfigError, match="nearest must be at least 1"):
+    with pytest.raises(ConfigError, match="nearest = 0: must be at least 1"):
         bp_attention(q, k, k, u, nearest=0)

@@ -362,7 +362,7 @@ def test_wrong_arguments_raise_one_clear_line() -> None:
         entmax_attention(q, k, v, alpha.detach().clamp(max=1.5) * 0 + torch.tensor([1.0, 2.5, 1.0, 1.0]))
     with pytest.raises(ls.ConfigError, match=r"alpha has shape \(3,\); expected \(heads,\) = \(4,\)"):
         entmax_attention(q, k, v, alpha[:3])
-    with pytest.raises(ls.ConfigError, match="window must be at least 1"):
+    with pytest.raises(ls.ConfigError, match="window = 0: must be at least 1"):
         entmax_attention(q, k, v, alpha, window=0)
     with pytest.raises(ls.ConfigError, match="size 1 at dim -1"):
         ops.entmax(torch.zeros(3, 4), torch.full((4,), 1.5))

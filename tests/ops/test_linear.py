@@ -89,7 +89,7 @@ def test_a_later_key_of_any_size_changes_no_earlier_output() -> None:
 def test_rows_that_see_nothing_give_zeros_and_shapes_are_checked() -> None:
     zeros = torch.zeros(1, 2, 3, 4)
     assert (ops.linear_attention(zeros, zeros, torch.ones(1, 2, 3, 4))[0] == 0).all()
-    with pytest.raises(ConfigError, match="do not fit"):
+    with pytest.raises(ConfigError, match="do not match"):
         ops.linear_attention(zeros, torch.zeros(1, 3, 3, 4), torch.zeros(1, 3, 3, 4))
     sums = ops.empty_sums(1, 2, 4, 4, None, torch.float32)
     with pytest.raises(ConfigError, match="causal form"):

@@ -147,5 +147,5 @@ def test_wrong_shapes_are_refused() -> None:
     operands = [t.detach() for t in leaves(1, 4, 2, 5, 9)]
     with pytest.raises(ConfigError, match="kv_heads dividing heads"):
         memorizing_attention(operands[0][:, :3], *operands[1:], top=3, **bounds("all", 1, 5, 9))
-    with pytest.raises(ConfigError, match="top must be at least 1"):
+    with pytest.raises(ConfigError, match="top = 0: must be at least 1"):
         memorizing_attention(*operands, top=0, **bounds("all", 1, 5, 9))

@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_the_last_page(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(CheckpointError, match=r"could not be saved.*No space left.*still stands"):
+    with pytest.raises(CheckpointError, match=r"could not be saved.*No space left.*earlier file is unchanged"):
         write_report(tmp_path, "Second", sections(), {})
     assert "<h1>First</h1>" in path.read_text()
 

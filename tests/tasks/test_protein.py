@@ -147,8 +147,8 @@ def test_other_sequences_are_masked_as_held_out_ones(fasta: Path, tmp_path: Path
     ("fields", "message"),
     [
         ({"family": 13}, "task.family = 13: 0, or residues in a row, up to 12"),
-        ({"share": 0.0}, "task.share = 0.0: a share between 0 and 1"),
-        ({"validation_fraction": 1.0}, "task.validation_fraction = 1.0: a share between 0 and 1"),
+        ({"share": 0.0}, "task.share = 0.0: must be greater than 0 and less than 1"),
+        ({"validation_fraction": 1.0}, "task.validation_fraction = 1.0: must be greater than 0 and less than 1"),
         ({"copies": 0}, "task.copies = 0: must be at least 1"),
     ],
 )

@@ -118,7 +118,7 @@ def test_the_task_is_built_by_name(folder: Path) -> None:
     [
         ({"tokenizer": "subword", "vocab_size": 256}, "subwords need 257 at least"),
         ({"validation_every": 1}, "from 2 on something is left"),
-        ({"validation_fraction": 1.0}, "a share between 0 and 1"),
+        ({"validation_fraction": 1.0}, "must be greater than 0 and less than 1"),
     ],
 )
 def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str) -> None:

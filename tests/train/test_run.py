@@ -216,7 +216,10 @@ def test_a_damaged_checkpoint_is_named_and_the_earlier_one_taken(
     display = Recorder()
     run(None, whole, resume=True, progress=display)
     (message,) = display.messages
-    assert "step-00000020/model.safetensors: damaged: its contents are not what was written; going on from" in message
+    assert (
+        "step-00000020/model.safetensors: damaged: its contents have changed since it was written; going on from"
+        in message
+    )
     assert message.endswith("step-00000015")
     assert losses(whole) == expected
     assert load_run(whole)

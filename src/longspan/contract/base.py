@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from longspan import host, ops
 from longspan import state as states
 from longspan.contract.gradients import with_gradients
-from longspan.contract.maps import collected, place_of
+from longspan.contract.maps import collected, device_and_dtype
 from longspan.contract.projections import Projections
 from longspan.contract.rows import BatchLayout
 from longspan.errors import ConfigError, UnsupportedError
@@ -21,27 +21,29 @@ from longspan.errors import ConfigError, UnsupportedError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
-    """The facts about one built instance: what it promises, and so which laws it is held to, and what it needs.
+    """Capability flags of one built mechanism: what it supports, which laws its tests check, and what it needs.
 
     Attributes:
-        causal: the causal form exists.
-        value_causal: where `causal` is not: a causal form exists in which no later value reaches an earlier output, but
-            later tokens may change which earlier ones are seen.
-        bidirectional: the form that sees both sides exists.
-        streams: states go in and out and the laws of stream and bounded memory hold (never where built bidirectional).
+        causal: a causal form exists.
+        value_causal: only where `causal` is False: a causal form exists in which no later value reaches an earlier
+            output, but later tokens may change which earlier ones are visible.
+        bidirectional: a bidirectional form exists.
+        streams: calls take and return a state; the laws of stream and bounded memory hold. False if built
+            bidirectional.
         bounded: the bytes of a state do not depend on the length.
         selects: a discrete choice (bucket, cluster, top-k) depends on data.
-        sparse: the weight of a key that is seen may be exactly zero, as the data have it (sparse features, entmax).
-        segment: positions per segment; None = the mechanism knows no segments.
-        horizon: segments reached by gradients, the loss's own counted as the first; None = the graph is never cut.
+        sparse: a visible key may get a weight of exactly zero, depending on data (sparse features, entmax).
+        segment: positions per segment; None = the mechanism does not use segments.
+        horizon: number of segments that gradients reach, counting the segment of the loss as the first; None = the
+            graph is never cut.
         no_stream_reason: why a causal form does not stream; read only where `streams` is False.
         no_conversion_reason: why a pretrained model cannot be converted to it; "" = it can (`convertible`).
-        receives_hidden: the core is given the hidden states that its layer projects (for gates, decays, spans); in a
-            converted model these are what the layer's own projections read, normalized as the model does it.
-        tracks_statistics: a training forward adds to statistics that `after_step` applies.
-        uses_keys: keys are read; a mechanism whose keys are its queries needs no projection to keys.
+        receives_hidden: the core also receives the hidden states that its layer projects (for gates, decays, spans); in
+            a converted model these are the normalized inputs of the layer's projections.
+        tracks_statistics: a training forward pass adds to statistics that `after_step` applies.
+        uses_keys: keys are read; False where queries also serve as keys, so that no key projection is needed.
         linear_in_values: the output is an attention map times the values, so that `attention_map` exists.
-        value_dim: width of the values and outputs of a head; None = head_dim.
+        value_dim: width of the values and outputs per head; None = head_dim.
     """
 
     causal: bool = True
@@ -63,14 +65,17 @@ class Traits:
 
     @property
     def convertible(self) -> bool:
-        """A pretrained model can be converted to it."""
+        """Whether a pretrained model can be converted to this mechanism."""
         return not self.no_conversion_reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes a core is built for: `num_kv_heads` divides `num_heads`; `rope` is the base of RoPE, or the angles of
-    one position (head_dim // 2 of them), or None.
+    """The sizes that a core is built for: `dim` of hidden states, query heads, kv heads (dividing them), width per
+    head.
+
+    `causal` builds the causal form, else the bidirectional one. `rope` is the base of RoPE, or the angles of one
+    position (head_dim // 2 of them), or None for no RoPE.
     """
 
     dim: int
@@ -82,19 +87,21 @@ class Shape:
 
     @property
     def group(self) -> int:
-        """Query heads that share a kv head."""
+        """Number of query heads that share a kv head."""
         return self.num_heads // self.num_kv_heads
 
 
 class Hidden(NamedTuple):
-    """For cores that receive hidden states: x (B, N, dim), and the layer's `keys_values(x, kv_heads=None)`."""
+    """Hidden states x (B, N, dim) for cores that receive them,
+    and the layer's `keys_values(x, kv_heads=None)` as `project`.
+    """
 
     x: Tensor
     project: Callable[..., tuple[Tensor, Tensor]]
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that want an optimiser setting of their own; None = the setting of the run."""
+    """Parameters with optimizer settings of their own; `lr` or `weight_decay` None = the setting of the run."""
 
     name: str
     parameters: list[nn.Parameter]
@@ -110,13 +117,13 @@ def optimizer_groups(
     lr: float,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser: `decay`, `plain`, and those that mechanisms declare, one for each name.
+    """Return parameter groups for a torch optimizer: `decay`, `plain`, and one for each name that mechanisms declare.
 
     Args:
-        parameters: what is trained.
-        decaying: weights that decay, those of mechanisms' own groups aside.
+        parameters: all parameters to be trained.
+        decaying: those that get weight decay, unless they are in a mechanism's own group.
         cores: the mechanisms of all layers.
-        lr, weight_decay: of the run, where a group has none of its own.
+        lr, weight_decay: settings of the run, used by groups without their own.
     """
     parameters = list(parameters)
     trained, merged = {id(parameter) for parameter in parameters}, dict[str, dict[str, Any]]()
@@ -140,7 +147,7 @@ def optimizer_groups(
 
 
 class Mechanism(nn.Module):
-    """A mechanism itself: q, k, v before positions in, the attended values and the next state out.
+    """A mechanism without projections: maps q, k, v (before positions) and a state to values and the next state.
 
     A subclass sets `Config` (a frozen keyword-only dataclass whose every field has a default) and `examples`, and
     writes `traits`, `forward`, `init_state`, `state_nbytes`, `flops` and `pairs`.
@@ -148,9 +155,9 @@ class Mechanism(nn.Module):
 
     Config: ClassVar[type]
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    """Small field sets that show every form of the mechanism: what the law matrix and the pictures run."""
+    """Small field sets, one for each form of the mechanism; the law tests and the pictures run them."""
     conversion_fields: ClassVar[dict[str, Any]] = {}
-    """Fields with which a converted pretrained model begins, where they are not given."""
+    """Default fields for a converted pretrained model, where the user does not set them."""
 
     def __init__(self, shape: Shape, config: Any) -> None:
         super().__init__()
@@ -158,25 +165,25 @@ class Mechanism(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        """The facts about this instance, which never change; a subclass makes them once (a `cached_property`)."""
+        """Capability flags of this instance; they never change. A subclass builds them once (a `cached_property`)."""
         raise NotImplementedError
 
     @property
     def value_dim(self) -> int:
-        """Width of the values and outputs of a head."""
+        """Width of the values and outputs per head."""
         return self.traits.value_dim or self.shape.head_dim
 
     @classmethod
     def about(cls) -> str:
-        """Its equations and where they come from: the docstring of its module (of the folder, where that is `layer`),
-        its own where that has none.
+        """Return the equations of the mechanism and their source:
+        the docstring of its module or folder, else of its class.
         """
         folder, _, name = cls.__module__.rpartition(".")
         module = sys.modules[folder if name == "layer" else cls.__module__]
         return (module.__doc__ or cls.__doc__ or "").strip()
 
     def head_traits(self) -> list[Traits]:
-        """What each query head promises, one entry a head: they differ only where mechanisms stand side by side."""
+        """Return the traits of each query head, one entry per head; they differ only in a mix of several mechanisms."""
         return [self.traits] * self.shape.num_heads
 
     def forward(
@@ -193,16 +200,16 @@ class Mechanism(nn.Module):
         """Attend.
 
         Args:
-            q: (B, heads, N, head_dim), contiguous rows as `rows` gathered them.
+            q: (B, heads, N, head_dim), contiguous rows as gathered by `rows`.
             k: (B, kv_heads, N, head_dim).
             v: (B, kv_heads, N, value_dim).
-            state: what the last call returned; None = empty past.
+            state: the state that the previous call returned; None = empty past.
             rows: lengths, documents and positions of this call.
-            hidden: given where `traits.receives_hidden`.
+            hidden: passed where `traits.receives_hidden`.
             aux_losses: a list to which auxiliary losses are appended.
 
         Returns:
-            (B, heads, N, value_dim), arbitrary behind a row's real tokens, and the next state.
+            (B, heads, N, value_dim), arbitrary after a row's last real token, and the next state.
         """
         raise NotImplementedError
 
@@ -217,9 +224,10 @@ class Mechanism(nn.Module):
         hidden: Hidden | None = None,
         aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
-        """What layers call: `forward` with the state in the types of this call, and a gradient for every parameter.
+        """Call `forward` with the state cast to the dtypes of this call, and give every parameter a gradient.
 
-        torch.compile is to leave it alone, as tiles depend on values that the host has read.
+        Layers call this, with the arguments of `forward`. torch.compile must not trace it, as tiles depend on host
+        values.
         """
         state = self.fit(state, k, hidden)
         out, state = self(q, k, v, state, rows, hidden=hidden, aux_losses=collected(aux_losses, self))
@@ -228,58 +236,57 @@ class Mechanism(nn.Module):
         return out, state
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
-        """Small tensors (spans, draws, counts of a state) whose values the host needs to lay a call out, by names.
+        """Return small tensors (spans, projection versions, counts of a state), by name, that decide the layout of a
+        call.
 
-        A model reads those of all its layers in one transfer; `forward` gets them by `rows.read(layout_inputs(state))`.
+        A model reads those of all layers in one transfer to the host; `forward` gets them by `rows.read(...)`.
         """
         return {}
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> Any:
-        """The state of an empty past."""
+        """Return the state of an empty past."""
         raise NotImplementedError
 
     def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
-        """The state in the types of this call, whatever precision the last one ran in (autocast, a lowered model);
-        arguments as of `forward`.
-        """
+        """Cast a state to the dtype of the keys k of this call, after a call in another precision (autocast)."""
         return states.fit(state, k.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Exact bytes of the state after `length` live tokens."""
+        """Return the exact number of bytes of the state after `length` live tokens (tokens since the last reset)."""
         raise NotImplementedError
 
     def state_columns(self, length: int) -> int:
-        """Columns of a state's growing tensors after `length` live tokens: one a token, unless most are evicted."""
+        """Return the columns of a state's growing tensors after `length` live tokens: one per token by default."""
         return length
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """FLOPs of the core for `batch_size` rows of `length` tokens from an empty past."""
+        """Return the FLOPs of the core for `batch_size` rows of `length` tokens from an empty past."""
         raise NotImplementedError
 
     def pairs(self, length: int) -> int:
-        """Attended (query, key) pairs of the definition, summed over query heads."""
+        """Return the number of attended (query, key) pairs of the definition, summed over query heads."""
         raise NotImplementedError
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Called after each optimiser step: clamps, redraws, statistics. Nothing by default."""
+        """Update state that is not trained by gradients, after an optimizer step: clamps, redraws, statistics."""
 
     def why_no_stream(self) -> str:
-        """Why this instance does not stream, where it does not."""
+        """Return the reason why this instance does not stream; only meaningful where it does not."""
         if self.shape.causal:
             return self.traits.no_stream_reason
         return "a bidirectional mixer sees the future and does not stream"
 
     @property
     def redraw_count(self) -> int:
-        """How often random projections were redrawn; a state of another draw is void."""
+        """Version of the random projections: how often they were redrawn. States of other versions are invalid."""
         return 0
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Parameters with optimiser settings of their own."""
+        """Return the parameters that need optimizer settings of their own."""
         return []
 
     def rotate(self, q: Tensor, k: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor]:
-        """q and k turned by RoPE to their positions, or as they are where the model has no RoPE."""
+        """Rotate q and k (B, heads, N, head_dim) to their positions by RoPE, if the model has RoPE."""
         base, dtype = self.shape.rope, q.dtype
         if base is None or not rows.length:
             return q, k
@@ -291,11 +298,11 @@ class Mechanism(nn.Module):
 class Mixer(nn.Module):
     """One mechanism as a layer: a function of a sequence and a state.
 
-    Made by `longspan.mixers.build`. Calling it:
+    Build one with `longspan.mixers.build`. Calling it:
 
     Args of a call:
         x: (batch, length, dim).
-        state: what the last call returned, or `init_state`; None = empty past (no keys, not zero keys).
+        state: the state that the previous call returned, or `init_state`; None = empty past (no keys, not zero keys).
         mask: (batch, length) bool, True = real token. Padding changes nothing and gets y = 0.
         reset: (batch, length) bool, True = a new document starts here; on padding it acts on the next real token.
         aux_losses: a list to which auxiliary losses are appended.
@@ -304,8 +311,8 @@ class Mixer(nn.Module):
         y (batch, length, dim) and the next state (None where the mixer does not stream).
 
     Raises of a call:
-        ConfigError: shapes or types that do not fit.
-        UnsupportedError: a state given to a mixer that does not stream.
+        ConfigError: wrong shapes or dtypes.
+        UnsupportedError: a state was passed to a mixer that does not stream.
     """
 
     def __init__(self, name: str, core: Mechanism, projections: Projections, dropout: float = 0.0) -> None:
@@ -315,17 +322,17 @@ class Mixer(nn.Module):
 
     @property
     def shape(self) -> Shape:
-        """The sizes this mixer was built for."""
+        """The sizes that this mixer was built for."""
         return self.core.shape
 
     @property
     def causal(self) -> bool:
-        """Built causal (True) or bidirectional."""
+        """Whether the mixer was built causal (True) or bidirectional."""
         return self.core.shape.causal
 
     @property
     def traits(self) -> Traits:
-        """The facts about this instance."""
+        """Capability flags of this mixer."""
         return self.core.traits
 
     def forward(
@@ -337,9 +344,9 @@ class Mixer(nn.Module):
         reset: Tensor | None = None,
         aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
-        """See the class."""
+        """Map x (batch, length, dim) and a state to y (batch, length, dim) and the next state; see the class."""
         if x.ndim != 3 or x.shape[-1] != self.shape.dim:
-            raise ConfigError(f"{self.name}: x is {tuple(x.shape)}, expected (batch, length, {self.shape.dim})")
+            raise ConfigError(f"{self.name}: x has shape {tuple(x.shape)}, expected (batch, length, {self.shape.dim})")
         offset = self._offset(x, state)
         rows = BatchLayout(offset, x.shape[1], mask, reset, reads=self.core.layout_inputs(state))
         with states.all_or_nothing():
@@ -347,28 +354,29 @@ class Mixer(nn.Module):
             return rows.scatter(y), state
 
     def _offset(self, x: Tensor, state: Any) -> Tensor:
+        """Return the state's live tokens (batch,); raise if it cannot be used with x."""
         if state is not None and not self.traits.streams:
             raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}; call it with state=None")
         offset = states.live(state, x.shape[0], x.device)
         if offset.shape[0] != x.shape[0]:
-            raise ConfigError(f"{self.name}: x has {x.shape[0]} rows, the state {offset.shape[0]}")
+            raise ConfigError(f"{self.name}: x has {x.shape[0]} rows, but the state has {offset.shape[0]}")
         return offset
 
     def _hidden(self, x: Tensor) -> Hidden | None:
+        """Return the hidden states x (B, N, dim) for cores that receive them; None for others."""
         return Hidden(x, self.projections.keys_values) if self.traits.receives_hidden else None
 
     def mix(
         self, x: Tensor, state: Any, rows: BatchLayout, aux_losses: list[Tensor] | None = None
     ) -> tuple[Tensor, Any]:
-        """The layer on contiguous rows: what a model calls, so that gathering is done once for all layers.
+        """Run the layer on contiguous rows. A model calls this, so that tokens are gathered once for all layers.
 
         Args:
-            x: (B, N, dim), as `rows.gather` gives it.
-            state, penalties: as in a call.
-            rows: the layout of the call; its offsets are the state's.
+            x: (B, N, dim), as returned by `rows.gather`.
+            state, rows, penalties: as in a call; the layout, with the offsets of the state.
 
         Returns:
-            (B, N, dim), arbitrary behind a row's real tokens, and the next state.
+            (B, N, dim), arbitrary after a row's last real token, and the next state.
         """
         q, k, v = self.projections(x)
         hidden = self._hidden(x)
@@ -381,58 +389,54 @@ class Mixer(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Any:
-        """The state of an empty past; device and dtype default to those of the parameters.
+        """Return the state of an empty past, by default on the device and in the dtype of the parameters.
 
-        Raises:
-            UnsupportedError: the mixer does not stream.
+        Raises UnsupportedError if the mixer does not stream.
         """
         if not self.traits.streams:
             raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}, so it has no state")
-        like = place_of(self)
+        like = device_and_dtype(self)
         return self.core.init_state(batch_size, torch.device(device or like.device), dtype or like.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
-        """Exact bytes of the state, counts included.
+        """Return the exact bytes of the state, counts included, for `batch_size` rows and activations of `dtype`.
 
-        Args:
-            batch_size: rows.
-            length: the largest number of live tokens (real, since the last reset) of any row.
-            dtype: of the activations.
+        `length` is the largest number of live tokens (real tokens since the last reset) of any row.
         """
         return self.core.state_nbytes(batch_size, length, dtype) if self.traits.streams else 0
 
     def state_columns(self, length: int) -> int:
-        """Columns of a state's growing tensors after `length` live tokens; see `Mechanism.state_columns`."""
+        """Return the columns of a state's growing tensors after `length` live tokens."""
         return self.core.state_columns(length)
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
-        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, projections included."""
+        """Return the FLOPs (2 per multiply-add) of a forward pass from an empty past, projections included."""
         return batch_size * self.projections.flops(length) + self.core.flops(length, batch_size)
 
     def pairs(self, length: int) -> int:
-        """Attended (query, key) pairs of the definition for one row from an empty past, summed over query heads."""
+        """Return the attended (query, key) pairs of the definition, of one row from an empty past, over all heads."""
         return self.core.pairs(length)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Called after each optimiser step (1, 2, ...): clamps, redraws, statistics; `generator` draws, none else."""
+        """Apply clamps, redraws and statistics after optimizer step 1, 2, ...; only `generator` draws numbers."""
         self.core.after_step(step, generator)
 
     @property
     def redraw_count(self) -> int:
-        """How often random projections were redrawn; a state of another draw is void."""
+        """Version of the random projections: how often they were redrawn. States of other versions are invalid."""
         return self.core.redraw_count
 
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:
-        """The weights (batch, heads, length, length) by which values reach outputs; rows sum to 1 or 0.
+        """Return the weights (batch, heads, length, length) of values in outputs; every row of weights sums to 1 or 0.
 
-        Found by sending unit vectors through the mechanism as values, so it is what the fast operation really does.
+        It passes unit vectors through the mechanism as values, so it shows what the fast operation really computes.
 
         Raises:
             UnsupportedError: the mechanism is not linear in its values.
         """
         if not self.traits.linear_in_values:
-            raise UnsupportedError(f"{self.name}: its output is not a map times the values")
+            raise UnsupportedError(f"{self.name}: no attention map: its output is not linear in its values")
         rows = BatchLayout(self._offset(x, None), x.shape[1])
         q, k, v = self.projections(x)
         hidden = self._hidden(x)
@@ -446,22 +450,22 @@ class Mixer(nn.Module):
         return torch.cat(maps, -1)
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """Return the text that `repr` shows inside the parentheses."""
         return f"{self.name}, {self.core.config}, {self.shape}"
 
 
 def sum_nbytes(batch_size: int, dtype: torch.dtype, floats: int, counts: int = 1) -> int:
-    """Bytes of a state of `floats` numbers of `dtype` and `counts` int64 counts a row."""
+    """Return the bytes of a state with `floats` numbers of `dtype` and `counts` int64 counts per row."""
     return batch_size * (floats * dtype.itemsize + counts * 8)
 
 
 def with_aux_losses(loss: Tensor, aux_losses: list[Tensor] | None, calls: int = 1) -> Tensor:
-    """A loss and the auxiliary ones that `calls` calls have appended: their sum, over so many."""
+    """Return a loss plus the sum of the auxiliary losses of `calls` forward calls, divided by `calls`."""
     return loss + torch.stack(aux_losses).sum() / calls if aux_losses else loss
 
 
 def why_no_stream(cores: Sequence[Mechanism]) -> str:
-    """Which layer of a model is the first that does not stream, and why; "" where all of them do."""
+    """Name the first layer of a model that does not stream, with the reason; "" if all layers stream."""
     for index, core in enumerate(cores):
         if not core.traits.streams:
             return f"layer {index} (of 0 to {len(cores) - 1}): {core.why_no_stream()}"
@@ -469,8 +473,10 @@ def why_no_stream(cores: Sequence[Mechanism]) -> str:
 
 
 def merge_traits(parts: Sequence[Traits]) -> Traits:
-    """The traits of several mechanisms side by side: what all of them promise and any of them needs; the horizon is the
-    farthest reach of any, a reason that of the first which has one, `value_dim` None where they differ.
+    """Combine the traits of mechanisms that run side by side in one layer.
+
+    A capability is True if all of them have it, a need is True if any has it. The horizon is the farthest of all, a
+    reason is that of the first mechanism that has one, and `value_dim` is None where they differ.
     """
     segments = [part.segment for part in parts if part.segment is not None]
     segment = math.lcm(*segments) if segments else None

@@ -1,7 +1,8 @@
-"""A gradient for every parameter in every forward, zero where a call did not need it.
+"""Give every parameter a gradient in every forward pass, zero where a call did not need it.
 
-A first segment reads no memory, a short row closes no segment, and what they leave out would have no gradient at all.
-DistributedDataParallel then waits for it, as all processes must reduce the same parameters in the same order.
+A first segment reads no memory and a short row closes no segment; the parameters that they skip would have no gradient
+at all. DistributedDataParallel would then wait forever, because all processes must reduce the same parameters in the
+same order.
 """
 
 from collections.abc import Iterable
@@ -13,11 +14,11 @@ from longspan.engine.first_order import attached
 
 
 def with_gradients(t: Tensor, parts: nn.Module | Iterable[Tensor]) -> Tensor:
-    """`t`, whose gradient also reaches parameters, as zeros.
+    """Return `t` unchanged, but connected to parameters in the graph, so that they get at least a zero gradient.
 
     Args:
-        t: what a call gives.
-        parts: parameters, or a module whose parameters; those that need no gradient are left out.
+        t: an output of the call.
+        parts: parameters, or a module whose parameters are used; those that do not require gradients are left out.
     """
     if not torch.is_grad_enabled():
         return t

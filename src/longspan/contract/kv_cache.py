@@ -1,4 +1,4 @@
-"""Keys and values that a state carries as they are, and the cores whose state is just these."""
+"""Keys and values that a state carries unchanged (a KV cache), and the cores whose state is only these."""
 
 from abc import abstractmethod
 from typing import Any, NamedTuple, Protocol
@@ -17,16 +17,23 @@ class HasKeys(Protocol):
 
     @property
     def k(self) -> Tensor:
-        """Keys."""
+        """Keys (batch, kv_heads, columns, head_dim), newest last."""
 
     @property
     def v(self) -> Tensor:
-        """Values."""
+        """Values (batch, kv_heads, columns, head_dim), newest last."""
 
 
 def join(state: HasKeys | None, k: Tensor, v: Tensor, *, grows: bool) -> tuple[Tensor, Tensor, int]:
-    """A call's keys and values (batch, kv_heads, length, head_dim) behind those of the state, and how many columns the
-    state has. `grows`: it has no fixed size, so a session may fill a buffer of its own in place.
+    """Append the keys and values of a call to those of the state.
+
+    Args:
+        state: the older keys and values; None = none.
+        k, v: (batch, kv_heads, length, head_dim) of the call.
+        grows: the state has no fixed size, so that a session may append to its own buffer in place.
+
+    Returns:
+        Keys and values (batch, kv_heads, columns + length, head_dim), and `columns`, the number of older columns.
     """
     if state is None:
         return k, v, 0
@@ -36,7 +43,9 @@ def join(state: HasKeys | None, k: Tensor, v: Tensor, *, grows: bool) -> tuple[T
 
 
 def visible(rows: BatchLayout, memory: int) -> dict[str, Any]:
-    """Which keys the tokens of a call see behind `memory` older ones: keywords that attention operations take."""
+    """Return the keywords of attention operations that say which keys are visible
+    in a call after `memory` older keys.
+    """
     return {
         "lengths": rows.lengths,
         "start": rows.first_visible(memory),
@@ -45,10 +54,13 @@ def visible(rows: BatchLayout, memory: int) -> dict[str, Any]:
 
 
 def first_of_segment(rows: BatchLayout, segment: int, back: int, memory: int) -> Tensor:
-    """(batch, length) first visible key column, behind `memory` older ones, of tokens that see their own segment of
-    `segment` positions and the `back` positions before it, within their document."""
+    """Return the first visible key column (batch, length) of each token, counting `memory` older keys first.
+
+    A token sees its own segment of `segment` positions and the `back` positions before it, within its document.
+    """
 
     def make() -> Tensor:
+        """Compute the first visible columns."""
         start = rows.first_visible(memory)
         first = host.derive(lambda begin: (begin - back).clip(min=0), rows.segment_start(segment, memory))
         first = host.expand(first, rows.batch)
@@ -65,13 +77,13 @@ def carry(
     capacity: int | None,
     joined: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of the next state.
+    """Return the keys and values of the next state.
 
     Args:
-        state, k, v: as of `join`.
-        rows: of the call.
-        capacity: how many live columns to keep, the last ones; None = every live one.
-        joined: what `join` gave, which serves where all its columns are live and wanted.
+        state, k, v: the previous state, and keys and values of the call, as passed to `join`.
+        rows: layout of the call.
+        capacity: how many of the latest live columns to keep; None = all live ones.
+        joined: the return value of `join`; it is reused where all its columns are live and kept.
     """
     memory = 0 if state is None else state.k.shape[2]
     if capacity is None:
@@ -86,10 +98,14 @@ def carry(
 def rotate_by_column(
     q: Tensor, k: Tensor, base: float | tuple[float, ...], rows: BatchLayout, period: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q and k turned by RoPE to key columns modulo `period`, of which q has the last: only differences count."""
+    """Rotate q and k (batch, heads, length, head_dim) by RoPE, taking key columns (modulo `period`) as positions.
+
+    q belongs to the last of k's columns. Only differences of positions matter, so columns serve as well as positions.
+    """
     columns, dim, dtype = k.shape[2], q.shape[-1], q.dtype
 
     def table() -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of all columns."""
         position = torch.arange(columns, device=q.device)[None]
         return ops.rotary_table(position if period is None else position % period, dim, base=base, dtype=dtype)
 
@@ -99,7 +115,15 @@ def rotate_by_column(
 
 
 def pick_columns(x: Tensor, index: Tensor) -> Tensor:
-    """x (batch, heads, columns, dim) at index (batch, new columns) or (batch, heads, new columns); zeros where < 0."""
+    """Gather columns of x (batch, heads, columns, dim); zeros where an index is negative.
+
+    Args:
+        x: (batch, heads, columns, dim).
+        index: (batch, new columns) or (batch, heads, new columns) int64.
+
+    Returns:
+        (batch, heads, new columns, dim).
+    """
     index = index[:, None].expand(-1, x.shape[1], -1) if index.ndim == 2 else index
     if not index.shape[2]:
         return x.new_zeros(*x.shape[:2], 0, x.shape[3])
@@ -108,17 +132,24 @@ def pick_columns(x: Tensor, index: Tensor) -> Tensor:
 
 
 class KeyValueState(NamedTuple):
-    """The keys and values that later tokens may see."""
+    """State with the keys and values that later tokens may see."""
 
-    # (batch, kv_heads, columns, head_dim), turned by RoPE, newest last. As many columns as the core's `capacity`, slots
-    # beyond `live` zero and masked; where it is None, as many as any row has live tokens.
+    # (batch, kv_heads, columns, head_dim), rotated by RoPE, newest last. The core's `capacity` gives the number of
+    # columns, with unused slots zero and masked; if it is None, there are as many as the most live tokens of any row.
     k: Tensor
     v: Tensor  # like k
     live: Tensor  # (batch,) live tokens
 
 
 class JoinedKeys(NamedTuple):
-    """Queries of a call, and keys and values of which the first `memory` columns are older; the state that follows."""
+    """Inputs of attention in one call, and the next state.
+
+    Attributes:
+        q: queries of the call.
+        k, v: keys and values; the first `memory` columns come from the state, the others from the call.
+        memory: number of older columns.
+        next_state: the state after the call; None in a bidirectional core.
+    """
 
     q: Tensor
     k: Tensor
@@ -128,22 +159,22 @@ class JoinedKeys(NamedTuple):
 
 
 class KeyValueMechanism(Mechanism):
-    """A core that attends to the keys of the call and of the state, and carries them as they are.
+    """Base of cores that attend to the keys of the call and of the state, and carry keys and values unchanged.
 
-    A subclass sets `capacity`, and writes `forward` (with `joined`), `entries`, `traits` and `pairs`.
+    A subclass sets `capacity`, and writes `forward` (which calls `joined`), `entries`, `traits` and `pairs`.
 
     Attributes:
-        capacity: columns of a state; None = one for each live token.
+        capacity: columns of a state; None = one per live token.
     """
 
     capacity: int | None = None
 
     @abstractmethod
     def entries(self, length: int) -> int:
-        """Score entries computed for a query head, from an empty past."""
+        """Return the number of scores computed per query head for `length` tokens from an empty past."""
 
     def joined(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: BatchLayout) -> JoinedKeys:
-        """What a call attends with, from the arguments of `forward`."""
+        """Rotate q and k by RoPE, join them with the state and make the next state; arguments as in `forward`."""
         q, k = self.rotate(q, k, rows)
         keys, values, memory = join(state, k, v, grows=self.capacity is None)
         next_state = None
@@ -152,16 +183,16 @@ class KeyValueMechanism(Mechanism):
         return JoinedKeys(q, keys, values, memory, next_state)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> KeyValueState:
-        """Full capacity or, where there is none, no columns yet; nothing live."""
+        """Return an empty state with all `capacity` columns, or with none where there is no capacity."""
         shape = (batch_size, self.shape.num_kv_heads, self.capacity or 0, self.shape.head_dim)
         k = torch.zeros(shape, device=device, dtype=dtype)
         return KeyValueState(k, k.clone(), torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Two vectors a kv head and column, and one count a row."""
+        """Return the bytes of a state: two vectors per kv head and column, and one count per row."""
         columns = length if self.capacity is None else self.capacity
         return sum_nbytes(batch_size, dtype, 2 * self.shape.num_kv_heads * self.shape.head_dim * columns)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Two products of every query with the keys of its tile."""
+        """Return the FLOPs of two products of every query with the keys of its tile."""
         return batch_size * 4 * self.shape.num_heads * self.shape.head_dim * self.entries(length)

@@ -1,4 +1,4 @@
-"""What cores with random projections or statistics share: buffers of their own type, redraws that void older states."""
+"""Base class of cores with random projections or statistics: buffers that stay fp32, redraws that invalidate states."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
@@ -14,24 +14,26 @@ from longspan.errors import UnsupportedError
 
 
 class DrawnMechanism(BoundedMechanism):
-    """A core that counts its draws in a buffer; its states record the count in a field `drawn` (batch,) int64.
+    """A core that counts the redraws of its random buffers; a state records this version in a field `drawn` (batch,)
+    int64.
 
-    What is drawn and what is counted stay in fp32 at least, whatever the model is: a sum in bf16 ends at 256, and a
-    projection that was rounded is no longer the one that carried states were made with. What training forwards count
-    is no buffer before `after_step` applies it: DistributedDataParallel gives every process the buffers of the first
-    before each forward, and a checkpoint needs it as little as gradients between two steps.
+    Random buffers and statistics stay in fp32 at least, whatever the dtype of the model: a sum in bf16 stops growing at
+    256, and a rounded projection would no longer match the carried states. Statistics of training forward passes are
+    not a buffer before `after_step` applies them: DistributedDataParallel overwrites the buffers of every process with
+    those of the first before each forward pass. Checkpoints do not need them, as they do not need gradients between two
+    steps.
     """
 
     draws: Tensor
     what: ClassVar[str]
-    """The mechanism and what is drawn, as a message says it: "performer: projection"."""
+    """The mechanism and what it draws at random, for error messages: "performer: projection"."""
     wide: tuple[str, ...] = ()
-    """Buffers that are never narrower than fp32."""
+    """Names of buffers that are never narrower than fp32."""
     pending: Any = None
-    """What the training forwards since the last step have counted in this process: tensors; None = nothing."""
+    """Statistics of this process's training forward passes since the last step: tensors; None = none."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As modules do, but what is in `wide` never becomes narrower than fp32."""
+        """Move or cast the module as torch does, but never cast a buffer named in `wide` to less than fp32."""
         before = {name: self._buffers[name] for name in self.wide}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -45,34 +47,38 @@ class DrawnMechanism(BoundedMechanism):
         return self
 
     def _count_draws(self) -> None:
-        """Call at the end of construction."""
+        """Register the buffer that counts redraws. A subclass calls it at the end of its constructor."""
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
-        """The draw, and that of the state."""
+        """Return the projection versions of the core and of the state, which the host compares."""
         own: dict[Hashable, Tensor] = {(self, "draws"): self.draws}
         return own if state is None else {**own, (self, "drawn"): state.drawn}
 
     def check_draw(self, state: Any, rows: BatchLayout) -> None:
-        """Refuse a state of another draw; an empty row is of any.
+        """Raise if a state was made with another version of the random projection; empty rows match any version.
 
         Raises:
-            UnsupportedError: it is of another.
+            UnsupportedError: the versions differ.
         """
         read = rows.read(self.layout_inputs(state))
         drawn, draws = read[self, "drawn"], read[self, "draws"]
         if drawn is not None and draws is not None and ((drawn != draws) & (rows.offsets > 0)).any():
             name, _, drawing = self.what.partition(": ")
             raise UnsupportedError(
-                f"{name}: the state was made with another draw of the {drawing}; start the stream anew"
+                f"{name}: the state was made with another draw of the {drawing}; start again from an empty state"
             )
 
     def drawn_of(self, rows: BatchLayout) -> Tensor:
-        """(batch,) the field `drawn` of the next state."""
+        """Return the field `drawn` (batch,) of the next state: the version of the projection, 0 for empty rows."""
         return self.draws.expand(rows.batch).masked_fill(rows.live == 0, 0)
 
     def redraw_at(self, step: int, every: int, buffer: Tensor, draw: Callable[[], Tensor]) -> bool:
-        """Fill a buffer anew where the step is a multiple of `every` (0 = never); True where it was."""
+        """Redraw a random buffer in place if the step is a multiple of `every` (0 = never); return whether it was
+        redrawn.
+
+        All processes get the numbers of the first one, and the version counter goes up by one.
+        """
         if not every or step % every:
             return False
         buffer.copy_(draw())
@@ -82,19 +88,19 @@ class DrawnMechanism(BoundedMechanism):
 
     @property
     def redraw_count(self) -> int:
-        """How often the projection was drawn anew."""
+        """How often the random projection was redrawn."""
         return int(self.draws)
 
 
 def processes() -> tuple[int, int]:
-    """Rank and number of the processes that train together."""
+    """Return the rank of this process and the number of processes that train together."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Every tensor summed over all processes."""
+    """Return every tensor summed over all processes."""
     if processes()[1] == 1:
         return tensors
     totals = tuple(tensor.clone() for tensor in tensors)
@@ -104,7 +110,9 @@ def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def share_first(*tensors: Tensor) -> None:
-    """Give all processes the first one's: generators may differ, and so may the last bit of a product."""
+    """Overwrite tensors in place with those of the first process;
+    generators or the last bits of products may differ.
+    """
     if processes()[1] > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)

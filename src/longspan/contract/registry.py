@@ -1,7 +1,7 @@
 """Mechanisms by name: longspan's own, those that a program registers, and those of installed packages.
 
-A new one of longspan's own is one line here, one file beside this one, and its definition in `reference`. A package
-brings mechanisms of its own by entry points of the group `longspan.mechanisms`, `name = "module:CoreClass"`.
+A new mechanism in longspan is a folder under `mechanisms` and one line here. A package adds mechanisms by entry points
+of the group `longspan.mechanisms`, `name = "module:CoreClass"`.
 """
 
 import dataclasses
@@ -38,36 +38,39 @@ _MECHANISMS = {
 
 
 REGISTERED: dict[str, type[Mechanism]] = {}
-"""Mechanisms that this program has registered, by name."""
+"""Mechanisms registered by the running program, by name."""
 
 
 @functools.cache
 def installed() -> dict[str, EntryPoint]:
-    """Entry points of installed packages by name, not loaded yet; names of longspan's own are left out."""
+    """Return the entry points of installed packages by name, without loading them;
+    names of built-in mechanisms are skipped.
+    """
     return {point.name: point for point in entry_points(group="longspan.mechanisms") if point.name not in _MECHANISMS}
 
 
 def names() -> list[str]:
-    """The names that `build` knows; none of an installed package is loaded for it."""
+    """Return the mechanism names that `build` accepts, without loading any installed package."""
     return list(dict.fromkeys([*_MECHANISMS, *REGISTERED, *sorted(installed())]))
 
 
 def register(name: str, mechanism_class: type[Mechanism]) -> None:
-    """Make a mechanism known by a new name, as if it were longspan's own, for as long as the program runs.
+    """Add a mechanism under a new name for as long as the program runs; it then works like a built-in one.
 
     Raises:
-        ConfigError: the name is taken, or the class is no subclass of `Mechanism` whose `Config` is a dataclass.
+        ConfigError: the name is taken, or the class is not a subclass of `Mechanism` whose `Config` is a dataclass.
     """
     if name in _MECHANISMS or REGISTERED.get(name, mechanism_class) is not mechanism_class:
-        raise ConfigError(f"register: there is a mixer {name!r} already")
+        raise ConfigError(f"register: the mixer name {name!r} is already taken; choose another one")
     REGISTERED[name] = _checked(mechanism_class, f"register {name!r}")
 
 
 def mechanism_class(name: str, where: str = "mixer") -> type[Mechanism]:
-    """The class behind a name.
+    """Return the core class of a mechanism name, loading its module.
 
     Raises:
-        ConfigError: no mechanism of that name (names the nearest), or one of an installed package that fails to load.
+        ConfigError: unknown name (the message suggests the nearest one), or a mechanism of an installed package fails
+            to load.
     """
     name = renames.mixer(name)
     if name in _MECHANISMS:
@@ -82,13 +85,13 @@ def mechanism_class(name: str, where: str = "mixer") -> type[Mechanism]:
     origin = f"{where}: mixer {name!r} of {point.dist.name if point.dist else point.value}"
     try:
         loaded = point.load()
-    except Exception as error:  # whatever a module of others raises
-        raise ConfigError(f"{origin} does not load: {type(error).__name__}: {error}") from error
+    except Exception as error:  # third-party modules may raise anything
+        raise ConfigError(f"{origin} failed to load: {type(error).__name__}: {error}") from error
     return _checked(loaded, origin)
 
 
 def _checked(loaded: Any, where: str) -> type[Mechanism]:
-    """A class that is a mechanism, or an error."""
+    """Return the class if it is a valid mechanism; raise a ConfigError otherwise."""
     if not (
         isinstance(loaded, type)
         and issubclass(loaded, Mechanism)
@@ -100,12 +103,12 @@ def _checked(loaded: Any, where: str) -> type[Mechanism]:
 
 
 def examples(name: str) -> tuple[dict[str, Any], ...]:
-    """Small field sets that show every form of a mechanism (for 4 heads)."""
+    """Return small field sets, one for each form of a mechanism (for 4 heads)."""
     return mechanism_class(name).examples
 
 
 def build_mechanism(name: str, shape: Shape, fields: dict[str, Any], where: str = "mixer") -> Mechanism:
-    """A core by name, its fields checked."""
+    """Build a mechanism by name from its fields, which are checked first."""
     name = renames.mixer(name)
     cls = mechanism_class(name, where)
     fields = renames.fields(name, fields)
@@ -126,33 +129,33 @@ def build(
     dropout: float = 0.0,
     **fields: Any,
 ) -> Mixer:
-    """A mixer by name.
+    """Build a mixer by name.
 
     Args:
         name: one of `names()`.
         dim: width of the hidden states.
         num_heads: query heads.
         num_kv_heads: key and value heads, dividing `num_heads`; default: `num_heads`.
-        head_dim: width of a head; default dim // num_heads.
+        head_dim: width per head; default dim // num_heads.
         causal: no token sees a later one; False = bidirectional, where the mechanism has that form.
         bias: biases in the four projections.
-        rope: base of rotary positions (10000.0 is the paper's); None = no positions. Mechanisms with positions of
-            their own (transformer_xl) leave it aside.
+        rope: base of rotary positions (10000.0 is the paper's); None = no positions. Mechanisms with their own
+            positions (transformer_xl) ignore it.
         dropout: applied to the output of the layer.
         fields: the mechanism's own fields.
 
     Raises:
-        ConfigError: unknown name or field (with the nearest), or sizes that do not fit.
+        ConfigError: unknown name or field (the message suggests the nearest), or inconsistent sizes.
     """
     name = renames.mixer(name)
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     for label, value in (("dim", dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
         if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}: {label} = {value!r}: must be a whole number of at least 1")
+            raise ConfigError(f"{name}: {label} = {value!r}: must be an integer of at least 1")
     if num_heads % num_kv_heads:
-        raise ConfigError(f"{name}: num_kv_heads = {num_kv_heads} does not divide num_heads = {num_heads}")
+        raise ConfigError(f"{name}: num_kv_heads = {num_kv_heads}: must divide num_heads = {num_heads}")
     if head_dim is None and dim % num_heads:
-        raise ConfigError(f"{name}: dim = {dim} is no multiple of num_heads = {num_heads}; give head_dim")
+        raise ConfigError(f"{name}: dim = {dim} is not a multiple of num_heads = {num_heads}; set head_dim")
     head_dim = dim // num_heads if head_dim is None else head_dim
     if rope is not None and (head_dim % 2 or rope <= 0):
         raise ConfigError(f"{name}: rope = {rope} needs a positive base and an even head_dim, which is {head_dim}")

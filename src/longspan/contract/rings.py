@@ -1,4 +1,4 @@
-"""Rings of the last tokens of every bucket or cluster, which a state carries."""
+"""Ring buffers with the latest tokens of every hash bucket or cluster, which a state carries."""
 
 from typing import NamedTuple
 
@@ -11,18 +11,27 @@ from longspan.state import may_overwrite, needs_grad
 
 
 class RingState(NamedTuple):
-    """The last tokens of every bucket or cluster; heads are the layer's where keys are queries, else its kv heads."""
+    """State with the latest tokens of every bucket or cluster.
 
-    k: Tensor  # (batch, heads, rounds and buckets or clusters, tokens, head_dim), newest last, zeros where empty
+    `heads` are the query heads where queries also serve as keys, else the kv heads.
+    """
+
+    # (batch, heads, hash rounds and buckets or clusters, tokens, head_dim), newest last, zeros where empty
+    k: Tensor
     v: Tensor  # like k
-    position: Tensor  # (batch, heads, rounds and buckets or clusters, tokens) int64, -1 where empty
-    drawn: Tensor  # (batch,) int64, how often what tells tokens apart had been drawn
+    position: Tensor  # (batch, heads, hash rounds and buckets or clusters, tokens) int64, -1 where empty
+    drawn: Tensor  # (batch,) int64, version of the random rotations or centroids that assigned the tokens
     live: Tensor  # (batch,) live tokens
 
 
 def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows: BatchLayout) -> ops.LSHRings:
-    """The rings after a call with keys and values (batch, the rings' heads, length, head_dim) in buckets (batch, the
-    rings' heads, rounds, length); written in place where the caller has given them up.
+    """Return the ring buffers after a call; they are written in place where the caller has given up the old state.
+
+    Args:
+        rings: the ring buffers before the call.
+        k, v: (batch, heads of the rings, length, head_dim) of the call.
+        buckets: (batch, heads of the rings, hash rounds, length) the bucket of each token.
+        rows: layout of the call.
     """
     if rows.length == 1 and rows.plain and rows.emptied is None and not needs_grad(k, v, *rings):
         owned = may_overwrite(k, v, *rings)
@@ -41,7 +50,14 @@ def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows:
 def empty_rings(
     shape: tuple[int, ...], dim: int, batch: int, device: torch.device | None, dtype: torch.dtype
 ) -> RingState:
-    """The state with rings of `shape`, (heads, ..., tokens), in which nothing is live yet."""
+    """Return a state with empty ring buffers.
+
+    Args:
+        shape: (heads, ..., tokens) of the rings.
+        dim: width per head.
+        batch: rows.
+        device, dtype: of keys and values.
+    """
     k = torch.zeros(batch, *shape, dim, device=device, dtype=dtype)
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)
     position = torch.full((batch, *shape), -1, dtype=torch.int64, device=device)

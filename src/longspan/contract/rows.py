@@ -1,12 +1,13 @@
-"""Rows: padding, documents and offsets, solved once for every mechanism.
+"""The layout of a call: padding, documents and offsets, handled once for every mechanism.
 
 The *position* of a token is the number of real tokens of its row since the row's last reset; padding has none. A call
 brings `x` (batch, columns, ...) with an optional mask (True = real token) and resets (True = a new document starts
-here), and a state that says how many live tokens each row already has. `BatchLayout` gathers every row's real tokens
-to the front, so that mechanisms see contiguous rows, and knows for each token the column where its document starts.
+here), and a state with the number of live tokens (real tokens since the last reset) of each row. `BatchLayout` gathers
+every row's real tokens to the front, so that mechanisms see contiguous rows, and knows for each token the column where
+its document starts.
 
-Legend: B batch, N gathered columns (the most real tokens of any row), M columns of older keys in a state (newest
-last); a *key column* counts older keys first: the token in column t stands at key column M + t.
+Legend: B batch, N gathered columns (the most real tokens of any row), M columns of older keys in a state (newest last).
+A *key column* counts older keys first: the token in column t is key column M + t.
 """
 
 import copy
@@ -29,26 +30,26 @@ class BatchLayout:
     """The layout of one call.
 
     Attributes:
-        batch, columns: shape of the call as given.
+        batch, columns: shape of the call before gathering.
         length: N, columns after gathering.
         offset: (B,) int64, live tokens of each row before the call.
         lengths: (B,) int64, real tokens of each row in the call; None = N for every row.
         origin: (B, N) int64, the column where the document of a token starts, negative (-offset) where it started
-            before the call; None = no reset in the call, every token goes on with what the state holds.
-        emptied: (B,) bool, rows whose last reset lies behind their last real token; None = no row.
+            before the call; None = no reset in the call, every token continues the document of the state.
+        emptied: (B,) bool, rows with a reset after their last real token; None = no row.
         live: (B,) int64, live tokens of each row after the call.
-        offsets, lengths_read, lives: the values of `offset`, of the real tokens and of `live` on the host.
-        shapes_only: there are no values (meta or fake tensors with a state): the call is laid out for its shapes alone.
+        offsets, lengths_read, lives: host values of `offset`, of the number of real tokens and of `live`.
+        shapes_only: there are no values (meta or fake tensors with a state), so the layout depends on shapes alone.
 
-    The host reads masks, resets, offsets and what else decides the layout (`reads`) once, when the call is laid out;
-    whatever layers ask of `BatchLayout` needs no device afterwards.
+    The host reads masks, resets, offsets and the other tensors that decide the layout (`reads`) once, when
+    `BatchLayout` is built; no method of `BatchLayout` waits for a device afterwards.
 
     Args:
-        offset: live tokens before the call.
-        columns: of the call.
+        offset: (B,) live tokens before the call.
+        columns: number of columns of the call.
         mask: (B, columns) bool, True = real; None = all.
         reset: (B, columns) bool, True = a document starts; None = none.
-        reads: more small tensors whose values are wanted on the host, by names; see `read`.
+        reads: more small tensors whose values are needed on the host, by names; see `read`.
     """
 
     @host.eager
@@ -79,7 +80,7 @@ class BatchLayout:
             if tensor is not None and array is None:
                 host.refuse_export(what)
         self.offsets = np.zeros(self.batch, np.int64) if offsets is None else offsets
-        # of its own, as the state's tensor does not know its values
+        # a new tensor object, as values must not be attached to the state's tensor
         self.offset = host.remember(offset.view_as(offset), offsets)
         self._rank: Tensor | None = None
         self._index: Tensor | None = None
@@ -100,7 +101,7 @@ class BatchLayout:
         self.emptied: Tensor | None = None
         origin = emptied = None
         if begins is not None and begins.any():
-            origin, emptied = self._places(begins, index)
+            origin, emptied = self._document_starts(begins, index)
         live = self._live(origin, emptied)
         if origin is not None and not (origin == -self.offsets[:, None]).all():
             self.origin = host.put(origin, self.device)
@@ -110,18 +111,24 @@ class BatchLayout:
         alike = self.lengths is None and self.origin is None and self.emptied is None
         self.live = self.offset + self.length if alike else torch.tensor(live, device=self.device)
 
-    def _places(self, reset: Array, index: Array | None) -> tuple[Array, Array | None]:
-        """`origin`, and `emptied` where there is padding."""
-        seen = reset.cumsum(1)
-        at = seen if index is None else np.take_along_axis(seen, index, 1)
-        padded = np.concatenate([np.zeros((self.batch, 1), at.dtype), at], 1)
+    def _document_starts(self, reset: Array, index: Array | None) -> tuple[Array, Array | None]:
+        """Return `origin` (B, N), and `emptied` (B,) if there is padding, as host arrays.
+
+        Args:
+            reset: (B, columns) bool, a document starts.
+            index: (B, N) column of each gathered token; None = no padding.
+        """
+        num_resets = reset.cumsum(1)
+        gathered = num_resets if index is None else np.take_along_axis(num_resets, index, 1)
+        padded = np.concatenate([np.zeros((self.batch, 1), gathered.dtype), gathered], 1)
         origin = np.maximum.accumulate(np.where(np.diff(padded, axis=1) > 0, np.arange(self.length), -1), 1)
         origin = np.where(origin >= 0, origin, -self.offsets[:, None])
         if index is None:
             return origin, None
-        return origin, seen[:, -1] > np.take_along_axis(padded, self.lengths_read[:, None], 1)[:, 0]
+        return origin, num_resets[:, -1] > np.take_along_axis(padded, self.lengths_read[:, None], 1)[:, 0]
 
     def _live(self, origin: Array | None, emptied: Array | None) -> Array:
+        """Return the number of live tokens (B,) of each row after the call, as a host array."""
         live = self.offsets + self.lengths_read
         if origin is not None and self.length:
             last = (self.lengths_read - 1).clip(min=0)
@@ -131,14 +138,14 @@ class BatchLayout:
 
     @host.eager
     def read(self, tensors: Mapping[Hashable, Tensor]) -> dict[Hashable, Array | None]:
-        """Values of tensors by the names under which they were `reads`; read now where they were not."""
+        """Return the values of small tensors on the host, by name; those passed as `reads` were already read."""
         if all(name in self._read for name in tensors):
             return {name: self._read[name] for name in tensors}
         return dict(zip(tensors, host.read(list(tensors.values())), strict=True))
 
     @host.eager
     def real_tokens(self) -> Tensor:
-        """(B,) real tokens of each row in this call."""
+        """Return the number (B,) of real tokens of each row in this call."""
         if self.lengths is not None:
             return self.lengths
         return self.cached(
@@ -146,30 +153,34 @@ class BatchLayout:
         )
 
     def real_columns(self) -> Tensor:
-        """(B, N) bool: which columns of the call hold a token."""
+        """Return a mask (B, N) bool: which gathered columns hold a token."""
         return torch.arange(self.length, device=self.device) < self.real_tokens()[:, None]
 
     def clear_reset(self, t: Tensor, value: float = 0.0) -> Tensor:
-        """A part of a state (B, ...) with `value` in rows whose last reset lies behind their last real token."""
+        """Set a state tensor (B, ...) to `value` in rows with a reset after their last real token."""
         return t if self.emptied is None else t.masked_fill(self.emptied.view(-1, *(1,) * (t.ndim - 1)), value)
 
     def with_choices(self, choices: Choices) -> "BatchLayout":
-        """The same layout for one layer whose discrete choices are recorded or replayed."""
+        """Return a copy of the layout for one layer, whose discrete choices are recorded or replayed by `choices`."""
         rows = copy.copy(self)
         rows.choices = choices
         return rows
 
     def choose(self, make: Callable[[], Tensor], *, below: int) -> Tensor:
-        """`make()`, integers from 0 to below `below`; in the recomputation of a forward pass, what it gave there."""
+        """Return `make()`, integers from 0 to below `below`;
+        when a forward pass is recomputed, return its recorded choice.
+        """
         return make() if self.choices is None else self.choices.choose(make, below)
 
     @property
     def learns(self) -> bool:
-        """Whether this is a forward pass of training: gradients are on, or it is recorded to be computed again."""
+        """Whether this is a training forward pass: gradients are on, or it is recorded to be recomputed later."""
         return torch.is_grad_enabled() or (self.choices is not None and not self.choices.replays)
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
-        """`make()`, once for this call: what all layers of a model need (rotary tables, segment borders)."""
+        """Return `make()`, computed once per call and key,
+        for what all layers share (rotary tables, segment starts).
+        """
         if key not in self._cache:
             self._cache[key] = make()
         cached: T = self._cache[key]
@@ -178,23 +189,24 @@ class BatchLayout:
     @property
     @host.eager
     def offset_range(self) -> tuple[int, int]:
-        """The least and the largest offset of any row."""
+        """The smallest and the largest offset of any row."""
         if not self.batch:
             return 0, 0
         return self.cached("offsets", lambda: (int(self.offsets.min()), int(self.offsets.max())))
 
     @property
     def plain(self) -> bool:
-        """No padding, no reset, equal offsets: every row is laid out alike."""
+        """Whether all rows have the same layout: no padding, no reset, equal offsets."""
         low, high = self.offset_range
         return self.lengths is None and self.origin is None and low == high
 
     @property
     @host.eager
     def positions(self) -> Tensor:
-        """(B, N) positions, or (1, N) where they are the same for every row; meaningless behind a row's real tokens."""
+        """Positions (B, N), or (1, N) if they are the same for every row; arbitrary after a row's last real token."""
 
         def make() -> Tensor:
+            """Compute the positions on the device."""
             column = torch.arange(self.length, device=self.device)
             if self.origin is not None:
                 return column - self.origin
@@ -206,7 +218,7 @@ class BatchLayout:
     @property
     @host.eager
     def largest_position(self) -> int:
-        """The largest position of any real token of this call; -1 where there is none."""
+        """The largest position of any real token of this call; -1 if there is none."""
         if not self.length or not self.batch:
             return -1
         real = np.arange(self.length) < self.lengths_read[:, None]
@@ -217,6 +229,7 @@ class BatchLayout:
         """The values of `positions` on the host, (B, N) or (1, N)."""
 
         def make() -> Array:
+            """Compute the positions on the host."""
             column = np.arange(self.length)
             if self.origin is not None:
                 return column - host.known(self.origin)
@@ -226,22 +239,30 @@ class BatchLayout:
         return self.cached("positions read", make)
 
     def opened(self, size: int) -> Tensor:
-        """(B,) tokens of each row's open segment of `size` positions before the call."""
+        """Return how many tokens (B,) of each row's current segment of `size` positions came before the call.
+
+        A segment is a stretch of `size` positions, and the current one is that of the row's next token.
+        """
         return self.cached(("opened", size), lambda: host.derive(lambda offset: offset % size, self.offset))
 
     def inside(self, size: int) -> bool:
-        """The call stays within the open segment of `size` positions of every row; it may close it."""
+        """Whether the call stays within the current segment of `size` positions of every row;
+        it may complete the segment.
+        """
         return self.origin is None and int((self.offsets % size).max(initial=0)) + self.length <= size
 
     def closes(self, size: int) -> Tensor:
-        """(B,) bool: a call that stays `inside` ends with the last position of the row's segment."""
+        """Return (B,) bool: whether a call that stays `inside` ends with the last position of the row's segment."""
         return self.cached(
             ("closes", size),
             lambda: host.derive(lambda offset, tokens: offset % size + tokens == size, self.offset, self.real_tokens()),
         )
 
     def first_visible(self, memory: int) -> Tensor | None:
-        """(B, N) first key column of each token's document behind `memory` older keys; None = no reset in the call."""
+        """Return the first key column (B, N) of each token's document; None = no reset in the call.
+
+        Key columns count `memory` older keys first.
+        """
         if self.origin is None:
             return None
         origin = self.origin
@@ -250,7 +271,7 @@ class BatchLayout:
         )
 
     def memory_lengths(self, memory: int) -> Tensor | None:
-        """(B,) how many of `memory` older key columns are real; None = all of them."""
+        """Return how many (B,) of `memory` older key columns are real; None = all of them."""
         if memory == 0 or self.offset_range[0] >= memory:
             return None
         return self.cached(
@@ -258,11 +279,14 @@ class BatchLayout:
         )
 
     def segment_start(self, size: int, memory: int) -> Tensor:
-        """(B, N) or (1, N) key column (behind `memory` older keys) at which the segment of `size` positions of each
-        token begins; negative where it began before the oldest of the older keys.
+        """Return the key column (B, N) or (1, N) where the segment of `size` positions of each token begins.
+
+        Key columns count `memory` older keys first; the number is negative if the segment began before the oldest of
+        them.
         """
 
         def make() -> Tensor:
+            """Compute the start columns, with host values if there are any."""
             column = torch.arange(memory, memory + self.length, device=self.device)
             begin = column - self.positions % size
             if self.shapes_only:
@@ -272,13 +296,13 @@ class BatchLayout:
         return self.cached(("segment_start", size, memory), make)
 
     def aligned(self, size: int) -> bool:
-        """Column 0 is a segment border for every row, and no document starts inside the call."""
+        """Whether column 0 starts a segment in every row, and no document starts inside the call."""
         low, high = self.offset_range
         return self.origin is None and low % size == 0 and (low == high or not (self.offsets % size).any())
 
     @host.eager
     def gather(self, x: Tensor) -> Tensor:
-        """(B, columns, ...) to (B, N, ...): real tokens to the front, zeros behind them."""
+        """Move real tokens to the front: (B, columns, ...) to (B, N, ...), with zeros after them."""
         if self._index is None:
             return x
         assert self.lengths is not None
@@ -289,7 +313,7 @@ class BatchLayout:
 
     @host.eager
     def scatter(self, y: Tensor) -> Tensor:
-        """(B, N, ...) back to (B, columns, ...), zeros at padding: the inverse of `gather`."""
+        """Undo `gather`: (B, N, ...) back to (B, columns, ...), with zeros at padding."""
         if self._mask is None or self._rank is None:
             return y
         if self.length == 0:
@@ -300,12 +324,18 @@ class BatchLayout:
 
     @host.eager
     def carry(self, old: Tensor | None, new: Tensor, columns: int) -> Tensor:
-        """The last `columns` live columns of every row, newest last, zeros where a row has fewer: a tensor of its own.
+        """Return the columns that the next state keeps: the last `columns` live ones of every row, newest last, as a
+        new tensor.
+
+        Live columns are those since the row's last reset; a row with fewer has zeros in front.
 
         Args:
-            old: (B, ..., M, dim), what the state held, newest last; None = nothing.
-            new: (B, ..., N, dim), this call's.
+            old: (B, ..., M, dim) from the state, newest last; None = none.
+            new: (B, ..., N, dim) of this call.
             columns: how many to keep.
+
+        Returns:
+            (B, ..., columns, dim).
         """
         memory = 0 if old is None else old.shape[-2]
         if self.lengths is None and self.origin is None and self.emptied is None:
@@ -316,6 +346,7 @@ class BatchLayout:
         return _columns(joined, index, (columns - slot <= self.live[:, None]) & (index >= 0))
 
     def _carry_plain(self, old: Tensor | None, new: Tensor, columns: int) -> Tensor:
+        """Compute `carry` for rows without padding and resets, by slices instead of gathers."""
         length = new.shape[-2]
         if columns <= length:
             return new.narrow(-2, length - columns, columns).clone(memory_format=torch.contiguous_format)
@@ -330,12 +361,16 @@ class BatchLayout:
 
     @host.eager
     def segments(self, size: int) -> "SegmentLayout":
-        """This call's tokens laid out over whole segments of `size` positions; made once and shared by all layers."""
+        """Return the layout of this call's tokens over whole segments of `size` positions;
+        built once for all layers.
+        """
         return self.cached(("segments", size), lambda: SegmentLayout(self, size))
 
 
 def _columns(t: Tensor, index: Tensor, real: Tensor | None = None) -> Tensor:
-    """(B, ..., M, dim) to the columns `index` (B, C) of each row, zeros where `real` (B, C) is False."""
+    """Gather the columns `index` (B, C) of a tensor (B, ..., M, dim):
+    (B, ..., C, dim), zeros where `real` (B, C) is False.
+    """
     count, width = index.shape[1], t.shape[-1]
     if t.shape[-2] == 0:
         return t.new_zeros(*t.shape[:-2], count, width)
@@ -345,18 +380,19 @@ def _columns(t: Tensor, index: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 class SegmentLayout:
-    """Tokens spread over whole segments: every document begins at a segment border, holes fill what is left.
+    """Layout of a call's tokens over whole segments, such that every document begins with a segment.
 
-    The open segment's tokens from the state come first, so that column 0 is a border for every row. Because holes only
-    stand between documents, the column of a token equals its position modulo `size`.
+    Tokens of the current segment that are in the state come first, so that column 0 starts a segment in every row.
+    Holes (columns without a token) fill the rest of a segment before the next document. As there are holes only between
+    documents, the column of a token equals its position modulo `size`.
 
     Attributes:
-        size: positions of a segment.
+        size: positions per segment.
         columns: C, a multiple of `size`.
-        open: (B,) tokens of each row's open segment that come from the state.
-        place: (B, N) the column of each token.
-        real: (B, C) bool, columns that hold a token, of the call or of the open segment.
-        real_read: its values on the host.
+        open: (B,) tokens of each row's current segment that come from the state.
+        slots: (B, N) the column of each token.
+        real: (B, C) bool, columns that hold a token, of the call or of the state.
+        real_read: host values of `real`.
     """
 
     def __init__(self, rows: BatchLayout, size: int) -> None:
@@ -373,7 +409,7 @@ class SegmentLayout:
         last = int(np.where(inside, slot, -1).max(initial=-1)) + 1
         last = max(last, int(opened.max(initial=0)))
         self.columns = -(-last // size) * size
-        # one column more than needed takes the padding behind a row's real tokens
+        # an extra last column receives the padding after a row's real tokens
         index = np.full((rows.batch, self.columns + 1), -1)
         np.put_along_axis(index, np.where(inside, slot, self.columns), np.broadcast_to(column, slot.shape), 1)
         self._read = index[:, :-1]
@@ -384,30 +420,30 @@ class SegmentLayout:
         self._views = bool((slot == column).all()) and rows.lengths is None and self.columns == rows.length
 
     def spread_positions(self) -> Array:
-        """(B, C) on the host: 1 + the position of each token of the call, 0 elsewhere."""
+        """Return, on the host, 1 + the position of each token of the call, arranged as (B, C), with 0 elsewhere."""
         positions = np.broadcast_to(self.rows.positions_read, (self.rows.batch, self.rows.length))
         real = np.arange(self.rows.length) < self.rows.lengths_read[:, None]
         return self.spread_read((positions + 1) * real)
 
     def begins(self) -> Array:
-        """(B, segments) bool, on the host: a document begins with the segment."""
+        """Return, on the host, a mask (B, segments): a document begins with the segment."""
         begin: Array = self.spread_positions()[:, :: self.size] == 1
         return begin
 
     def spread_read(self, new: Array) -> Array:
-        """What `spread` makes of numbers (B, N) of this call, on the host: (B, C), 0 in holes."""
+        """Arrange a host array (B, N) of this call's tokens over whole segments: (B, C), 0 in holes."""
         if not new.shape[1]:
             return np.zeros((new.shape[0], self.columns), new.dtype)
         return np.where(self._read >= 0, np.take_along_axis(new, self._read.clip(min=0), 1), new.dtype.type(0))
 
     @host.eager
     def spread(self, new: Tensor, old: Tensor | None = None) -> Tensor:
-        """(B, ..., N, dim) to (B, ..., C, dim), zeros in holes.
+        """Arrange a call's columns over whole segments: (B, ..., N, dim) to (B, ..., C, dim), zeros in holes.
 
         Args:
-            new: this call's columns.
-            old: (B, ..., M, dim) from the state, newest last, of which the last `open` columns of each row are its
-                open segment; None = leave them zero.
+            new: (B, ..., N, dim) of this call.
+            old: (B, ..., M, dim) from the state, newest last; the last `open` columns of each row fill its current
+                segment; None = leave them zero.
         """
         if self._views:
             return new
@@ -420,7 +456,7 @@ class SegmentLayout:
 
     @host.eager
     def collect(self, y: Tensor) -> Tensor:
-        """(B, ..., C, dim) back to (B, ..., N, dim): the inverse of `spread` for this call's tokens."""
+        """Undo `spread` for this call's tokens: (B, ..., C, dim) back to (B, ..., N, dim)."""
         if self._views or not self.rows.length:
             return y.narrow(-2, 0, self.rows.length)
         return _columns(y, self.slots)

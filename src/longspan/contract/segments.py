@@ -1,7 +1,7 @@
-"""What cores with a memory of closed segments share: the open segment in the state, three ways to lay out a call.
+"""Base class of cores with a memory of completed segments: the state, and three ways to compute a call.
 
-A call that stays within the open segment (decoding) reads the memory as it is; one that begins at a border goes over
-whole segments; any other is spread over whole segments first, with holes between documents.
+A call that stays within the current segment (decoding) only reads the memory. A call that begins with a segment is
+computed over whole segments. Any other call is first rearranged into whole segments, with holes between documents.
 """
 
 from abc import abstractmethod
@@ -18,17 +18,17 @@ from longspan.contract.sizes import BoundedMechanism, pairs_within
 
 
 class SegmentState(NamedTuple):
-    """The memory, and the keys of the open segment."""
+    """State with the memory of completed segments, and the keys and values of the current segment."""
 
     values: Tensor  # (batch, kv_heads, features, head_dim), of `SegmentMechanism.memory_dtype`
     keys: Tensor  # (batch, kv_heads, features), the same
-    # (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them
+    # (batch, kv_heads, segment - 1, head_dim), before positions, newest last; those of the current segment are the last
     k: Tensor
     v: Tensor  # like k
     live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
-        """Fields that are fp32 at least."""
+        """Return the names of fields that stay in fp32 at least."""
         return "values", "keys"
 
 
@@ -37,9 +37,10 @@ Operation = Callable[..., tuple[Tensor, ops.SegmentMemory]]
 
 
 class SegmentMechanism(BoundedMechanism):
-    """A core whose memory is read within a segment and written when it closes.
+    """Base of cores whose memory is read within a segment and written at its end.
 
-    A subclass sets `segment` and `features`, and writes `operations` and `memory_cost`.
+    A subclass sets `segment` (positions per segment) and `features` (width of the keys in the memory), and writes
+    `operations` and `memory_cost`.
     """
 
     State = SegmentState
@@ -47,22 +48,25 @@ class SegmentMechanism(BoundedMechanism):
     features: int
 
     def memory_dtype(self, device: torch.device | None, dtype: torch.dtype) -> torch.dtype:
-        """What the memory is held in where activations are of `dtype`: fp32 at least."""
+        """Return the dtype of the memory for activations of `dtype`: fp32 at least."""
         return torch.promote_types(dtype, torch.float32)
 
     @abstractmethod
     def operations(self) -> tuple[Operation, Operation]:
-        """For columns of which column 0 opens a segment, as `ops.infini_attention`, and for a call within the open
-        segment, as `ops.infini_open`; both with the weights and fields of this core."""
+        """Return two attention functions, with the weights and fields of this core bound to them.
+
+        The first, like `ops.infini_attention`, takes columns of which column 0 starts a segment. The second, like
+        `ops.infini_open`, takes a call within the current segment.
+        """
 
     @abstractmethod
     def memory_cost(self, length: int) -> tuple[int, int]:
-        """Multiply-adds of the memory of one kv head and its queries, and local score entries of one query head."""
+        """Return the multiply-adds of the memory per kv head with its queries, and the local scores per query head."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, SegmentState]:
-        """See `Mechanism.forward`."""
+        """Attend to the current segment and to the memory of earlier segments; arguments as in `Mechanism.forward`."""
         segment, before = self.segment, None
         if state is not None:
             dtype = self.memory_dtype(k.device, k.dtype)
@@ -75,19 +79,19 @@ class SegmentMechanism(BoundedMechanism):
                 keys,
                 values,
                 state=before,
-                local=self._turned(q, keys, rows, None),
+                local=self._rotated(q, keys, rows, None),
                 lengths=rows.lengths,
                 memory_lengths=rows.opened(segment) if older else None,
                 closes=rows.closes(segment),
             )
         elif rows.plain and rows.aligned(segment):
-            out, memory = attend(q, k, v, state=before, local=self._turned(q, k, rows, segment))
+            out, memory = attend(q, k, v, state=before, local=self._rotated(q, k, rows, segment))
         else:
             layout = rows.segments(segment)
             begins = rows.cached(("begins", segment), lambda: host.put(layout.begins(), rows.device))
             old_k, old_v = (None, None) if state is None else (state.k, state.v)
             spread_q, spread_k, spread_v = layout.spread(q), layout.spread(k, old_k), layout.spread(v, old_v)
-            local = self._turned(spread_q, spread_k, rows, segment)
+            local = self._rotated(spread_q, spread_k, rows, segment)
             out, memory = attend(
                 spread_q, spread_k, spread_v, state=before, local=local, real=layout.real, begins=begins
             )
@@ -95,14 +99,16 @@ class SegmentMechanism(BoundedMechanism):
         memory_values, memory_keys = rows.clear_reset(memory.values), rows.clear_reset(memory.keys)
         return out, self.State(memory_values, memory_keys, *carry(state, k, v, rows, segment - 1), rows.live)
 
-    def _turned(self, q: Tensor, k: Tensor, rows: BatchLayout, period: int | None) -> Local:
-        """q and k with RoPE, where the model has it, by columns (modulo `period`)."""
+    def _rotated(self, q: Tensor, k: Tensor, rows: BatchLayout, period: int | None) -> Local:
+        """Return q and k rotated by RoPE, taking columns (modulo `period`) as positions;
+        None in a model without RoPE.
+        """
         if self.shape.rope is None or not q.shape[2]:
             return None
         return rotate_by_column(q, k, self.shape.rope, rows, period)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SegmentState:
-        """Nothing written, nothing open."""
+        """Return a state with an empty memory and no tokens."""
         kv_heads, dim = self.shape.num_kv_heads, self.shape.head_dim
         wide = self.memory_dtype(device, dtype)
         memory = ops.empty_memory(batch_size, kv_heads, self.features, dim, device, wide)
@@ -110,12 +116,12 @@ class SegmentMechanism(BoundedMechanism):
         return self.State(memory.values, memory.keys, k, k.clone(), memory.written)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Local attention in every segment, memory read and written."""
+        """Return the FLOPs of local attention in every segment and of reading and writing the memory."""
         memory, local = self.memory_cost(length)
         return batch_size * (
             2 * self.shape.num_kv_heads * memory + 4 * self.shape.num_heads * self.shape.head_dim * local
         )
 
     def pairs(self, length: int) -> int:
-        """All pairs: what the local part does not see is in the memory."""
+        """Return the number of all causal pairs: tokens outside the local part are in the memory."""
         return self.shape.num_heads * pairs_within(length)

@@ -1,4 +1,4 @@
-"""Bytes and pairs that mechanisms count alike."""
+"""Counts of bytes and pairs that several mechanisms share."""
 
 import torch
 
@@ -7,20 +7,20 @@ from longspan.contract.base import Mechanism
 
 
 class BoundedMechanism(Mechanism):
-    """A core whose state is as large at any length as it is for an empty past."""
+    """A core whose state has the same size at any length as for an empty past."""
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Bytes of an empty state, whatever the length."""
+        """Return the bytes of an empty state, whatever the length."""
         return states.nbytes(self.init_state(batch_size, torch.device("meta"), dtype))
 
 
 def pairs_within(length: int, window: int | None = None, *, causal: bool = True) -> int:
-    """Pairs of a query and a key less than `window` apart, of one head; causal: only keys not after the query.
+    """Count the (query, key) pairs of one head that are less than `window` positions apart.
 
     Args:
-        length: queries, and keys.
+        length: number of queries, and of keys.
         window: None = all pairs.
-        causal: see above.
+        causal: count only keys that are not after the query.
     """
     near = length if window is None else min(window, length)
     one_side = near * (near + 1) // 2 + (length - near) * near

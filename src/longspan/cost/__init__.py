@@ -1,4 +1,4 @@
-"""What models cost: FLOPs by the convention of scaling papers, and fits of scaling laws."""
+"""Cost of models: FLOPs by the convention of scaling papers, and fits of scaling laws."""
 
 from longspan.cost import scaling
 from longspan.cost.transformer import OPT, TransformerSize, forward_flops, recurrent_ratio

@@ -1,10 +1,10 @@
-"""Scaling laws: what training costs, power laws fitted to runs of one's own, and how to spend a budget.
+"""Scaling laws: the cost of training, power laws fitted to your own runs, and the best use of a compute budget.
 
-Training costs C = 6 N D (Kaplan et al. 2020, section 2.1) for N parameters without embeddings and D tokens, plus the
-term of the context that the paper drops where the model is wide: in each layer every query meets `attended` keys, 4
-FLOPs a channel forward and three times that in training. For dense causal attention over n tokens `attended` is about
-n / 2 and the term is the paper's 2 n_layer n_ctx d_attn a token; for the mechanisms of this library it is their own
-number.
+Training costs C = 6 N D (Kaplan et al. 2020, section 2.1) for N parameters without embeddings and D tokens, plus a
+context term that the paper drops for wide models: in each layer every query meets `attended` keys, at 4 FLOPs per
+channel in the forward pass and three times that in training. For dense causal attention over n tokens `attended` is
+about n / 2 and the term is the paper's 2 n_layer n_ctx d_attn per token; the mechanisms of this library report their
+own number.
 
 Forms of the loss, in nats:
 
@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from longspan.errors import ConfigError, UnsupportedError
 
 Array = NDArray[np.float64]
-# a direction of the parameters that changes the losses so much less than the others is not determined by the runs
+# a direction in parameter space is undetermined if it changes the losses by less than this share of the strongest one
 _SINGULAR = 1e-4
-# nor is a parameter that changes them so much less than another
+# a parameter is undetermined if it changes the losses by less than this share of the most effective one
 _SILENT = 1e-6
-# logarithm of a parameter; beyond it there are no more numbers
+# largest logarithm of a parameter that does not overflow
 _LARGEST = 700.0
 PF_DAY = 8.64e19
 """FLOPs of a petaflop/s-day"""
@@ -40,19 +40,28 @@ KAPLAN_CRITICAL = (2e8, 0.21)
 def training_flops(
     parameters: float, tokens: float, *, num_layers: int = 0, attn_dim: int = 0, attended: float = 0.0
 ) -> float:
-    """FLOPs of training: 6 N D and the term of the context.
+    """Return the FLOPs of training: 6 N D plus the context term.
 
     Args:
         parameters: N, without embeddings.
         tokens: D.
-        num_layers, attn_dim: of the model: layers, and heads times their width.
-        attended: keys that a query meets in one layer, on average.
+        num_layers: layers of the model.
+        attn_dim: heads times their width.
+        attended: number of keys that a query meets in one layer, on average.
     """
     return (6.0 * parameters + 12.0 * num_layers * attn_dim * attended) * tokens
 
 
 def model_training_flops(model: Any, tokens: float, *, length: int) -> float:
-    """The same for a Decoder or Encoder, whose mechanisms say how many keys a query meets in texts of `length`."""
+    """Return the training FLOPs of a Decoder or Encoder on texts of `length` tokens: 6 N D plus the context term.
+
+    The mechanisms of the model report how many keys a query meets.
+
+    Args:
+        model: a Decoder or Encoder.
+        tokens: D, the number of training tokens.
+        length: tokens per text.
+    """
     pairs = model.pairs(length) / length
     shape = model.config
     head_dim = shape.head_dim or shape.dim // shape.num_heads
@@ -60,23 +69,23 @@ def model_training_flops(model: Any, tokens: float, *, length: int) -> float:
 
 
 def non_embedding(model: Any) -> int:
-    """Parameters without the tables of embeddings and positions and the output layer (which may be the first)."""
+    """Return the number of parameters without embeddings, position tables and the output layer."""
     names = ("embedding.", "head.", "output.", "output_bias", "position_embedding.")
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(names))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law.
+    """A fitted scaling law.
 
     Attributes:
         form: its name.
         parameters: by name, as in the formulas of the module.
-        intervals: 95 %, by name, from drawing the runs anew; empty where there are too few, or a parameter is not
-            determined.
+        intervals: 95 % confidence intervals by name, from bootstrap samples of the runs; empty if there are too few
+            runs, or if a parameter is undetermined.
         residual: root mean square of log(predicted loss / loss).
-        runs: how many were fitted.
-        undetermined: parameters that these runs do not determine, as others make up for them.
+        runs: number of runs fitted.
+        undetermined: parameters that these runs do not determine, because others can compensate for them.
     """
 
     form: str
@@ -87,7 +96,7 @@ class Fit:
     undetermined: tuple[str, ...] = ()
 
     def predict(self, **at: Any) -> Any:
-        """The loss at `x`, or at `N` and `D`; numbers or arrays."""
+        """Return the predicted loss at `x`, or at `N` and `D`; numbers or arrays."""
         form = _FORMS[self.form]
         with np.errstate(over="ignore"):
             values = [self.parameters[name] for name in form.names]
@@ -96,46 +105,56 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Form:
+    """A form of scaling law: parameter names, input columns, the loss function and start values for the fit."""
+
     names: tuple[str, ...]
     inputs: tuple[str, ...]
     loss: Callable[..., Any]
     starts: Callable[..., list[list[float]]]
     values: int
-    """different values of each input at least; with fewer, no number of runs determines the parameters"""
+    """smallest number of distinct values of each input that can determine the parameters"""
 
 
 def _power(p: Sequence[float], x: Array) -> Any:
+    """Return the loss (x_c / x)^a for p = (x_c, a)."""
     scale, exponent = p
     return (scale / x) ** exponent
 
 
 def _floored(p: Sequence[float], x: Array) -> Any:
+    """Return the loss floor + (x_c / x)^a for p = (x_c, a, floor)."""
     return p[2] + _power(p[:2], x)
 
 
 def _kaplan(p: Sequence[float], n: Array, d: Array) -> Any:
+    """Return the loss of Kaplan's form for p = (N_c, a_N, D_c, a_D), parameters n and tokens d."""
     n_c, a_n, d_c, a_d = p
     return ((n_c / n) ** (a_n / a_d) + d_c / d) ** a_d
 
 
 def _chinchilla(p: Sequence[float], n: Array, d: Array) -> Any:
+    """Return the loss of Chinchilla's form for p = (E, A, a, B, b), parameters n and tokens d."""
     e, a, alpha, b, beta = p
     return e + a / n**alpha + b / d**beta
 
 
 def _power_starts(x: Array, loss: Array) -> list[list[float]]:
-    """From the straight line through the logarithms, which is the solution where there is no floor."""
+    """Return start values of a power law: the straight line through the logarithms,
+    the exact solution without a floor.
+    """
     slope, height = np.polyfit(np.log(x), np.log(loss), 1)
     exponent = max(-slope, 1e-3)
     return [[math.exp(min(height / exponent, 600.0)), exponent]]
 
 
 def _floored_starts(x: Array, loss: Array) -> list[list[float]]:
+    """Return start values of a power law with a floor, one set for each of three guesses of the floor."""
     floors = [share * float(loss.min()) for share in (0.1, 0.5, 0.9)]
     return [[*_power_starts(x, loss - floor)[0], floor] for floor in floors]
 
 
 def _kaplan_starts(n: Array, d: Array, loss: Array) -> list[list[float]]:
+    """Return start values of Kaplan's form: from single power laws, from the paper, and generic ones."""
     return [
         [*_power_starts(n, loss)[0], *_power_starts(d, loss)[0]],
         [8.8e13, 0.076, 5.4e13, 0.095],
@@ -144,6 +163,7 @@ def _kaplan_starts(n: Array, d: Array, loss: Array) -> list[list[float]]:
 
 
 def _chinchilla_starts(n: Array, d: Array, loss: Array) -> list[list[float]]:
+    """Return start values of Chinchilla's form, for several guesses of the floor and the exponents."""
     centers = [float(np.exp(np.log(sizes).mean())) for sizes in (n, d)]
     starts = []
     for share, exponent in itertools.product((0.2, 0.8), (0.1, 0.3, 0.6)):
@@ -173,58 +193,63 @@ def fit(
     Args:
         form: see the module; "floored" is a power law above a constant.
         runs: columns `loss` (nats) and `x`, or `N` and `D`.
-        draws: bootstrap draws of the runs for the intervals; 0: none.
-        seed: of the draws.
+        draws: bootstrap samples of the runs for the intervals; 0 = no intervals.
+        seed: of the bootstrap samples.
 
     Raises:
-        ConfigError: columns that are missing, unequal or not positive; fewer runs than parameters, or too few different
-            values of x, of N or of D for any number of runs to fix them.
+        ConfigError: columns that are missing, of unequal length or not positive; fewer runs than parameters, or too few
+            distinct values of x, of N or of D to determine them.
         UnsupportedError: scipy is missing.
     """
     if form not in _FORMS:
-        raise ConfigError(f"{form!r} is no form; {', '.join(_FORMS)} are")
+        raise ConfigError(f"unknown form {form!r} of scaling law; known: {', '.join(_FORMS)}")
     shape = _FORMS[form]
     columns = _columns(runs, (*shape.inputs, "loss"))
     count = len(columns[0])
     if count < len(shape.names):
-        raise ConfigError(f"{count} runs cannot fix {len(shape.names)} parameters of {form!r}; more runs are needed")
+        raise ConfigError(f"{count} runs cannot determine {len(shape.names)} parameters of {form!r}; add more runs")
     for name, column in zip(shape.inputs, columns, strict=False):
         if (different := len(np.unique(column))) < shape.values:
             raise ConfigError(
-                f"runs of {different} different {name} cannot fix {form!r}: {shape.values} are needed at least"
+                f"runs with {different} distinct values of {name} cannot determine {form!r}; "
+                f"use at least {shape.values}"
             )
     best, residual = _solve(shape, columns, shape.starts(*columns))
-    lost = _undetermined(shape, columns, best)
-    # what is not determined may wander anywhere from draw to draw, and take the other parameters along
-    drawn = _draws(shape, columns, best, draws if count > len(shape.names) and not lost else 0, seed)
+    undetermined = _undetermined(shape, columns, best)
+    # undetermined parameters vary arbitrarily between bootstrap samples, and other parameters with them
+    samples = _bootstrap(shape, columns, best, draws if count > len(shape.names) and not undetermined else 0, seed)
     intervals: dict[str, tuple[float, float]] = {}
-    if drawn:
-        low, high = np.quantile(drawn, (0.025, 0.975), axis=0).tolist()
+    if samples:
+        low, high = np.quantile(samples, (0.025, 0.975), axis=0).tolist()
         intervals = dict(zip(shape.names, zip(low, high, strict=True), strict=True))
-    return Fit(form, dict(zip(shape.names, best, strict=True)), intervals, residual, count, lost)
+    return Fit(form, dict(zip(shape.names, best, strict=True)), intervals, residual, count, undetermined)
 
 
-def _draws(shape: _Form, columns: list[Array], best: list[float], draws: int, seed: int) -> list[list[float]]:
-    """Parameters of runs drawn anew; each from every start, as a draw may have its least elsewhere than all runs."""
-    generator, drawn = np.random.default_rng(seed), []
+def _bootstrap(shape: _Form, columns: list[Array], best: list[float], draws: int, seed: int) -> list[list[float]]:
+    """Return the fitted parameters of bootstrap samples of the runs.
+
+    Each is fitted from every start, as a sample may have its minimum elsewhere than all runs.
+    """
+    generator, samples = np.random.default_rng(seed), []
     count = len(columns[0])
     for _ in range(draws):
         chosen = generator.integers(0, count, count)
-        part = [column[chosen] for column in columns]
-        fixed = all(len(np.unique(column)) >= shape.values for column in part[:-1])
-        if fixed and len(set(chosen.tolist())) >= len(shape.names):
-            # from all starts a little of the way, from the best of them to the end
-            near, _ = _solve(shape, part, [best, *shape.starts(*part)], tolerance=1e-6, evaluations=25)
-            drawn.append(_solve(shape, part, [near], tolerance=1e-10, evaluations=200)[0])
-    return drawn
+        sampled = [column[chosen] for column in columns]
+        determined = all(len(np.unique(column)) >= shape.values for column in sampled[:-1])
+        if determined and len(set(chosen.tolist())) >= len(shape.names):
+            # a few evaluations from every start, then the best of them to convergence
+            near, _ = _solve(shape, sampled, [best, *shape.starts(*sampled)], tolerance=1e-6, evaluations=25)
+            samples.append(_solve(shape, sampled, [near], tolerance=1e-10, evaluations=200)[0])
+    return samples
 
 
 def _undetermined(shape: _Form, columns: list[Array], best: list[float]) -> tuple[str, ...]:
-    """Parameters along whose change, with that of others, the losses of the runs stay as they are."""
+    """Return the names of parameters that can change, together with others, without changing the losses of the runs."""
     *inputs, _ = columns
     at, step = np.log(np.maximum(best, 1e-300)), 1e-5
 
     def losses(values: Array) -> Array:
+        """Return the logarithms of the predicted losses of all runs for logarithms of the parameters."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             return np.asarray(np.log(shape.loss(np.exp(values), *inputs)))
 
@@ -235,26 +260,27 @@ def _undetermined(shape: _Form, columns: list[Array], best: list[float]) -> tupl
     if silent.all():
         return shape.names
     _, strengths, directions = np.linalg.svd(jacobian[:, ~silent] / sizes[~silent], full_matrices=False)
-    lost = silent.copy()
+    undetermined = silent.copy()
     weak = directions[strengths < _SINGULAR * strengths[0]]
-    lost[~silent] = (np.abs(weak) > 0.1).any(axis=0)
-    return tuple(name for name, gone in zip(shape.names, lost.tolist(), strict=True) if gone)
+    undetermined[~silent] = (np.abs(weak) > 0.1).any(axis=0)
+    return tuple(name for name, is_free in zip(shape.names, undetermined.tolist(), strict=True) if is_free)
 
 
 def _columns(runs: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[Array]:
+    """Return the named columns of the runs as arrays, checked: present, of equal length, positive."""
     missing = [name for name in names if name not in runs]
     if missing:
-        raise ConfigError(f"runs: no column {missing[0]!r}; expected {', '.join(names)}")
+        raise ConfigError(f"runs: column {missing[0]!r} is missing; expected {', '.join(names)}")
     columns = [np.asarray(runs[name], dtype=np.float64) for name in names]
     if len({len(column) for column in columns}) != 1 or any(not (column > 0).all() for column in columns):
-        raise ConfigError(f"runs: columns {', '.join(names)} must be of one length and positive")
+        raise ConfigError(f"runs: columns {', '.join(names)} must be positive and of equal length")
     return columns
 
 
 def _solve(
     form: _Form, columns: list[Array], starts: list[list[float]], tolerance: float = 1e-14, evaluations: int = 2000
 ) -> tuple[list[float], float]:
-    """The best of several starts, and its residual."""
+    """Fit a law from several starts; return the parameters of the best fit and their root mean square residual."""
     try:
         from scipy.optimize import least_squares  # type: ignore[import-untyped]
     except ImportError:
@@ -263,6 +289,7 @@ def _solve(
     target = np.log(loss)
 
     def error(values: Array) -> Array:
+        """Return log(predicted loss / loss) of every run for logarithms of the parameters."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             difference = np.log(form.loss(np.exp(np.clip(values, -_LARGEST, _LARGEST)), *inputs)) - target
         return np.asarray(np.nan_to_num(difference, nan=1e3, posinf=1e3, neginf=-1e3))
@@ -271,19 +298,19 @@ def _solve(
     options |= dict.fromkeys(("xtol", "ftol", "gtol"), tolerance)
     solutions = [least_squares(error, np.log(np.maximum(start, 1e-300)), **options) for start in starts]
     best = min(solutions, key=lambda solution: solution.cost)
-    # of runs that are nearly alike the scale may lie beyond all numbers, which it then has no part in
+    # if all runs are nearly alike, the scale may overflow; it then has no influence
     values = [float(value) for value in np.exp(np.clip(best.x, -_LARGEST, _LARGEST))]
     return values, float(np.sqrt(np.mean(error(best.x) ** 2)))
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """How to spend a budget.
+    """The best use of a compute budget.
 
     Attributes:
         parameters: N, without embeddings.
         tokens: D.
-        loss: expected.
+        loss: predicted loss.
     """
 
     parameters: float
@@ -292,17 +319,20 @@ class Allocation:
 
 
 def optimal(law: Fit, flops: float) -> Allocation:
-    """The N and D of least loss with 6 N D = `flops`, in closed form; the term of the context is left out.
+    """Return the N and D of least loss with 6 N D = `flops`, in closed form; the context term is ignored.
 
-    Of Chinchilla's form (Hoffmann et al. 2022, equation 4) and of Kaplan's (from the derivative of equation 1.5).
+    For Chinchilla's form see Hoffmann et al. 2022, equation 4; for Kaplan's it follows from the derivative of equation
+    1.5.
 
     Raises:
-        ConfigError: a law that knows only one of N and D, or whose scales and exponents the runs do not determine; or
-            no FLOPs.
+        ConfigError: a law of only one of N and D, a law whose scales or exponents the runs do not determine, or flops
+            <= 0.
     """
-    # the loss that is left at any size moves no optimum
-    if lost := [name for name in law.undetermined if name != "E"]:
-        raise ConfigError(f"{', '.join(lost)} of {law.form!r} not determined by these runs; vary N and D apart")
+    # the irreducible loss E does not move the optimum
+    if undetermined := [name for name in law.undetermined if name != "E"]:
+        raise ConfigError(
+            f"{', '.join(undetermined)} of {law.form!r}: not determined by these runs; vary N and D independently"
+        )
     if flops <= 0:
         raise ConfigError(f"flops = {flops}: must be positive")
     p, budget = law.parameters, flops / 6
@@ -313,23 +343,21 @@ def optimal(law: Fit, flops: float) -> Allocation:
         power = p["a_N"] / p["a_D"]
         n = (power * p["N_c"] ** power * budget / p["D_c"]) ** (1 / (power + 1))
     else:
-        raise ConfigError(
-            f"a law of form {law.form!r} cannot weigh parameters against tokens; fit kaplan or chinchilla"
-        )
+        raise ConfigError(f"a law of form {law.form!r} does not depend on both N and D; fit kaplan or chinchilla")
     d = budget / n
     return Allocation(n, d, float(law.predict(N=n, D=d)))
 
 
 def critical_batch(loss: float, *, law: tuple[float, float] = KAPLAN_CRITICAL) -> float:
-    """Tokens of the batch at which time and compute are traded evenly: B* / L^(1 / a_B)."""
+    """Return the critical batch size in tokens, B* / L^(1 / a_B), which balances time against compute."""
     return float(law[0] / loss ** (1 / law[1]))
 
 
 def least_steps(steps: float, batch: float, loss: float) -> float:
-    """Steps that would have been needed at a batch far above the critical one: S / (1 + B_crit / B)."""
+    """Return the steps needed at a batch far above the critical one: S / (1 + B_crit / B)."""
     return steps / (1 + critical_batch(loss) / batch)
 
 
 def least_compute(flops: float, batch: float, loss: float) -> float:
-    """FLOPs that would have been needed at a batch far below the critical one: C / (1 + B / B_crit)."""
+    """Return the FLOPs needed at a batch far below the critical one: C / (1 + B / B_crit)."""
     return flops / (1 + batch / critical_batch(loss))

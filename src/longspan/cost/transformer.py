@@ -1,7 +1,7 @@
-"""FLOPs of a Transformer by the convention of scaling papers, and what recurrence over segments saves.
+"""FLOPs of a Transformer by the convention of scaling papers, and the saving by recurrence over segments.
 
-The convention is that of Hoffmann et al. 2022 (appendix F): 2 FLOPs a multiply-add, softmax counted with 3 a score,
-one vocabulary product. It is not the exact count of a longspan model, which is `model.flops(length)`.
+The convention is that of Hoffmann et al. 2022 (appendix F): 2 FLOPs per multiply-add, 3 per score for softmax, one
+vocabulary product. It is not the exact count of a longspan model, which is `model.flops(length)`.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerSize:
-    """Sizes of a Transformer: layers, width, width of the feed-forward, heads, vocabulary."""
+    """Sizes of a Transformer: layers, width, width of the feed-forward layers, heads, vocabulary."""
 
     num_layers: int
     dim: int
@@ -29,7 +29,7 @@ OPT = {
 
 
 def forward_flops(size: TransformerSize, length: int, *, vocabulary: bool = True) -> int:
-    """Forward FLOPs of `length` tokens at once.
+    """Return the FLOPs of a forward pass over `length` tokens at once.
 
     Per layer: 6 n D^2 for q, k and v; 4 n^2 D for scores and weighted values; 3 H n^2 for the softmax; 2 n D^2 for the
     output; 4 n D D_ff for the feed-forward. Then 2 n D V once.
@@ -45,10 +45,10 @@ def forward_flops(size: TransformerSize, length: int, *, vocabulary: bool = True
 
 
 def recurrent_ratio(size: TransformerSize, *, segments: int = 4096, segment_length: int = 512) -> float:
-    """How many times fewer FLOPs a recurrent memory needs than the same model over the whole text at once.
+    """Return how many times fewer FLOPs a recurrent memory needs than the same model over the whole text at once.
 
-    The convention of Bulatov et al. 2023 (figure 2), pinned by its printed 295 (OPT-125M) and 29 (OPT-175B) at 4,096
-    segments of 512: memory tokens are part of the 512, and the vocabulary product is counted in each segment.
+    The convention is that of Bulatov et al. 2023 (figure 2), confirmed by its printed 295 (OPT-125M) and 29 (OPT-175B)
+    at 4,096 segments of 512: memory tokens are part of the 512, and the vocabulary product is counted in each segment.
     """
     whole = forward_flops(size, segments * segment_length)
     return whole / (segments * forward_flops(size, segment_length))

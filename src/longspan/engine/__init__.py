@@ -1,7 +1,8 @@
-"""The engine of softmax attention: schedules of tiles, and one forward and one backward pass for all of them.
+"""The engine of softmax attention: block schedules, and one forward and one backward pass for all of them.
 
-`tiles` cuts a pattern into tiles, `schedule` says what is done with them, `softmax` does it, `flash` is the kernel for
-one, `first_order` the base of autograd functions with gradients made by hand.
+`tiles` splits an attention pattern into rectangles (tiles), `schedule` describes which keys each tile reads, `softmax`
+computes it, `flash` is the kernel for one tile, and `first_order` is the base of autograd functions with hand-written
+gradients.
 """
 
 from longspan.engine.schedule import KeyLists, KeyOrder, Pattern, QueryOrder, Round, RoundInputs, Schedule, Scores, Tile

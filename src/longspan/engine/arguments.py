@@ -1,4 +1,4 @@
-"""Arguments shared by the attention ops: shape checks, and which keys of each batch row are real."""
+"""Arguments that attention operations share: shape checks, and which keys of each batch row are real."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,14 +11,19 @@ from longspan import host
 from longspan.engine.tiles import Visibility
 from longspan.errors import ConfigError
 
-NOBODY = -(2**62)  # the document of keys that are not real
+NO_DOCUMENT = -(2**62)  # document number of padding keys, which no query has
 
 
 class Call(NamedTuple):
-    """One call, its older keys trimmed to those that some query can see.
+    """Checked arguments of one call, without the older keys that no query can see.
 
-    `dropped` key columns were cut off in front; column numbers given by the caller are larger by this. `visibility`
-    None: nothing is hidden beyond the pattern. `dead` (batch, length): queries that see no key, None if there is none.
+    Attributes:
+        q: (batch, heads, length, head_dim).
+        k, v: (batch, kv_heads, memory + length, head_dim); the first `memory` are older keys.
+        memory: number of older key columns left.
+        dropped: number of key columns removed at the front; column numbers of the caller are larger by this.
+        visibility: which keys are hidden beyond the pattern; None = none.
+        fully_masked: (batch, length) bool, queries that see no key; None = there are none.
     """
 
     q: Tensor
@@ -27,31 +32,33 @@ class Call(NamedTuple):
     memory: int
     dropped: int
     visibility: Visibility | None
-    dead: Tensor | None
+    fully_masked: Tensor | None
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to compute."""
         return self.q.numel() == 0 or self.v.shape[-1] == 0
 
-    def finish(self, out: Tensor) -> Tensor:
-        """Zeros where a query sees no key; their gradients become zero with them."""
-        if self.dead is None:
+    def zero_masked(self, out: Tensor) -> Tensor:
+        """Set outputs (batch, heads, length, dim) to zero where a query sees no key;
+        their gradients become zero too.
+        """
+        if self.fully_masked is None:
             return out
-        hidden = self.dead[:, None, :, None]
+        hidden = self.fully_masked[:, None, :, None]
         return out.masked_fill(hidden, 0.0) if out.requires_grad else out.masked_fill_(hidden, 0.0)
 
 
 def check_floating(**tensors: Tensor | None) -> None:
-    """Raise `ConfigError` for a tensor, by its name, that is of no real floating-point type."""
+    """Raise a ConfigError if a tensor, passed by its name, is not of a real floating-point dtype."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ConfigError(f"{name} is {kind}; expected a floating-point type, such as {name}.float()")
+            raise ConfigError(f"{name} is {kind}: must be floating-point; pass {name}.float()")
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise `ConfigError` unless q, k, v fit together and are floating-point numbers."""
+    """Raise a ConfigError unless q, k, v have matching shapes and floating-point dtypes."""
     check_floating(q=q, k=k, v=v)
     fits = (
         q.ndim == k.ndim == v.ndim == 4
@@ -70,9 +77,9 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_positive(name: str, value: int) -> None:
-    """Raise `ConfigError` unless value is at least 1."""
+    """Raise a ConfigError unless value is at least 1."""
     if value < 1:
-        raise ConfigError(f"{name} must be at least 1, got {value}")
+        raise ConfigError(f"{name} = {value}: must be at least 1")
 
 
 def read_call(
@@ -86,13 +93,13 @@ def read_call(
     start: Tensor | None,
     memory_lengths: Tensor | None,
 ) -> Call:
-    """Check the arguments, drop older keys out of reach and find which keys are hidden row by row.
+    """Check the arguments of an attention call, drop unreachable older keys and determine which keys each row hides.
 
     Args:
         q: (batch, heads, length, head_dim).
         k: (batch, kv_heads, memory + length, head_dim).
         v: like k.
-        causal: whether queries see no later key.
+        causal: queries see no later key.
         keep: how many older keys any query can reach; None = all.
         lengths: (batch,) real tokens of each row, or None.
         start: (batch, length) first visible key column, or None.
@@ -114,68 +121,70 @@ def read_call(
     if causal:
         limits, read = _Limits(lengths, start, memory_lengths), _Limits(of_lengths, of_start, of_memory)
         whole = all((tensor is None) == (array is None) for tensor, array in zip(limits, read, strict=True))
-        visibility, dead = _causal_rows(q, memory, dropped, limits, read if whole else None)
+        visibility, fully_masked = _causal_visibility(q, memory, dropped, limits, read if whole else None)
     else:
-        visibility, dead = _free_rows(q, memory, dropped, lengths, start, memory_lengths)
-    return Call(q, k, v, memory, dropped, visibility, dead)
+        visibility, fully_masked = _bidirectional_visibility(q, memory, dropped, lengths, start, memory_lengths)
+    return Call(q, k, v, memory, dropped, visibility, fully_masked)
 
 
 class _Limits(NamedTuple):
-    """What hides keys of each row, as `read_call` takes it: tensors, or their values on the host."""
+    """Limits on the visible keys of each row, as in `read_call`: tensors, or host arrays of their values."""
 
     lengths: Any
     start: Any
     memory_lengths: Any
 
     def causal(self, own: Any, memory: int, dropped: int, maximum: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
-        """(batch, length or 1) first visible key columns and (batch, length) queries that see none; None = no limit.
+        """Return the first visible key columns (batch, length or 1) and the queries (batch, length) that see none; None
+        = no limit.
 
         Args:
             own: (length,) the key column of each query.
             memory: older key columns that are left.
-            dropped: those that were cut off.
-            maximum: of tensors, or of arrays.
+            dropped: older key columns that were removed.
+            maximum: elementwise maximum, of tensors or of arrays.
         """
-        first = dead = None
+        first = fully_masked = None
         if self.memory_lengths is not None:
             first = (memory - self.memory_lengths).clip(min=0)[:, None]
         if self.start is not None:
             begin = self.start - dropped
             first = begin if first is None else maximum(first, begin)
-            dead = first > own
+            fully_masked = first > own
         if self.lengths is not None:
             late = own >= (memory + self.lengths)[:, None]
-            dead = late if dead is None else dead | late
-        return first, dead
+            fully_masked = late if fully_masked is None else fully_masked | late
+        return first, fully_masked
 
 
-def _causal_rows(
+def _causal_visibility(
     q: Tensor, memory: int, dropped: int, limits: _Limits, read: _Limits | None
 ) -> tuple[Visibility | None, Tensor | None]:
-    """Causal: a real query sees no later key, so only the first visible column matters.
+    """Return which keys are hidden, and which queries see none, in the causal form.
 
-    `read` are the limits on the host; None where they are not known.
+    A real query sees no later key, so only the first visible column matters. `read` has the host values of the limits;
+    None if they are not known.
     """
     batch, length = q.shape[0], q.shape[2]
     top, least = memory + length, None
     if read is not None:
-        first, dead = read.causal(np.arange(memory, memory + length), memory, dropped, np.maximum)
+        first, fully_masked = read.causal(np.arange(memory, memory + length), memory, dropped, np.maximum)
         top = 0 if first is None else int(first.max())
-        blind = dead is not None and bool(dead.any())
+        blind = fully_masked is not None and bool(fully_masked.any())
         if top <= 0 and not blind:
             return None, None
         least = None if first is None else np.broadcast_to(first.min(0), length)
     own = torch.arange(memory, memory + length, device=q.device)
-    first, dead = limits.causal(own, memory, dropped, torch.maximum)
+    first, fully_masked = limits.causal(own, memory, dropped, torch.maximum)
     if read is not None and not blind:
-        dead = None
+        fully_masked = None
     if first is None or top <= 0:
-        return None, dead
+        return None, fully_masked
     key = torch.arange(memory + length, device=q.device)[None, None, :, None].expand(batch, 1, -1, 1)
-    return Visibility(first.expand(batch, length)[:, None, :, None], key, False, top, least), dead
+    return Visibility(first.expand(batch, length)[:, None, :, None], key, False, top, least), fully_masked
 
 
-def _free_rows(
+def _bidirectional_visibility(
     q: Tensor,
     memory: int,
     dropped: int,
@@ -183,31 +192,34 @@ def _free_rows(
     start: Tensor | None,
     memory_lengths: Tensor | None,
 ) -> tuple[Visibility | None, Tensor | None]:
-    """Not causal: a query sees the keys of its own document; keys that are not real belong to none."""
+    """Return which keys are hidden, and which queries see none, in the bidirectional form.
+
+    A query sees the keys of its own document; padding keys belong to no document.
+    """
     batch, length = q.shape[0], q.shape[2]
     if start is None and lengths is None and memory_lengths is None:
         return None, None
     if start is not None and memory + dropped > 0:
-        raise ConfigError("start without causal order takes no older keys: they have no document")
+        raise ConfigError("start: with causal = False there must be no older keys, as they have no document")
     query = torch.zeros(batch, length, dtype=torch.long, device=q.device) if start is None else start.long()
     key = torch.cat([query.new_zeros(batch, memory), query], 1)
     column = torch.arange(memory + length, device=q.device)
-    dead = None
+    fully_masked = None
     if lengths is not None:
-        key = key.masked_fill(column >= (memory + lengths)[:, None], NOBODY)
-        dead = column[memory:] >= (memory + lengths)[:, None]
+        key = key.masked_fill(column >= (memory + lengths)[:, None], NO_DOCUMENT)
+        fully_masked = column[memory:] >= (memory + lengths)[:, None]
     if memory_lengths is not None:
-        key = key.masked_fill(column < (memory - memory_lengths)[:, None], NOBODY)
-    return Visibility(query[:, None, :, None], key[:, None, :, None], True, memory + length), dead
+        key = key.masked_fill(column < (memory - memory_lengths)[:, None], NO_DOCUMENT)
+    return Visibility(query[:, None, :, None], key[:, None, :, None], True, memory + length), fully_masked
 
 
 def join_tail(start: Tensor, lengths: Tensor, real: Tensor) -> Tensor:
-    """`start` where the columns behind a row's real tokens belong to the document of the last one.
+    """Return `start` (batch, length) where padding after a row's real tokens belongs to the document of the last one.
 
     Args:
-        start: (batch, length) the column where each token's document starts; values are known where they were.
+        start: (batch, length) the column where each token's document starts; host values are kept.
         lengths: (batch,) real tokens of each row.
-        real: (batch, length) bool, which columns hold them.
+        real: (batch, length) bool, columns with real tokens.
     """
     if not start.shape[1]:
         return start

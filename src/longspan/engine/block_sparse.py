@@ -1,9 +1,9 @@
-"""Block-sparse softmax attention: a tile of queries reads a list of blocks of keys, and sees some of their keys.
+"""Block-sparse softmax attention: a tile of queries reads a list of key blocks, and sees some of their keys.
 
-A `BlockSchedule` cuts keys into blocks and queries into tiles, in any order, and says which blocks a tile reads. The
-schedules of several rounds (of hashing, say) give one softmax over the union of the pairs that they show: a pair that
-an earlier round shows is hidden in the later ones. Nothing of the size of an attention map is kept: the backward pass
-computes the weights of every tile again.
+A `BlockSchedule` groups keys into blocks and queries into tiles, in any order, and lists the blocks that a tile reads.
+The schedules of several rounds (of hashing, for example) give one softmax over the union of their visible pairs: a pair
+that is visible in an earlier round is hidden in later ones. Nothing of the size of an attention map is stored: the
+backward pass recomputes the weights of every tile.
 """
 
 import math
@@ -20,18 +20,18 @@ from longspan.engine.flash import default_scale
 from longspan.engine.tiles import HIDDEN, Run, make_open_plan
 from longspan.errors import ConfigError
 
-ENTRIES = 1 << 19  # scores of one forward call
-KEY_ENTRIES = 1 << 21  # numbers in its keys
-ABSENT = torch.iinfo(torch.int32).max  # rank of an empty slot: in no range
+ENTRIES = 1 << 19  # maximal number of scores in one forward kernel call
+KEY_ENTRIES = 1 << 21  # maximal number of elements of its keys
+ABSENT = torch.iinfo(torch.int32).max  # rank of an empty slot, outside of every range
 
 
 class KeyRange(NamedTuple):
-    """Pairs whose key has a rank with first <= rank < stop; of any order of the keys.
+    """(query, key) pairs whose key has a rank with first <= rank < stop, in any order of the keys.
 
     Attributes:
         first: (queries,) int32; None = 0.
         stop: (queries,) int32, 0 where a query sees nothing.
-        own: (queries,) int32, the rank of one key that is not seen, the query's own; None = all are.
+        own: (queries,) int32, the rank of one key that is hidden, the query's own; None = no key is excluded.
         rank: (keys,) int32, `ABSENT` where no query sees the key.
     """
 
@@ -41,20 +41,20 @@ class KeyRange(NamedTuple):
     rank: Tensor
 
     def hidden(self) -> Tensor:
-        """Pairs that are not seen."""
+        """Return a mask of the pairs that are hidden."""
         hidden = self.rank >= self.stop
         if self.first is not None:
             hidden.logical_or_(self.rank < self.first)
         return hidden if self.own is None else hidden.logical_or_(self.rank == self.own)
 
     def seen(self) -> Tensor:
-        """Pairs in the range, the query's own key among them."""
+        """Return a mask of the pairs in the range, including the query's own key."""
         seen = self.rank < self.stop
         return seen if self.first is None else seen.logical_and_(self.rank >= self.first)
 
 
 class ChunkPair(NamedTuple):
-    """Pairs whose key is in one of two chunks: the query's and the previous one.
+    """(query, key) pairs whose key is in one of two chunks: the query's and the previous one.
 
     Attributes:
         chunk: (queries,) int32.
@@ -67,7 +67,7 @@ class ChunkPair(NamedTuple):
     key_chunk: Tensor
 
     def seen(self) -> Tensor:
-        """Pairs in either chunk."""
+        """Return a mask of the pairs in either chunk."""
         return (self.key_chunk == self.chunk).logical_or_(self.key_chunk == self.previous)
 
 
@@ -75,18 +75,18 @@ Pairs = TypeVar("Pairs", bound=KeyRange | ChunkPair)
 
 
 class BlockSchedule(NamedTuple):
-    """Which blocks of keys each tile of queries reads, and which of their keys a query sees.
+    """Which key blocks each tile of queries reads, and which of their keys a query sees.
 
     Queries are numbered over (batch, heads, length), keys over (batch, heads or a divisor of them, columns).
 
     Attributes:
-        query: (tiles, height) the query in each place of a tile, -1 where there is none.
-        query_place: (queries,) the place of each query, -1 where it is in no tile: it sees nothing.
-        key: (blocks, size) the key in each slot of a block, -1 where there is none.
-        key_slot: (keys,) the slot of each key, -1 where it is in no block.
+        query: (tiles, height) the query at each place of a tile, -1 for none.
+        query_place: (queries,) the place of each query, -1 for a query in no tile, which sees nothing.
+        key: (blocks, size) the key in each slot of a block, -1 for none.
+        key_slot: (keys,) the slot of each key, -1 for a key in no block.
         lists: the blocks that a tile reads.
-        visible: what a query sees of them.
-        duplicates: pairs that earlier rounds show.
+        visible: which keys of them a query sees.
+        duplicates: pairs that are visible in earlier rounds.
     """
 
     query: Tensor
@@ -98,19 +98,23 @@ class BlockSchedule(NamedTuple):
     duplicates: "tuple[KeyRange | ChunkPair, ...]" = ()
 
     def arranged(self, pairs: Pairs) -> Pairs:
-        """The numbers of queries by tile (tiles, height), those of keys (the last field) by block (blocks, size)."""
+        """Arrange the numbers of queries by tile (tiles, height),
+        and those of keys (the last field) by block (blocks, size).
+        """
         *of_queries, of_keys = pairs
         by_tile = (None if t is None else _pick(t, self.query, -1) for t in of_queries)
         return cast(Pairs, cast(Any, type(pairs))(*by_tile, _pick(of_keys, self.key, ABSENT)))
 
     def at(self, pairs: Pairs, tiles: slice) -> Pairs:
-        """Of some tiles, the numbers of queries (tiles, height, 1) and those of the keys they read (tiles, 1, keys)."""
+        """Select tiles: the numbers of their queries (tiles, height, 1) and
+        of the keys that they read (tiles, 1, keys).
+        """
         *by_tile, by_block = pairs
         of_queries = (None if t is None else t[tiles][..., None] for t in by_tile)
         return cast(Pairs, cast(Any, type(pairs))(*of_queries, self.lists.read(by_block, tiles)[:, None]))
 
     def round(self, source: tuple[int, int] | None, *, merges: bool) -> Round:
-        """Of the engine; see `Round`."""
+        """Return the schedule as a round of the engine; for source and merges see `Round`."""
         plan = make_open_plan(self.query.shape[1], self.query.shape[1], 0, self.lists.width * self.key.shape[1])
         return Round(
             plan,
@@ -125,45 +129,45 @@ class BlockSchedule(NamedTuple):
 
 
 class TileOrder(NamedTuple):
-    """The queries of a `BlockSchedule` in its tiles, (tiles, 1, height, dim); see `QueryOrder`."""
+    """Order of the queries by the tiles of a `BlockSchedule`, (tiles, 1, height, dim); see `QueryOrder`."""
 
     query: Tensor
-    place: Tensor
+    query_place: Tensor
 
     def ordered(self, x: Tensor) -> Tensor:
-        """x (batch, heads, length, dim) by tile, zeros in empty places."""
+        """Arrange x (batch, heads, length, dim) by tile, with zeros at empty places."""
         return _rows(x, self.query.clamp(min=0)).masked_fill_((self.query < 0)[..., None], 0)[:, None]
 
     def restored(self, x: Tensor, shape: torch.Size, missing: float = 0.0) -> Tensor:
-        """x by tile as (batch, heads, length, dim), `missing` where a query is in no tile."""
-        rows = _rows(x, self.place.clamp(min=0)).masked_fill_((self.place < 0)[:, None], missing)
+        """Arrange x by tile back as (batch, heads, length, dim), with `missing` for queries in no tile."""
+        rows = _rows(x, self.query_place.clamp(min=0)).masked_fill_((self.query_place < 0)[:, None], missing)
         return rows.view(*shape, x.shape[3])
 
 
 class BlockOrder(NamedTuple):
-    """The keys of a `BlockSchedule` in its blocks, (blocks, 1, size, dim); see `KeyOrder`."""
+    """Order of the keys by the blocks of a `BlockSchedule`, (blocks, 1, size, dim); see `KeyOrder`."""
 
     key: Tensor
     slot: Tensor
 
     def ordered(self, x: Tensor) -> Tensor:
-        """x (batch, kv_heads, columns, dim) by block, zeros where a slot is empty."""
+        """Arrange x (batch, kv_heads, columns, dim) by block, with zeros in empty slots."""
         (batch, kv_heads, columns, _), index = x.shape, self.key.clamp(min=0)
         group = len(self.slot) // (batch * kv_heads * columns)
         if group > 1:
             index = index // (group * columns) * columns + index % columns
-        # zeros: a weight of zero hides no NaN that another row may hold
+        # zeros, because a weight of zero does not hide a NaN of another row
         return _rows(x, index).masked_fill_((self.key < 0)[..., None], 0)[:, None]
 
     def add_restored(self, total: Tensor, x: Tensor) -> None:
-        """Add gradients by block to those of (batch, kv_heads, columns, dim)."""
+        """Add gradients arranged by block to `total` (batch, kv_heads, columns, dim)."""
         batch, kv_heads, columns, dim = total.shape
         part = _rows(x, self.slot.clamp(min=0)).masked_fill_((self.slot < 0)[:, None], 0)
         total += part.view(batch, kv_heads, -1, columns, dim).sum(2)
 
 
 class ListedScores(Scores):
-    """Hides what the queries of a tile do not see, and what earlier rounds show."""
+    """Mask that hides what the queries of a tile do not see, and what earlier rounds show."""
 
     def __init__(self, inputs: RoundInputs, *, schedule: BlockSchedule) -> None:
         super().__init__(inputs)
@@ -172,11 +176,11 @@ class ListedScores(Scores):
         self.bias = torch.full((), HIDDEN, dtype=self.like.dtype, device=self.like.device)
 
     def tiles_at_once(self, run: Run, heads: int) -> int:
-        """See `Scores`."""
+        """Return the number of tiles per forward kernel call."""
         return max(1, min(ENTRIES // (run.queries * run.keys), KEY_ENTRIES // (run.keys * self.like.shape[3])))
 
     def added(self, tile: Tile) -> Tensor:
-        """See `Scores`."""
+        """Return the additive mask of a tile; see `Scores.added`."""
         tiles = slice(tile.block.row, tile.block.row + tile.block.rows)
         hidden = self.schedule.at(self.visible, tiles).hidden()
         for pairs in self.duplicates:
@@ -187,47 +191,49 @@ class ListedScores(Scores):
 def attend_blocks(
     q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], schedules: tuple[BlockSchedule, ...], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over what the schedules show, differentiable.
+    """Compute one softmax over the union of the schedules' visible pairs, differentiably.
 
     Args:
         q: (batch, heads, length, head_dim).
-        keys: for each schedule (batch, kv_heads, columns, head_dim); one alone serves all of them.
+        keys: for each schedule (batch, kv_heads, columns, head_dim); a single one is used for all of them.
         values: like keys.
-        schedules: of every round.
+        schedules: one for each round.
         scale: factor of the scores.
 
     Returns:
         out (batch, heads, length, head_dim) in q's dtype and the log-sum-exps of the scores (batch, heads, length) in
-        the working dtype; where a query sees nothing (`sees_none`) out is finite.
+        the working dtype; out is finite where a query sees nothing (`sees_none`).
     """
-    others = len(keys) - 1
+    num_extra = len(keys) - 1
     rounds = []
     for number, schedule in enumerate(schedules):
-        source = (number - 1, number - 1 + others) if others and number else None
+        source = (number - 1, number - 1 + num_extra) if num_extra and number else None
         rounds.append(schedule.round(source, merges=number > 0))
     return attention(q, keys[0], values[0], Schedule(tuple(rounds), scale), *keys[1:], *values[1:])
 
 
 def sees_none(lse: Tensor) -> Tensor:
-    """Which queries saw no key, from their log-sum-exps."""
+    """Return which queries saw no key, from their log-sum-exps."""
     return lse < HIDDEN / 2
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (any shape) of x (..., dim), numbered through: (*index.shape, dim)."""
+    """Gather rows `index` (any shape) of x (..., dim) with flattened leading dimensions: (*index.shape, dim)."""
     return x.reshape(-1, x.shape[-1]).index_select(0, index.flatten()).view(*index.shape, x.shape[-1])
 
 
 def _pick(x: Tensor, index: Tensor, empty: float) -> Tensor:
-    """Numbers x (n,) at index, `empty` where it is -1."""
+    """Gather numbers x (n,) at index, with `empty` where the index is -1."""
     return torch.cat([x, x.new_full((1,), empty)])[index]
 
 
 def inverse(index: Tensor, size: int) -> Tensor:
-    """(size,) the place in `index` (any shape, -1 = none) that holds each number below `size`, -1 where none does."""
-    place = torch.full((size + 1,), -1, dtype=torch.int64, device=index.device)
+    """Invert an index: return (size,) the place in `index` (any shape, -1 = none)
+    of each number below `size`, -1 if absent.
+    """
+    position = torch.full((size + 1,), -1, dtype=torch.int64, device=index.device)
     source = torch.arange(index.numel(), device=index.device)
-    return place.scatter_(0, torch.where(index < 0, size, index).flatten(), source)[:size]
+    return position.scatter_(0, torch.where(index < 0, size, index).flatten(), source)[:size]
 
 
 def block_sparse_attention(
@@ -245,33 +251,33 @@ def block_sparse_attention(
     memory_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Softmax attention of tiles of queries to chosen blocks of keys: the primitive of patterns yet to be invented.
+    """Softmax attention of tiles of queries to chosen blocks of keys: the primitive for new block-sparse patterns.
 
-    Tile t are the queries t * query_block onwards, block b the key columns b * key_block onwards; the last ones may be
-    short. A query sees the keys of the blocks in its tile's list, where causal those up to its own column. Native
-    Sparse Attention's selection has `query_block` 1 and a list for each kv head, MoBA's one for each head.
+    Tile t are the queries from t * query_block on, block b the key columns from b * key_block on; the last ones may be
+    shorter. A query sees the keys of the blocks in its tile's list, if causal those up to its own column. Native Sparse
+    Attention's selection has `query_block` 1 and one list per kv head, MoBA's one list per head.
 
     Args:
         q: (batch, heads, length, head_dim).
         k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
         v: like k; its width may differ.
         blocks: (batch or 1, kv_heads or heads or 1, tiles, list length) integers, the blocks of each tile in any order.
-            Of equal ones one counts; indices that name no block, such as -1, are left out.
-        query_block: queries of a tile. Lists for each kv head are read once for all its query heads.
-        key_block: keys of a block.
-        causal: whether queries see no later key.
+            Duplicates count once; indices that are not blocks, such as -1, are ignored.
+        query_block: queries per tile. Lists per kv head are read once for all its query heads.
+        key_block: keys per block.
+        causal: queries see no later key.
         scale: factor of the logits; default head_dim ** -0.5.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later keys are not seen.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later keys are hidden.
         start: (batch, length) first visible key column of each query; None = no limit. Causal only.
         memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
-        return_lse: whether to return the log-sum-exps too, to merge the result with attention to other keys.
+        return_lse: also return the log-sum-exps, to merge the result with attention to other keys.
 
     Returns:
-        out (batch, heads, length, head_dim) in q's dtype, zeros where a query sees no key and behind `lengths`; with
-        `return_lse` also the log-sum-exps of the logits (batch, heads, length), at least fp32, there -inf.
+        out (batch, heads, length, head_dim) in q's dtype, zeros where a query sees no key and after `lengths`; with
+        `return_lse` also the log-sum-exps of the logits (batch, heads, length), at least fp32, -inf there.
 
     Raises:
-        ConfigError: shapes or types that do not fit; `start` where not causal.
+        ConfigError: wrong shapes or dtypes; `start` with causal = False.
     """
     check_shapes(q, k, v)
     check_positive("query_block", query_block)
@@ -281,11 +287,11 @@ def block_sparse_attention(
     fits = blocks.ndim == 4 and blocks.shape[0] in (1, batch) and blocks.shape[1] in (1, kv_heads, heads)
     if not fits or blocks.shape[2] != tiles or blocks.dtype not in (torch.int64, torch.int32):
         raise ConfigError(
-            f"blocks are {str(blocks.dtype).removeprefix('torch.')} {tuple(blocks.shape)}, expected int64 or int32 "
+            f"blocks: {str(blocks.dtype).removeprefix('torch.')} {tuple(blocks.shape)}, expected int64 or int32 "
             f"(batch = {batch} or 1, kv_heads = {kv_heads} or heads = {heads} or 1, tiles = {tiles}, list length)"
         )
     if start is not None and not causal:
-        raise ConfigError("block_sparse_attention: start needs causal order")
+        raise ConfigError("block_sparse_attention: start needs causal = True")
     dtype, scale = flash.working_dtype(q, k, v), default_scale(q, scale)
     if q.numel() == 0 or v.numel() == 0:
         out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf, dtype=dtype)
@@ -314,17 +320,17 @@ def _schedule(
     causal: bool,
     start: Tensor | None,
 ) -> BlockSchedule:
-    """The schedule of `block_sparse_attention`; real (batch, columns) says which key columns hold a token."""
+    """Build the schedule of `block_sparse_attention`; real (batch, columns) marks key columns with a token."""
     (batch, columns), device = real.shape, real.device
     lists = heads if blocks.shape[1] == heads else kv_heads
     tiles, row_blocks = blocks.shape[2], -(-columns // key_block)
-    # the list of each tile sorted, so that equal blocks are neighbors; the block behind all others is empty
+    # the list of each tile is sorted, so that duplicates are neighbors; the block after all others is empty
     blocks = F.pad(blocks.long(), (0, 1), value=-1) if blocks.shape[3] == 0 else blocks.long()
     ordered = blocks.masked_fill((blocks < 0) | (blocks >= row_blocks), row_blocks).sort(-1).values
     skipped = F.pad(ordered[..., 1:] == ordered[..., :-1], (1, 0)) | (ordered == row_blocks)
     row = torch.arange(batch * lists, device=device).view(batch, lists, 1, 1) // (lists // kv_heads)
     blocks = (ordered + row * row_blocks).masked_fill(skipped, batch * kv_heads * row_blocks)
-    # queries of a tile: those of all heads that share its list, in several tiles where its scores are many
+    # a tile has the queries of all heads that share its list, and is split if it has too many scores
     group, keys = heads // lists, blocks.shape[3] * key_block
     height = min(query_block, max(1, 2 * ENTRIES // (group * keys)))
     parts = -(-query_block // height)
@@ -340,6 +346,7 @@ def _schedule(
     stop = torch.where(real, column + 1 if causal else columns, 0)[:, None, columns - length :]
 
     def of_queries(x: Tensor) -> Tensor:
+        """Expand numbers (batch or 1, heads or 1, length) to one number per query."""
         return x.expand(batch, heads, length).flatten().int()
 
     return BlockSchedule(

@@ -1,4 +1,4 @@
-"""One query per row, nothing to train: a token in a stream. A handful of small calls, no tiles."""
+"""Attention of one query per row without gradients, for a token of a stream: few small calls instead of tiles."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,14 +8,14 @@ from longspan.state import needs_grad
 
 
 def is_decode(call: Call, *parameters: Tensor) -> bool:
-    """Whether a call is one query per row without gradients."""
+    """Whether a call has one query per row and needs no gradients."""
     if call.q.shape[2] != 1:
         return False
     return not needs_grad(call.q, call.k, call.v, *parameters)
 
 
 def decode(call: Call, *, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Attention of one query per row to every key the call has left.
+    """Attend with one query per row to every key of the call.
 
     Args:
         call: q (batch, heads, 1, head_dim) and its keys.
@@ -27,7 +27,7 @@ def decode(call: Call, *, scale: float, bias: Tensor | None = None) -> Tensor:
     """
     q, k, v = call.q, call.k, call.v
     batch, heads, _, dim = q.shape
-    # Grouped heads become queries of one kv head, so no key is repeated.
+    # query heads become queries of their kv head, so that no key is repeated
     grouped = q.reshape(batch, k.shape[1], -1, dim)
     mask = None if bias is None else bias.reshape(batch, k.shape[1], -1, k.shape[2])
     if call.visibility is not None:
@@ -36,4 +36,4 @@ def decode(call: Call, *, scale: float, bias: Tensor | None = None) -> Tensor:
         seen = key == query if equal else key >= query
         mask = seen if mask is None else mask.masked_fill(~seen, float("-inf"))
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-    return call.finish(out.reshape(batch, heads, 1, v.shape[-1]))
+    return call.zero_masked(out.reshape(batch, heads, 1, v.shape[-1]))

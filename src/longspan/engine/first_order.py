@@ -1,9 +1,9 @@
-"""Operations whose gradients may be used, and not differentiated again: the base of every autograd function here.
+"""Operations with gradients but without second derivatives: the base of every autograd function of this library.
 
-Gradients made by hand have no graph. torch's `once_differentiable` notices a second derivative only where the gradient
-that comes in has a graph, and hangs its error beside the graph, where `torch.autograd.grad` does not look: a gradient
-penalty is then short of terms, without a word. Here each gradient depends, by zeros, on everything it was computed
-from, so whoever wants a derivative of it passes there and is refused.
+Hand-written gradients have no graph. torch's `once_differentiable` notices a second derivative only if the incoming
+gradient has a graph, and attaches its error beside the graph, where `torch.autograd.grad` does not look: a gradient
+penalty then silently lacks terms. Here each gradient depends, through zeros, on everything it was computed from, so
+that any derivative of it reaches a node that raises an error.
 """
 
 import functools
@@ -22,34 +22,34 @@ __all__ = ["FirstOrder", "attached", "scaled_dot_product_attention"]
 
 
 class FirstOrder(torch.autograd.Function):
-    """An autograd function without second derivatives; says so on every path that asks for them.
+    """An autograd function that raises an error wherever second derivatives are requested.
 
     Subclasses define `forward` and `gradients` instead of `backward`, and save all tensors that their gradients depend
     on, or an output, by `ctx.save_for_backward`.
     """
 
     what = "this operation"
-    """Of which the error speaks."""
+    """Name of the operation in error messages."""
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], *grads: Any) -> Any:
-        """What `backward` returns.
+        """Compute what `backward` returns: one gradient per input.
 
         Args:
-            ctx: of the call.
-            saved: the saved tensors, which must not be taken from `ctx` a second time (checkpointing forbids it).
-            grads: of the outputs.
+            ctx: context of the call.
+            saved: the saved tensors, which must not be read from `ctx` a second time (checkpointing forbids it).
+            grads: gradients of the outputs.
         """
         raise NotImplementedError
 
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        """Call it; raises as `caller` does."""
+        """Call the function; raises as `caller` does."""
         return cls.caller()(*args, **kwargs)
 
     @classmethod
     def caller(cls) -> Callable[..., Any]:
-        """What calls it: torch's own `apply`, so that tracebacks have no frame of ours in between.
+        """Return the function to call: torch's own `apply`, so that tracebacks contain no frame of ours.
 
         Raises:
             UnsupportedError: inside a transform of `torch.func`.
@@ -66,14 +66,14 @@ class FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Forward-mode derivatives: refused."""
+        """Raise, because forward-mode derivatives are not supported."""
         raise UnsupportedError(
             f"{ctx._forward_cls.what} has no forward-mode derivatives; use backward() or torch.autograd.grad"
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """The gradients, and the node that refuses to differentiate them."""
+        """Return the gradients, attached to a node that raises if they are differentiated."""
         function, saved = ctx._forward_cls, ctx.saved_tensors
         with torch.no_grad():
             gradients = function.gradients(ctx, saved, *grads)
@@ -88,35 +88,38 @@ class FirstOrder(torch.autograd.Function):
 
 
 def _apply(function: type[FirstOrder], *args: Any) -> Any:
+    """Call an autograd function, for torch.compile."""
     return function.apply(*args)
 
 
 def attached(t: Tensor, sources: Iterable[Tensor]) -> Tensor:
-    """`t` plus the sum of no numbers of each source, all of which so get zeros for a gradient; never a view of `t`."""
+    """Return `t`, never as a view, with the sources added to its graph; their gradients through it are zero."""
     return t + torch.stack([source.flatten()[:0].sum().to(t) for source in sources]).sum()
 
 
 def _refused(gradient: Tensor, sources: Sequence[Tensor], what: str) -> Tensor:
-    """A gradient whose derivatives, by whatever it was computed from, are refused."""
+    """Return a gradient whose derivatives, by whatever it was computed from, raise an error."""
     gradient = attached(gradient, sources)
 
     def refuse(_: Any) -> None:
+        """Raise an UnsupportedError when autograd reaches this node."""
         raise UnsupportedError(
-            f"{what} has no second derivatives: a gradient made with create_graph=True may be used, but nothing "
+            f"{what} has no second derivatives: a gradient computed with create_graph=True can be used, but nothing "
             "computed from it (a gradient penalty, a Hessian) can be differentiated"
         )
 
     node = gradient.grad_fn
     assert node is not None
-    node.register_prehook(refuse)  # not one of the tensor, which derivatives by the gradient itself would call too
+    node.register_prehook(refuse)  # a hook of the tensor would also raise for derivatives by the gradient itself
     return gradient
 
 
 @eager
 def _first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors on their way into a fused kernel, whose backward pass torch cannot differentiate."""
+    """Return views of inputs of a fused kernel, whose gradients raise an error if they are differentiated."""
 
     def guard(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        """Attach to each gradient a node that raises if it is differentiated (a backward hook)."""
         what = "softmax attention"
         return tuple(t if t is None or not t.requires_grad else _refused(t, [t], what) for t in gradients)
 
@@ -128,9 +131,9 @@ def _first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """torch's function of that name.
+    """Call torch's function of that name, raising errors for second derivatives.
 
-    Second derivatives exist where `torch.nn.attention.sdpa_kernel` allows plain products only.
+    Second derivatives only exist if `torch.nn.attention.sdpa_kernel` allows only the math backend.
     """
     cuda = torch.backends.cuda
     fused = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()

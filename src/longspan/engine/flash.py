@@ -1,8 +1,8 @@
-"""Softmax attention over a rectangle of queries and keys, with its log-sum-exp: the kernel under every tile.
+"""Softmax attention over a rectangle of queries and keys, with its log-sum-exp: the kernel for every tile.
 
-PyTorch has a fused CPU kernel that returns the log-sum-exp and reads keys through any strides, so overlapping windows
-need no copy. It has no public name. This file is the only one that knows it; where it is missing, or the tensors are
-not on a CPU, or of a dtype or width it does not take, plain matrix products give the same result.
+PyTorch has a fused CPU kernel that returns the log-sum-exp and reads keys through any strides, so that overlapping
+windows need no copy. It has no public name; only this file uses it. If it is missing, or if tensors are not on a CPU or
+have an unsupported dtype or width, plain matrix products give the same result.
 """
 
 import math
@@ -18,8 +18,8 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the fused CPU kernel takes these tensors; else the same result comes from plain products."""
-    # The kernel divides by its sizes: an empty tensor would end the process, and it reads a last stride of 1 only.
+    """Whether the fused CPU kernel supports these tensors; otherwise plain products give the same result."""
+    # the kernel divides by its sizes, so an empty tensor would crash the process; the last stride must be 1
     return (
         FORWARD is not None
         and BACKWARD is not None
@@ -33,26 +33,26 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast does not lower the products inside an op."""
+    """Return a context in which autocast does not lower the precision of products inside an operation."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype an op computes in: fp64 if any input is, else fp32."""
+    """Return the dtype in which an operation computes: fp64 if any input is fp64, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:
-    """head_dim ** -0.5 unless given."""
+    """Return the scale of scores: head_dim ** -0.5 unless given."""
     return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + mask) v and its log-sum-exp, without autograd.
+    """Compute softmax(scale * q k^T + mask) v and its log-sum-exp, without autograd.
 
     Args:
         q: (batch, heads, queries, head_dim), any strides.
@@ -63,7 +63,7 @@ def attend(
         mask: added to the scores, broadcastable to (batch, heads, queries, keys), -inf where a key is hidden.
 
     Returns:
-        out (batch, heads, queries, head_dim), lse (batch, heads, queries); a query that sees nothing gives 0 in both.
+        out (batch, heads, queries, head_dim), lse (batch, heads, queries); both are 0 for a query that sees no key.
     """
     if fused(q, k, v):
         out, lse = FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
@@ -83,9 +83,9 @@ def attend_backward(
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for `attend`.
+    """Return the gradients of q, k and v for `attend`.
 
-    out and lse may be those of a larger softmax of which these keys are a part: the parts' gradients then add up.
+    out and lse may belong to a larger softmax of which these keys are a part; the gradients of the parts then add up.
 
     Args:
         grad: gradient of out, (batch, heads, queries, head_dim).
@@ -105,7 +105,9 @@ def attend_backward(
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
-    """(batch, heads, queries, keys), the groups of queries folded into rows so that no key is repeated."""
+    """Return scores (batch, heads, queries, keys) with mask;
+    grouped queries become rows of a kv head, so no key is repeated.
+    """
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     folded = q.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
@@ -119,6 +121,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | Non
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute `attend` by plain matrix products."""
     batch, heads, queries, _ = q.shape
     scores = _scores(q, k, scale, causal, mask)
     lse = scores.logsumexp(-1) if k.shape[2] else scores.new_full((batch, heads, queries), -math.inf)
@@ -140,6 +143,7 @@ def _plain_backward(
     causal: bool,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `attend_backward` by plain matrix products."""
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     rows = heads // kv_heads * queries

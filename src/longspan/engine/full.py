@@ -1,4 +1,6 @@
-"""Full softmax attention (Vaswani et al. 2017, equation 1): causal or not, over older keys, padding and documents."""
+"""Full softmax attention (Vaswani et al. 2017, equation 1): causal or bidirectional, with older keys, padding,
+documents.
+"""
 
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def full_attention(
 ) -> Tensor:
     """Scaled dot-product attention over every visible key (Vaswani et al. 2017, equation 1).
 
-    No matrix of all queries times all keys is ever built: row-by-row masks are built a tile of queries at a time.
+    A matrix of all queries times all keys is never built: masks are built for one tile of queries at a time.
 
     Args:
         q: (batch, heads, length, head_dim).
@@ -33,9 +35,9 @@ def full_attention(
         v: like k.
         causal: a query sees no key column after its own, memory + i.
         scale: factor of the scores; default head_dim ** -0.5.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
-        start: (batch, length) first visible key column of each query; where not causal, the column at which a token's
-            document starts (then without older keys). None = no limit.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries return zeros.
+        start: (batch, length) first visible key column of each query; if not causal, the column at which a token's
+            document starts (without older keys). None = no limit.
         memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
 
     Returns:
@@ -46,38 +48,38 @@ def full_attention(
 
 
 def attend_call(call: Call, *, causal: bool, scale: float) -> Tensor:
-    """`full_attention` of a call that is already read."""
+    """Compute `full_attention` of checked arguments."""
     if call.empty:
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[-1])
     if is_decode(call):
         return decode(call, scale=scale)
     q, k, v = call.q, call.k, call.v
     if call.visibility is None and (call.memory == 0 or not causal):
-        return call.finish(_library(q, k, v, causal, scale))
+        return call.zero_masked(_library(q, k, v, causal, scale))
     if call.visibility is None and flash.fused(*_upcast(q, k, v)):
-        return call.finish(_extend(q, k, v, scale))
+        return call.zero_masked(_extend(q, k, v, scale))
     size = q.shape[2], call.memory
     forward = make_plan(*size, tile=FORWARD_TILE, causal=causal)
     backward = make_plan(*size, tile=BACKWARD_TILE, causal=causal)
     if call.visibility is not None and causal:
         forward, backward = (trim_plan(plan, call.visibility) for plan in (forward, backward))
-    return call.finish(attention(q, k, v, Schedule((Round(forward, backward, call.visibility),), scale))[0])
+    return call.zero_masked(attention(q, k, v, Schedule((Round(forward, backward, call.visibility),), scale))[0])
 
 
 def full_cost(length: int, *, causal: bool = True) -> int:
-    """Score entries computed per head by `full_attention` without older keys: the whole rectangle.
+    """Return the number of scores that `full_attention` computes per head without older keys: length * length.
 
     Forward FLOPs are 4 * head_dim * heads * batch times this.
 
     Args:
         length: queries.
-        causal: makes no difference to the rectangle that is counted.
+        causal: ignored, as the full square is counted.
     """
     return length * length
 
 
 def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """To fp32 at least on a CPU, where products of half precision are slow and inexact."""
+    """Cast tensors to fp32 at least on a CPU, where products in half precision are slow and inexact."""
     if tensors[0].device.type != "cpu":
         return tensors
     dtype = flash.working_dtype(*tensors)
@@ -85,6 +87,7 @@ def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _library(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """Compute attention without masks by torch's scaled_dot_product_attention."""
     target = q.dtype
     q, k, v = _upcast(q, k, v)
     with flash.full_precision(q.device):
@@ -93,8 +96,8 @@ def _library(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
 
 
 def _extend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention with older keys: those of the call, then the older ones, a kernel call each."""
+    """Compute causal attention with older keys by one kernel call for the new keys and one for the older ones."""
     length, memory = q.shape[2], k.shape[2] - q.shape[2]
-    own, older = (make_open_plan(length, length, *place) for place in ((memory, length), (0, memory)))
+    own, older = (make_open_plan(length, length, *columns) for columns in ((memory, length), (0, memory)))
     rounds = Round(own, own, fused="causal"), Round(older, older, merges=True, fused="open")
     return attention(q, k, v, Schedule(rounds, scale))[0]

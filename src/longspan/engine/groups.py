@@ -1,9 +1,10 @@
 """Attention inside groups of tokens, wherever in the sequence their members are.
 
-A token sees the nearest members of its own group: the primitive of hash buckets (Reformer) and of clusters (Routing
+A token sees the nearest members of its own group: the primitive for hash buckets (Reformer) and clusters (Routing
 Transformer); the columns of a strided pattern are groups too. Keys are sorted by group and position, and every group
-begins at a block of its own. So a token's slot in its block is its rank in its group modulo the block, which no later
-token can move: the future changes no bit, not even by rounding. All sizes depend on lengths and documents alone.
+starts a new block. So a token's slot in its block is its rank in its group modulo the block size, which no later token
+can change: the future changes no bit of the result, not even by rounding. All sizes depend only on lengths and
+documents.
 """
 
 from collections.abc import Sequence
@@ -21,15 +22,15 @@ from longspan.engine.block_sparse import ABSENT, BlockSchedule, KeyRange, attend
 from longspan.engine.flash import default_scale
 from longspan.errors import ConfigError, UnsupportedError
 
-TILE = 32  # larger tiles leave more slots empty, as every group begins one
+TILE = 32  # larger tiles leave more slots empty, as every group starts a new one
 
 
-class Reach(NamedTuple):
-    """How far a query sees in its group.
+class MemberRange(NamedTuple):
+    """How many members of its group a query sees.
 
     Attributes:
         before: members before it.
-        after: members behind it; None = causal.
+        after: members after it; None = causal.
         include_self: whether it sees its own key.
     """
 
@@ -39,34 +40,34 @@ class Reach(NamedTuple):
 
     @property
     def blocks_before(self) -> int:
-        """Blocks before a query's own in which it may see keys."""
+        """Number of blocks before a query's own block in which it may see keys."""
         return -(-self.before // TILE)
 
     @property
     def blocks_after(self) -> int:
-        """Blocks behind it."""
+        """Number of blocks after a query's own block in which it may see keys."""
         return -(-(self.after or 0) // TILE)
 
     @property
     def width(self) -> int:
-        """Blocks that a tile reads."""
+        """Number of blocks that a tile reads."""
         return self.blocks_before + 1 + self.blocks_after
 
 
 class KeyOrdering(NamedTuple):
-    """The keys of every row (batch x heads) sorted by group; slots and blocks are counted over all rows.
+    """The keys of every row (batch x heads) sorted by group; slots and blocks are numbered over all rows.
 
     Attributes:
-        column: (rows, columns) key columns by group, then column; those that are not real come last.
+        column: (rows, columns) key columns sorted by group, then column; padding comes last.
         group: (rows, columns) their groups.
-        begin: (rows, count + 1) where each group begins in that order.
-        size: (rows, count + 1) its members, none in the last: that of keys that are not real.
+        begin: (rows, count + 1) index in that order where each group begins.
+        size: (rows, count + 1) number of its members; 0 in the last group, which is padding.
         first_block: (rows, count + 1) its first block.
-        slot: (rows, columns) slot of each key column, -1 where it is not real.
-        row_blocks: blocks of a row that may have keys.
-        row_stride: blocks from a row to the next: empty ones in between keep rows out of each other's reach, even where
-            keys would be hidden (a weight of zero does not hide what is not finite).
-        front: empty blocks before those of the first row.
+        slot: (rows, columns) slot of each key column, -1 for padding.
+        row_blocks: number of blocks of a row that may have keys.
+        row_stride: number of blocks from a row to the next: empty blocks in between keep other rows out of reach, even
+            where keys would be hidden (a weight of zero does not hide NaN or infinity).
+        front: number of empty blocks before those of the first row.
     """
 
     column: Tensor
@@ -80,14 +81,21 @@ class KeyOrdering(NamedTuple):
     front: int
 
     def members_before(self, group: Tensor, column: Tensor) -> Tensor:
-        """How many members of each `group` (rows, n) are before `column`, (rows, n) or (n,)."""
+        """Return how many members of each `group` (rows, n) are before `column`, (rows, n) or (n,)."""
         columns = self.column.shape[1]
         code = self.group * (columns + 1) + self.column
         return torch.searchsorted(code, group * (columns + 1) + column) - self.begin.gather(1, group)
 
 
 def order_keys(group: Tensor, count: int, *, front: int = 0, gap: int = 0) -> KeyOrdering:
-    """Sort keys by group (rows, columns) in [0, count], `count` for padding; see `KeyOrdering`."""
+    """Sort keys by group.
+
+    Args:
+        group: (rows, columns) in [0, count], `count` for padding.
+        count: number of groups.
+        front: empty blocks before the first row.
+        gap: empty blocks between rows.
+    """
     rows, columns = group.shape
     size = torch.zeros(rows, count + 1, dtype=torch.int64, device=group.device)
     size.scatter_add_(1, group, torch.ones_like(group))
@@ -113,7 +121,7 @@ def order_keys(group: Tensor, count: int, *, front: int = 0, gap: int = 0) -> Ke
 
 
 def stable_sort(number: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Each row of number (rows, columns), below `most`, sorted stably: (sorted, columns). One sort for all rows."""
+    """Sort each row of number (rows, columns), below `most`, stably, with one sort for all rows: (sorted, columns)."""
     rows, columns = number.shape
     row = torch.arange(rows, device=number.device)[:, None]
     ordered, order = torch.sort((number + row * most).flatten(), stable=True)
@@ -121,7 +129,9 @@ def stable_sort(number: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def tiles_of(tokens: int, groups: int) -> int:
-    """Tiles that so many tokens in so many groups may need, as the last tile of a group is part empty."""
+    """Return the maximal number of tiles for `tokens` tokens in `groups` groups,
+    as the last tile of a group may be partial.
+    """
     return (tokens + min(groups, tokens) * (TILE - 1)) // TILE
 
 
@@ -129,22 +139,22 @@ def nearest_members(
     query_group: Tensor,
     key_group: Tensor,
     count: int,
-    reach: Reach,
+    reach: MemberRange,
     *,
     first_column: Tensor | None = None,
     ring_position: Tensor | None = None,
 ) -> tuple[BlockSchedule, ...]:
-    """The schedule of every round, in which a query sees the nearest members of its group.
+    """Return the schedule of every round, in which a query sees the nearest members of its group.
 
     Args:
-        query_group: (batch, heads, rounds, length) group of each query in [0, count], `count` where it is not real.
-        key_group: (batch, heads, rounds, memory + length), of each key; the same tensor where queries and keys share
+        query_group: (batch, heads, rounds, length) group of each query in [0, count], `count` for padding.
+        key_group: (batch, heads, rounds, memory + length), of each key; the same tensor if queries and keys share
             groups.
-        count: groups.
-        reach: how far a query sees.
+        count: number of groups.
+        reach: which members a query sees.
         first_column: (batch, length) first key column that each query sees, None = all. Causal only.
-        ring_position: (batch, heads, rounds, memory) position of each older key, of which every round has others; None
-            = all rounds have the same keys.
+        ring_position: (batch, heads, rounds, memory) position of each older key, which differ between rounds; None =
+            all rounds have the same keys.
     """
     schedules: list[BlockSchedule] = []
     for number in range(query_group.shape[2]):
@@ -155,20 +165,20 @@ def nearest_members(
         first = None if first_column is None else first_column.repeat_interleave(query_group.shape[1], 0)
         schedule = _nearest(keys, group if of_queries is None else of_queries, reach, first, of_queries is None)
         duplicates = []
-        for earlier, other in enumerate(schedules):
-            rank = other.visible.rank
+        for earlier, earlier_schedule in enumerate(schedules):
+            rank = earlier_schedule.visible.rank
             if ring_position is not None:
                 of_both = (ring_position[:, :, index].flatten(0, 1) for index in (number, earlier))
                 rank = _rank_of_same_token(rank.view(len(group), -1), *of_both)
-            duplicates.append(other.visible._replace(own=None, rank=rank))
+            duplicates.append(earlier_schedule.visible._replace(own=None, rank=rank))
         schedules.append(schedule._replace(duplicates=tuple(duplicates)))
     return tuple(schedules)
 
 
 def _nearest(
-    keys: KeyOrdering, query_group: Tensor, reach: Reach, first_column: Tensor | None, shared: bool
+    keys: KeyOrdering, query_group: Tensor, reach: MemberRange, first_column: Tensor | None, shared: bool
 ) -> BlockSchedule:
-    """A round of `nearest_members`; query_group and first_column (rows, length)."""
+    """Return the schedule of one round of `nearest_members`; query_group and first_column are (rows, length)."""
     (rows, length), count = query_group.shape, keys.size.shape[1] - 1
     memory, real = keys.column.shape[1] - length, query_group < count
     own_slot = keys.slot[:, memory:]
@@ -191,12 +201,12 @@ def _nearest(
     blocks = keys.front + rows * keys.row_stride
     key = inverse(keys.slot, (blocks + reach.blocks_after) * TILE).view(-1, TILE)
     if shared:
-        query, place, tile_blocks = key[keys.front : blocks], own_slot - keys.front * TILE, None
+        query, query_place, tile_blocks = key[keys.front : blocks], own_slot - keys.front * TILE, None
     else:
-        query, place, tile_blocks = _query_tiles(first_slot // TILE + rank // TILE, query_group, keys, reach)
+        query, query_place, tile_blocks = _query_tiles(first_slot // TILE + rank // TILE, query_group, keys, reach)
     return BlockSchedule(
         query=query,
-        query_place=place.masked_fill(~real, -1).flatten(),
+        query_place=query_place.masked_fill(~real, -1).flatten(),
         key=key,
         key_slot=keys.slot.flatten(),
         lists=KeyLists(tile_blocks, reach.width),
@@ -209,30 +219,39 @@ def _nearest(
     )
 
 
-def _query_tiles(block: Tensor, query_group: Tensor, keys: KeyOrdering, reach: Reach) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles of queries of one group and one block (rows, length) of keys: where they are among the group's members.
+def _query_tiles(
+    block: Tensor, query_group: Tensor, keys: KeyOrdering, reach: MemberRange
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group queries into tiles such that a tile has one group and one block of keys: the block where it is among the
+    members.
+
+    Args:
+        block: (rows, length) that block of each query.
+        query_group: (rows, length).
+        keys: the sorted keys.
+        reach: which members a query sees.
 
     Returns:
-        queries (tiles, TILE), places (rows, length), and the blocks (tiles, width) that every tile reads.
+        Queries (tiles, TILE), places (rows, length), and the blocks (tiles, width) that every tile reads.
     """
     rows, count = len(block), keys.size.shape[1] - 1
     row = torch.arange(rows, device=block.device)[:, None]
-    kinds = keys.row_blocks + count  # a group of full blocks has one more, behind its last key
+    kinds = keys.row_blocks + count  # a group whose blocks are all full has one more, after its last key
     kind = torch.where(query_group < count, block - keys.front - row * keys.row_stride + query_group, kinds)
-    place, tiles = (order := order_keys(kind, kinds)).slot, rows * order.row_blocks
+    query_place, tiles = (order := order_keys(kind, kinds)).slot, rows * order.row_blocks
     center = torch.full((tiles + 1,), keys.front, dtype=torch.int64, device=block.device)
-    center.scatter_(0, torch.where(place >= 0, place // TILE, tiles).flatten(), block.flatten())
+    center.scatter_(0, torch.where(query_place >= 0, query_place // TILE, tiles).flatten(), block.flatten())
     center = center[:tiles].clamp(max=keys.front + rows * keys.row_stride - 1)
     offset = torch.arange(-reach.blocks_before, reach.blocks_after + 1, device=block.device)
-    return inverse(place, tiles * TILE).view(tiles, TILE), place, center[:, None] + offset
+    return inverse(query_place, tiles * TILE).view(tiles, TILE), query_place, center[:, None] + offset
 
 
 def _rank_of_same_token(rank: Tensor, position: Tensor, earlier_position: Tensor) -> Tensor:
-    """(keys,) the rank that each key of a round has in an earlier one, `ABSENT` where its token is not there.
+    """Return the rank (keys,) that each key of a round has in an earlier round, `ABSENT` if its token is not there.
 
     Args:
         rank: (rows, memory + length) int32 of the earlier round's keys.
-        position: (rows, memory) of this round's older keys, -1 where there is none; the others are the same tokens.
+        position: (rows, memory) of this round's older keys, -1 for none; the other keys are the same tokens in both.
         earlier_position: like position, of the earlier round.
     """
     memory = position.shape[1]
@@ -247,24 +266,25 @@ def nearest_members_in_documents(
     query_group: Tensor,
     key_group: Tensor,
     count: int,
-    reach: Reach,
+    reach: MemberRange,
     *,
     real: Tensor | None,
     start: Tensor | None,
     ring_position: Tensor | None = None,
 ) -> tuple[BlockSchedule, ...]:
-    """`nearest_members` among tokens of the query's document, and behind rings.
+    """Return the schedules of `nearest_members`, restricted to the query's document and with older keys from ring
+    buffers.
 
     Args:
         query_group: (batch, heads, rounds, length) below `count`.
-        key_group: like query_group; the same tensor where queries and keys share groups.
-        count: groups.
-        reach: how far a query sees.
+        key_group: like query_group; the same tensor if queries and keys share groups.
+        count: number of groups.
+        reach: which members a query sees.
         real: (batch, length) bool, None = all.
-        start: (batch, length) column at which a token's document starts, negative where the rings are seen too; None =
-            one document that continues from the rings.
-        ring_position: (batch, heads or kv_heads, rounds, count, width) positions in the rings, -1 where empty. The keys
-            of a round are then those of its rings, and behind them the call's.
+        start: (batch, length) column at which a token's document starts, negative if the ring buffers are seen too;
+            None = one document that continues from the ring buffers.
+        ring_position: (batch, heads or kv_heads, rounds, count, width) positions in the ring buffers, -1 where empty.
+            The keys of a round are then those of its ring buffers, followed by the call's.
     """
     shared, first_column, memory = key_group is query_group and ring_position is None, None, 0
     if ring_position is not None:
@@ -285,20 +305,22 @@ def nearest_members_in_documents(
     return nearest_members(query_group, key_group, count, reach, first_column=first_column, ring_position=ring_position)
 
 
-def nearest_entries(length: int, count: int, reach: Reach, *, shared: bool) -> int:
-    """Score entries computed per head and round by `nearest_members` of one document without older keys."""
+def nearest_entries(length: int, count: int, reach: MemberRange, *, shared: bool) -> int:
+    """Return the number of scores per head and round of `nearest_members`, for one document without older keys."""
     blocks = tiles_of(length, count)
     gap = max(reach.blocks_before, reach.blocks_after)
     return (blocks + gap if shared else tiles_of(length, blocks + count)) * TILE * TILE * reach.width
 
 
 def documents_of(start: Tensor) -> Tensor:
-    """(batch, length) the number of each token's document in its row."""
+    """Return the number (batch, length) of each token's document in its row, counted from 0."""
     return F.pad((start[:, 1:] != start[:, :-1]).cumsum(1), (1, 0))
 
 
 def count_documents(start: Tensor) -> int:
-    """Documents of the row that has most; as many as there are columns where the values of `start` are not known."""
+    """Return the largest number of documents of any row; the number of columns if the values of
+    `start` are not known.
+    """
     values = host.values(start)
     if values is None:
         return max(1, start.shape[1])
@@ -306,21 +328,21 @@ def count_documents(start: Tensor) -> int:
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:
-    """x (batch, kv_heads, ...) for every query head."""
+    """Repeat x (batch, kv_heads, ...) for every query head: (batch, heads, ...)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def check_streams(name: str, rings: Sequence[Tensor] | None, streams: bool) -> None:
-    """Raise `UnsupportedError` where an operation gets rings and its selection gives them no meaning."""
+    """Raise an UnsupportedError if ring buffers are passed to a selection that does not stream."""
     if rings is not None and not streams:
         raise UnsupportedError(
-            f"{name}: rings hold what a stream has seen; only the causal strict selection streams, as the others "
-            "change with later tokens"
+            f"{name}: this selection does not stream, as later tokens change it; pass rings only with the causal "
+            "strict selection"
         )
 
 
 def real_columns(q: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """(batch, length) which columns of q (batch, heads, length, head_dim) are real; None = all."""
+    """Return which columns (batch, length) of q (batch, heads, length, head_dim) are real; None = all."""
     if lengths is None:
         return None
     values, real = host.values(lengths), torch.arange(q.shape[2], device=q.device) < lengths[:, None]
@@ -328,7 +350,7 @@ def real_columns(q: Tensor, lengths: Tensor | None) -> Tensor | None:
 
 
 def zero_padding(out: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The output in its type, zeros behind a row's real tokens."""
+    """Zero an output (batch, heads, length, dim) after a row's real tokens, and cast it to `dtype`."""
     return (out if real is None else out.masked_fill(~real[:, None, :, None], 0)).to(dtype)
 
 
@@ -350,8 +372,8 @@ def group_attention(
     """Attention to the last `window` members of the query's own group.
 
     With the rank of a column among the real columns of its group: causal, rank_i - window < rank_j <= rank_i; without
-    `include_self` rank_i - window <= rank_j < rank_i. Not causal: |rank_i - rank_j| < window, without `include_self`
-    but not 0.
+    `include_self` rank_i - window <= rank_j < rank_i. Bidirectional: |rank_i - rank_j| < window, without
+    `include_self` but not 0.
 
     Args:
         q: (batch, heads, length, head_dim).
@@ -359,12 +381,12 @@ def group_attention(
         v: like k.
         groups: (batch or 1, heads or 1, memory + length) int64 in [0, num_groups), the group of each key column; query
             i belongs to that of column memory + i.
-        num_groups: how many groups there may be: a constant, as shapes depend on it.
+        num_groups: maximal number of groups: a constant, as shapes depend on it.
         window: see above.
-        causal: see above; the bidirectional form takes no older keys.
+        causal: see above; the bidirectional form accepts no older keys.
         include_self: whether a query sees its own key.
         scale: factor of the scores; default head_dim ** -0.5.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries return zeros.
         start: (batch, length) first visible key column of each query; None = no limit. Causal only.
         memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
 
@@ -372,7 +394,7 @@ def group_attention(
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
 
     Raises:
-        ConfigError: shapes that do not fit; older keys or `start` where not causal.
+        ConfigError: wrong shapes; older keys or `start` with causal = False.
     """
     check_shapes(q, k, v)
     check_positive("window", window)
@@ -380,10 +402,10 @@ def group_attention(
     (batch, heads, _, _), columns = q.shape, k.shape[2]
     memory = columns - q.shape[2]
     if not causal and (memory or start is not None):
-        raise ConfigError("group_attention: both sides take neither older keys nor start; order is theirs to lose")
+        raise ConfigError("group_attention: causal = False supports neither older keys nor start; leave them out")
     if groups.ndim != 3 or groups.shape[2] != columns or groups.shape[1] not in (1, heads):
         raise ConfigError(
-            f"groups are {tuple(groups.shape)}, expected (batch or 1, heads or 1, memory + length = {columns})"
+            f"groups: shape {tuple(groups.shape)}, expected (batch or 1, heads or 1, memory + length = {columns})"
         )
     if q.numel() == 0:
         return torch.zeros_like(q)
@@ -400,16 +422,16 @@ def group_attention(
     return out.masked_fill(sees_none(lse)[..., None], 0)
 
 
-def group_reach(window: int, *, causal: bool, include_self: bool) -> Reach:
-    """What `group_attention` lets a query see."""
+def group_reach(window: int, *, causal: bool, include_self: bool) -> MemberRange:
+    """Return which members of its group a query sees in `group_attention`."""
     before = window if causal and not include_self else window - 1
-    return Reach(before, None if causal else before, include_self)
+    return MemberRange(before, None if causal else before, include_self)
 
 
 def group_attention_cost(
     length: int, *, num_groups: int, window: int, causal: bool = True, include_self: bool = True
 ) -> int:
-    """Score entries computed per head by `group_attention` without older keys: the sum of its tiles.
+    """Return the number of scores that `group_attention` computes per head without older keys: the sum over its tiles.
 
     Args:
         length: queries.

@@ -1,16 +1,17 @@
-"""Linear attention: feature maps in place of the softmax, evaluated in chunks by matrix products.
+"""Linear attention: feature maps instead of the softmax, computed in chunks by matrix products.
 
-    o_i = phi_q_i S_i / (phi_q_i . z_i),   S_i = sum_j phi_k_j v_j^T,   z_i = sum_j phi_k_j,   over the keys that i sees
+    o_i = phi_q_i S_i / (phi_q_i . z_i),   S_i = sum_j phi_k_j v_j^T,   z_i = sum_j phi_k_j,   over the visible keys of
+    i
 
 (Katharopoulos et al. 2020, section 3.2; the causal sums in chunks: Hua et al. 2022, section 3.2.) Features of keys may
-have a scale of their own, exp(log_scale_j): then row i takes the largest log-scale among the keys *it* sees for its
-unit, so nothing overflows and nothing looks ahead; a maximum over a chunk or over the call would do both.
+have their own scale, exp(log_scale_j). Row i is then divided by the largest scale among its *visible* keys, so that
+nothing overflows and nothing depends on later tokens; a maximum over a chunk or over the call would depend on them.
 
-Nothing of the size of the call is kept but inputs and output: the call is worked off in blocks, each recomputed in the
-backward pass from the state at its border.
+Only inputs and output have the size of the call: the call is computed in blocks, and the backward pass recomputes each
+block from the state at its start.
 
-Sums are carried in fp64 (`sums_dtype`): in fp32 those of 10^7 tokens are off by 5e-3, and nothing is added any more
-from 6.7e7 tokens on. What a call reads of them, and its products, are in fp32.
+Sums are carried in fp64 (`sums_dtype`): in fp32 those of 10^7 tokens are off by 5e-3, and from 6.7e7 tokens on nothing
+is added any more. What a call reads of them, and its products, are in fp32.
 """
 
 from collections.abc import Callable
@@ -32,16 +33,17 @@ from longspan.errors import ConfigError
 CHUNK = 64
 BLOCK = 2048
 EMPTY = -1e30
-"""The maximum of no keys: finite, so that states stay finite, and far below any."""
+"""The largest log-scale of no keys: finite, so that states stay finite, and far below any real one."""
 
 
 def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
-    """elu(x) + 1 (Katharopoulos et al. 2020, section 3.2), (..., features); exp(x) below 0, where the sum cancels.
+    """Return the features elu(x) + 1 (Katharopoulos et al. 2020, section 3.2), (..., features); exp(x) below 0, for
+    accuracy.
 
     Args:
         x: (..., features), fp32 at least.
-        queries: each vector may come in a unit of its own, since what it reads is divided by what it counts: one whose
-            entries are all far below 0 does not vanish then.
+        queries: x are queries, which may be scaled by any factor, as the output is a quotient: a vector whose entries
+            are all far below 0 then does not underflow.
     """
     check_floating(x=x)
     below = x.clamp(max=0)
@@ -51,13 +53,13 @@ def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
 
 
 class LinearSums(NamedTuple):
-    """What linear attention carries.
+    """The state of linear attention.
 
     Attributes:
-        values: S (batch, kv_heads, features, head_dim), in units of exp(maximum); of `sums_dtype`.
-        keys: z (batch, kv_heads, features), in the same units; of `sums_dtype`.
-        maximum: (batch, kv_heads), the largest log-scale of a key; `EMPTY` where there is none, 0 without scales; fp32
-            at least.
+        values: S (batch, kv_heads, features, head_dim), divided by exp(maximum); of `sums_dtype`.
+        keys: z (batch, kv_heads, features), divided by exp(maximum); of `sums_dtype`.
+        maximum: (batch, kv_heads), the largest log-scale of a key; `EMPTY` if there is none, 0 without scales; fp32 at
+            least.
     """
 
     values: Tensor
@@ -66,7 +68,7 @@ class LinearSums(NamedTuple):
 
 
 Features = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
-"""(x (B, heads, n, head_dim), whether x are keys) to features (B, heads, n, m) and their log-scale (B, heads, n)."""
+"""Maps x (B, heads, n, head_dim), and whether x are keys, to features (B, heads, n, m) and log-scales (B, heads, n)."""
 
 
 def linear_attention(
@@ -90,16 +92,17 @@ def linear_attention(
         log_scale: (batch, kv_heads, length) of each key's features; None = 0.
         state: sums over the keys before this call; None = none. Causal only.
         lengths: (batch,) real tokens of each row, at the front; None = all.
-        start: (batch, length) the column where each token's document starts, negative where before the call; None = no
-            document starts inside. Not causal: tokens of equal start see each other.
+        start: (batch, length) the column where each token's document starts, negative if before the call; None = no
+            document starts inside. Bidirectional: tokens of equal start see each other.
 
     Returns:
         (batch, heads, length, head_dim) in v's dtype, zeros where the denominator is zero, and the sums after the call
-        (None where not causal).
+        (None if not causal).
     """
     check_call(phi_q, phi_k, v, causal, state)
 
     def features(x: Tensor, keys: bool) -> tuple[Tensor, Tensor | None]:
+        """Split keys into their features and their log-scale, which is the last column."""
         return (x[..., :-1], x[..., -1]) if keys and log_scale is not None else (x, None)
 
     k = phi_k if log_scale is None else torch.cat([phi_k, log_scale[..., None].to(phi_k.dtype)], -1)
@@ -109,15 +112,15 @@ def linear_attention(
 
 
 def check_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, state: Any) -> None:
-    """Refuse shapes that do not fit, and what is no floating-point number."""
+    """Raise a ConfigError for mismatched shapes, non-floating dtypes, or a state in the bidirectional form."""
     check_floating(q=q, k=k, v=v)
     if q.shape[1] % max(k.shape[1], 1) or k.shape[:3] != v.shape[:3] or q.shape[2] != k.shape[2]:
         raise ConfigError(
-            f"linear attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: "
-            "(batch, heads, length, ...), kv_heads dividing heads"
+            f"linear attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not match; expected "
+            "(batch, heads, length, ...), with kv_heads of k and v dividing heads"
         )
     if state is not None and not causal:
-        raise ConfigError("linear attention: only the causal form takes a state")
+        raise ConfigError("linear attention: only the causal form accepts a state; pass state=None")
 
 
 def feature_attention(
@@ -132,14 +135,18 @@ def feature_attention(
     lengths: Tensor | None,
     start: Tensor | None,
 ) -> tuple[Tensor, LinearSums | None]:
-    """`linear_attention` of features that are made block by block, so that those of the whole call never exist."""
+    """Compute `linear_attention` of q, k with features made block by block, so that those of the whole call never
+    exist.
+
+    `features` maps q or k to `num_features` features and log-scales; other arguments are those of `linear_attention`.
+    """
     dtype = torch.promote_types(v.dtype, torch.float32)
     with flash.full_precision(q.device):
         q, k, values = (t.to(dtype) for t in (q, k, v))
         column = torch.arange(v.shape[2], device=v.device)
         real = None if lengths is None else column < lengths[:, None]
         if start is not None and lengths is not None and real is not None:
-            # columns behind a row's real tokens belong to the document of the last one
+            # padding after a row's real tokens belongs to the document of the last one
             start = join_tail(start, lengths, real)
         if not causal:
             return _bidirectional(q, k, values, features, real, start).to(v.dtype), None
@@ -153,16 +160,16 @@ def feature_attention(
 def empty_sums(
     batch: int, kv_heads: int, features: int, head_dim: int, device: torch.device | None, dtype: torch.dtype
 ) -> LinearSums:
-    """The sums over no keys; `dtype` is that of the maximum."""
+    """Return the sums over no keys; `dtype` is that of the maximum."""
     values = torch.zeros(batch, kv_heads, features, head_dim, device=device, dtype=sums_dtype(device))
     return LinearSums(values, values[..., 0].clone(), torch.full((batch, kv_heads), EMPTY, device=device, dtype=dtype))
 
 
 class _Blocked(FirstOrder):
-    """The causal call block by block; kept are inputs, output and the sums at block borders.
+    """The causal form, block by block; it stores inputs, output and the sums at the start of each block.
 
-    The backward pass runs each block again, from the last to the first, and writes its gradients where they belong.
-    Maxima are units, in which nothing that is computed depends on them: they are constants to it.
+    The backward pass recomputes each block, from the last to the first. Results do not depend on the maxima, which only
+    set units, so they are constants to it.
     """
 
     what = "linear attention"
@@ -171,20 +178,22 @@ class _Blocked(FirstOrder):
     def forward(
         ctx: Any, features: Features, real: Any, start: Any, q: Tensor, k: Tensor, v: Tensor, *sums: Any
     ) -> Any:
+        """Compute the output and the sums after the call."""
         out = v.new_empty(*q.shape[:3], v.shape[3])
         carried, borders = LinearSums(*sums), []
         for first in range(0, q.shape[2], BLOCK):
             borders.append(carried)
             parts = [t[:, :, first : first + BLOCK] for t in (q, k, v)]
-            out[:, :, first : first + BLOCK], carried = _at(first, features, real, start, parts, carried)
+            out[:, :, first : first + BLOCK], carried = _run_block(first, features, real, start, parts, carried)
         ctx.save_for_backward(q, k, v, *(t for border in borders for t in border))
         ctx.features, ctx.real, ctx.start = features, real, start
         ctx.mark_non_differentiable(carried.maximum)
-        # never the tensors given, which autograd would take for outputs computed in place
-        return out, *(t.clone() if any(t is given for given in sums) else t for t in carried)
+        # never return inputs, which autograd would take for outputs computed in place
+        return out, *(t.clone() if any(t is before for before in sums) else t for t in carried)
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], d_out: Tensor, *d_sums: Any) -> Any:
+        """Compute the gradients of q, k, v and of the sums before the call."""
         q, k, v, *flat = saved
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
         d_values, d_keys = d_sums[:2]
@@ -195,37 +204,37 @@ class _Blocked(FirstOrder):
             leaves += [values.requires_grad_(), keys.requires_grad_()]
             with torch.enable_grad():
                 before = LinearSums(values, keys, maximum)
-                out, after = _at(first, ctx.features, ctx.real, ctx.start, leaves[:3], before)
-            found = torch.autograd.grad(
+                out, after = _run_block(first, ctx.features, ctx.real, ctx.start, leaves[:3], before)
+            block_grads = torch.autograd.grad(
                 (out, after.values, after.keys), leaves, (d_out[:, :, first : first + BLOCK], d_values, d_keys)
             )
-            for grad, part in zip(grads, found, strict=False):
+            for grad, part in zip(grads, block_grads, strict=False):
                 grad[:, :, first : first + BLOCK] = part
-            d_values, d_keys = found[3:]
+            d_values, d_keys = block_grads[3:]
         return None, None, None, *grads, d_values, d_keys, None
 
 
-def _at(
+def _run_block(
     first: int, features: Features, real: Tensor | None, start: Tensor | None, parts: list[Tensor], sums: LinearSums
 ) -> tuple[Tensor, LinearSums]:
-    """The block of q, k, v that begins at a column of the call."""
+    """Compute the block of the call that begins at column `first`, from its q, k, v (`parts`)."""
     live = None if real is None else real[:, first : first + BLOCK]
     begin = None if start is None else start[:, first : first + BLOCK] - first
     return _one_block(features, parts[0], parts[1], parts[2], sums, live, begin)
 
 
 def _blocks(*tensors: Tensor) -> Any:
-    """(first column, the tensors' parts) block after block; one split each, whose backward joins gradients once."""
+    """Yield (first column, parts of the tensors) block by block; one split each, so that gradients are joined once."""
     parts = [tensor.split(BLOCK, 2) for tensor in tensors]
     first = 0
-    for each in zip(*parts, strict=True):
-        if each[0].shape[2]:
-            yield first, each
-        first += each[0].shape[2]
+    for block in zip(*parts, strict=True):
+        if block[0].shape[2]:
+            yield first, block
+        first += block[0].shape[2]
 
 
 def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """A call whose insides are computed again in the backward pass instead of being kept."""
+    """Call a function whose intermediate results are recomputed in the backward pass instead of being stored."""
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -240,7 +249,7 @@ def _one_block(
     real: Tensor | None,
     start: Tensor | None,
 ) -> tuple[Tensor, LinearSums]:
-    """Whole chunks at once, then the rest as one chunk."""
+    """Compute one block: its whole chunks at once, then the rest as one shorter chunk."""
     phi_q, _ = features(q, False)
     phi_k, scale = _masked(*features(k, True), real)
     length = q.shape[2]
@@ -264,6 +273,7 @@ def _one_block(
 
 
 def _masked(phi: Tensor, scale: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Zero the features of padding and set its log-scale to EMPTY."""
     if real is not None:
         phi = phi.masked_fill(~real[:, None, :, None], 0)
         scale = None if scale is None else scale.masked_fill(~real[:, None], EMPTY)
@@ -279,7 +289,7 @@ def _chunks(
     start: Tensor | None,
     size: int,
 ) -> tuple[Tensor, LinearSums]:
-    """Chunks of `size` columns, all at once but for the sums that go from one to the next.
+    """Compute chunks of `size` columns, all at once but for the sums that pass from one to the next.
 
     Legend: B batch, K kv heads, G query heads of each, n chunks, C = size, m features, e = head_dim + 1: values with a
     column of ones, so that numerator and denominator are one product.
@@ -294,14 +304,14 @@ def _chunks(
     )
     keys = phi_k.reshape(batch, kv_heads, count, size, width)
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1).reshape(batch, kv_heads, count, size, v.shape[3] + 1)
-    place = torch.arange(size, device=v.device)
-    seen = place[:, None] >= place  # (C, C)
+    slot = torch.arange(size, device=v.device)
+    seen = slot[:, None] >= slot  # (C, C)
     own = continues = None
     if start is not None:
         begin = (start.view(batch, count, size) - torch.arange(count, device=v.device)[:, None] * size)[:, None]
-        seen = seen & (place >= begin[..., None])  # (B, 1, n, C, C)
+        seen = seen & (slot >= begin[..., None])  # (B, 1, n, C, C)
         inherits = begin < 0  # (B, 1, n, C): the row's document began before its chunk
-        own = place >= begin[..., -1:]  # (B, 1, n, C): keys of the document that goes on behind the chunk
+        own = slot >= begin[..., -1:]  # (B, 1, n, C): keys of the document that continues after the chunk
         continues = inherits[..., -1]  # (B, 1, n)
     scores = rows @ keys.mT
     if scale is None:
@@ -324,35 +334,36 @@ def _chunks(
     if start is not None:
         inter = inter.masked_fill(~_per_group(inherits[..., None], group), 0)
     scores = scores if weights is None else scores * _per_group(weights, group)
-    # masked and not multiplied: zero times what has overflowed is no zero
+    # masked and not multiplied, because zero times infinity is NaN
     total = scores.masked_fill(~_per_group(seen, group), 0) @ ones + inter
     out = _divided(total).view(batch, kv_heads, count, group, size, v.shape[3]).transpose(2, 3)
     return out.reshape(batch, heads, length, v.shape[3]), after
 
 
 def _per_group(t: Tensor, group: int) -> Tensor:
-    """(..., C, x) repeated for the query heads of a kv head: (..., G C, x)."""
+    """Repeat (..., C, x) for the query heads of a kv head: (..., G C, x)."""
     return t if group == 1 else t.repeat(*(1,) * (t.ndim - 2), group, 1)
 
 
 def _divided(total: Tensor) -> Tensor:
-    """Numerators (..., :-1) by denominators (..., -1:); zeros where a denominator is zero."""
+    """Divide numerators (..., :-1) by denominators (..., -1:); zeros where a denominator is zero."""
     lower = total[..., -1:]
     tiny = lower.abs() < smallest(lower.dtype)
     return (total[..., :-1] / torch.where(tiny, 1.0, lower)).masked_fill(tiny, 0)
 
 
-def _joined(sums: LinearSums) -> Tensor:
+def _values_and_keys(sums: LinearSums) -> Tensor:
+    """Return the sums of values and keys as one tensor (batch, kv_heads, features, head_dim + 1)."""
     return torch.cat([sums.values, sums.keys[..., None]], -1)
 
 
 def _plain_sums(
     keys: Tensor, ones: Tensor, sums: LinearSums, own: Tensor | None, continues: Tensor | None
 ) -> tuple[Tensor, LinearSums]:
-    """Sums before each chunk (B, K, n, m, e) in the dtype of the keys, and after the last in their own."""
-    kept = keys if own is None else keys * own[..., None]
-    added = kept.mT @ ones
-    now = _joined(sums)
+    """Return the sums before each chunk (B, K, n, m, e) in the dtype of the keys, and those after the last chunk."""
+    weighted_keys = keys if own is None else keys * own[..., None]
+    added = weighted_keys.mT @ ones
+    now = _values_and_keys(sums)
     if continues is None:
         before = now.to(added.dtype)[:, :, None] + F.pad(added[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))
         end = now + added.sum(2, dtype=now.dtype)
@@ -368,15 +379,15 @@ def _plain_sums(
 def _scaled_sums(
     keys: Tensor, ones: Tensor, logs: Tensor, sums: LinearSums, own: Tensor | None, continues: Tensor | None
 ) -> tuple[Tensor, Tensor, LinearSums]:
-    """Sums before each chunk (B, K, n, m, e), their units (B, K, n), and those after the last."""
+    """Return the sums before each chunk (B, K, n, m, e), their log-units (B, K, n), and the last sums."""
     if own is not None:
         logs = torch.where(own, logs, EMPTY)
     largest = logs.detach().amax(-1)
-    kept = keys * torch.exp(logs - largest[..., None])[..., None]
+    weighted_keys = keys * torch.exp(logs - largest[..., None])[..., None]
     if own is not None:
-        kept = kept * own[..., None]
-    added = kept.mT @ ones
-    now, unit = _joined(sums), sums.maximum
+        weighted_keys = weighted_keys * own[..., None]
+    added = weighted_keys.mT @ ones
+    now, unit = _values_and_keys(sums), sums.maximum
     entering, units = [], []
     for index in range(keys.shape[2]):
         entering.append(now.to(added.dtype))
@@ -384,10 +395,10 @@ def _scaled_sums(
         if continues is not None:
             unit = torch.where(continues[:, :, index], unit, EMPTY)
             now = torch.where(continues[:, :, index, None, None], now, 0)
-        following = torch.maximum(unit, largest[:, :, index])
-        old, new = torch.exp(unit - following), torch.exp(largest[:, :, index] - following)
+        next_unit = torch.maximum(unit, largest[:, :, index])
+        old, new = torch.exp(unit - next_unit), torch.exp(largest[:, :, index] - next_unit)
         now = now * old[..., None, None] + added[:, :, index] * new[..., None, None]
-        unit = following
+        unit = next_unit
     end = LinearSums(now[..., :-1], now[..., -1], unit)
     return torch.stack(entering, 2), torch.stack(units, 2), end
 
@@ -395,7 +406,7 @@ def _scaled_sums(
 def _bidirectional(
     q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor | None
 ) -> Tensor:
-    """Every token of a document sees all of it."""
+    """Compute the bidirectional form: every token of a document sees all of it."""
     if start is not None:
         return _by_document(q, k, v, features, real, start)
     kv_heads, group = k.shape[1], q.shape[1] // max(k.shape[1], 1)
@@ -413,6 +424,7 @@ def _bidirectional(
 def _add_block(
     features: Features, k: Tensor, v: Tensor, real: Tensor | None, total: Tensor | None, most: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
+    """Add a block of keys to the running total and its largest log-scale."""
     phi, scale = _masked(*features(k, True), real)
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     if scale is None:
@@ -428,6 +440,7 @@ def _add_block(
 
 
 def _read_block(features: Features, q: Tensor, total: Tensor, kv_heads: int, group: int) -> Tensor:
+    """Compute the outputs of a block of queries from the total over all keys."""
     phi, _ = features(q, False)
     batch, heads, length, width = phi.shape
     out = _divided(phi.reshape(batch, kv_heads, group * length, width) @ total.to(phi.dtype))
@@ -435,13 +448,13 @@ def _read_block(features: Features, q: Tensor, total: Tensor, kv_heads: int, gro
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor) -> Tensor:
-    """Each document as a row of its own, and back."""
+    """Compute the bidirectional form with each document as its own row."""
     batch, length = start.shape
     column = torch.arange(length, device=q.device)
     here = column.expand(batch, -1) if real is None else torch.where(real, column, -1)
     fresh = (start == column) | (column == 0)
     number = fresh.reshape(-1).cumsum(0).view(batch, length) - 1  # documents, counted through the batch
-    place = column - start.clamp(min=0)
+    position = column - start.clamp(min=0)
     read, counted = host.values(start), np.arange(length)
     count, longest = batch * length, length
     if read is not None:
@@ -450,18 +463,19 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tens
     index = torch.zeros(count, longest, dtype=torch.int64, device=q.device)
     inside = torch.zeros(count, longest, dtype=torch.bool, device=q.device)
     flat = torch.arange(batch * length, device=q.device).view(batch, length)
-    index[number, place] = flat
-    inside[number, place] = here >= 0
+    index[number, position] = flat
+    inside[number, position] = here >= 0
 
     def apart(t: Tensor) -> Tensor:
+        """Arrange (batch, heads, length, dim) with one document per row."""
         return t.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2)
 
     out = _bidirectional(apart(q), apart(k), apart(v), features, inside, None)
-    return out.transpose(1, 2)[number, place].transpose(1, 2)
+    return out.transpose(1, 2)[number, position].transpose(1, 2)
 
 
 def linear_cost(length: int, *, features: int, head_dim: int, causal: bool = True) -> int:
-    """Multiply-adds of the matrix products of one head whose key head is its own.
+    """Return the multiply-adds of the matrix products of one head that has its own key head.
 
     Args:
         length: tokens.
@@ -473,7 +487,7 @@ def linear_cost(length: int, *, features: int, head_dim: int, causal: bool = Tru
 
 
 def group_cost(length: int, *, features: int, head_dim: int, group: int, causal: bool = True) -> int:
-    """The same for a key head and its `group` query heads."""
+    """Return the multiply-adds of the products of one key head and its `group` query heads, for `length` tokens."""
     e = head_dim + 1
     if not causal:
         return length * features * e * (1 + group)

@@ -1,4 +1,6 @@
-"""Transformer-XL's relative attention (Dai et al. 2019, section 3.3), in tiles, trained through or across segments."""
+"""Transformer-XL's relative attention (Dai et al. 2019, section 3.3), in tiles, with gradients within or across
+segments.
+"""
 
 from functools import partial
 
@@ -35,7 +37,7 @@ def relative_attention(
     segment_start: int | Tensor | None = None,
     detached_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Transformer-XL's attention (Dai et al. 2019, section 3.3), causal, linear in the length where a window is given.
+    """Transformer-XL's attention (Dai et al. 2019, section 3.3), causal, linear in the length with a window.
 
     score(i, j) = scale * (q_i . k_j + q_i . r_{i-j} + content_bias . k_j + position_bias . r_{i-j})
 
@@ -47,16 +49,15 @@ def relative_attention(
         content_bias: (heads, head_dim), the paper's u.
         position_bias: (heads, head_dim), the paper's v.
         window: without `segment`: 0 <= i - j < window. With it: j >= (i // segment) * segment - window. None: no limit.
-        segment: see `window`; i and j count from query column 0, which is a segment border; older keys have negative j.
+        segment: see `window`; i and j count from query column 0, which starts a segment; older keys have negative j.
         scale: default head_dim ** -0.5.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries return zeros.
         start: (batch, length) first visible key column of each query; None = no limit.
         memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
         segment_start: where the segment of a query begins: an int S (query column i // S * S), or (batch, length) key
             columns.
-        detached_kv: (k, v) of the same values as k and v. Pairs whose key lies before `segment_start` of their query
-            send their
-            gradients here and not to k and v: memory across a segment border is read, not trained through.
+        detached_kv: (k, v) with the same values as k and v. Pairs whose key is before the segment of their query send
+            their gradients here and not to k and v, so that the memory is read but not trained through.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
@@ -92,13 +93,13 @@ def relative_attention(
         farthest_first(r, distances),
         detached=detached,
     )
-    return call.finish(out.to(q.dtype))
+    return call.zero_masked(out.to(q.dtype))
 
 
 def relative_cost(
     length: int, *, memory: int = 0, window: int | None = None, segment: int | None = None
 ) -> tuple[int, int]:
-    """Entries computed per head by `relative_attention`: content scores, position scores.
+    """Return the number of scores per head of `relative_attention`: content scores, position scores.
 
     Forward FLOPs are heads * batch * head_dim * (4 * content + 2 * position).
 
@@ -116,6 +117,7 @@ def relative_cost(
 def _plan(
     tile: int, length: int, memory: int, window: int | None, segment: int | None, *, cut: int | None = None
 ) -> Plan:
+    """Return the tiles of relative attention; `cut` adds tile ends at its multiples."""
     return make_plan(length, memory, tile=tile, window=window, segment=segment, cut=cut)
 
 
@@ -130,13 +132,14 @@ def _check(
     segment_start: int | Tensor | None,
     detached_kv: tuple[Tensor, Tensor] | None,
 ) -> None:
+    """Raise a ConfigError for wrong shapes or sizes of the arguments of `relative_attention`."""
     heads, dim = q.shape[1], q.shape[-1]
     if r.ndim != 3 or r.shape[0] != heads or r.shape[2] != dim or r.shape[1] < 1:
         raise ConfigError(f"r must be (heads, distances, head_dim) = ({heads}, >= 1, {dim}), got {tuple(r.shape)}")
     if content_bias.shape != (heads, dim) or position_bias.shape != (heads, dim):
         raise ConfigError(f"content_bias and position_bias must be (heads, head_dim) = ({heads}, {dim})")
     if detached_kv is not None and (detached_kv[0].shape != k.shape or detached_kv[1].shape[:3] != k.shape[:3]):
-        raise ConfigError("detached_kv must be (k, v) of the shapes of k and v")
+        raise ConfigError("detached_kv must be (k, v) with the shapes of k and v")
     if window is not None:
         check_positive("window", window + (segment is not None))
     for name, value in (("segment", segment), ("segment_start", segment_start)):
@@ -145,7 +148,7 @@ def _check(
 
 
 def farthest_first(r: Tensor, distances: int) -> Tensor:
-    """(heads, distances, head_dim) from distance distances - 1 to 0; beyond r's last distance it repeats."""
+    """Return r (heads, distances, head_dim) from the largest distance to 0; distances beyond r's last one repeat it."""
     near = r[:, :distances]
     if near.shape[1] < distances:
         near = torch.cat([near, near[:, -1:].expand(-1, distances - near.shape[1], -1)], 1)
@@ -166,7 +169,7 @@ def relative_decode(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """`relative_attention` of one query per row, given its position scores; no gradient.
+    """Relative attention of one query per row, with given position scores and without gradients.
 
     Args:
         q: (batch, heads, 1, head_dim).
@@ -187,7 +190,9 @@ def relative_decode(
 
 
 def _decode(call: Call, position: Tensor, content_bias: Tensor, scale: float) -> Tensor:
-    """position: (batch, heads, 1, distances) by distance, before `scale`; beyond the last distance it repeats."""
+    """Attend with one query per row; position (batch, heads, 1, distances) is before `scale`,
+    and its last entry repeats.
+    """
     keys = call.k.shape[2]
     bias = position[..., :keys] * scale
     if bias.shape[-1] < keys:

@@ -1,4 +1,4 @@
-"""Ring buffers: what a stream of attention in groups carries, the last tokens of every bucket or cluster."""
+"""Ring buffers: the state of attention in groups, with the latest tokens of every bucket or cluster."""
 
 import functools
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from longspan.state import on_failure
 
 
 class LSHRings(NamedTuple):
-    """The last tokens of every bucket of every round, newest last (`routing`: of every cluster, one round).
+    """The latest tokens of every bucket of every hash round, newest last (for `routing`: of every cluster, one round).
 
     Attributes:
-        k: (batch, heads or kv_heads, rounds, buckets, 2 * bucket_size, head_dim), queries where shared; zeros where
-            empty.
+        k: (batch, heads or kv_heads, rounds, buckets, 2 * bucket_size, head_dim), queries where they also serve as
+            keys; zeros where empty.
         v: like k.
         position: (batch, heads or kv_heads, rounds, buckets, 2 * bucket_size) int64, -1 where empty.
     """
@@ -39,15 +39,15 @@ def push_rings(
     in_last_document: Tensor | None = None,
     continues_document: Tensor | None = None,
 ) -> LSHRings:
-    """The rings after a call, new tensors.
+    """Return new ring buffers with the tokens of a call appended.
 
     Args:
-        rings: before it.
-        k: (batch, the rings' heads, length, head_dim).
+        rings: the ring buffers before the call.
+        k: (batch, heads of the rings, length, head_dim).
         v: like k.
-        buckets: (batch, the rings' heads, rounds, length).
+        buckets: (batch, heads of the rings, rounds, length).
         position: (batch or 1, length).
-        in_last_document: (batch, length) bool, tokens that are real and of the row's last document; None = all.
+        in_last_document: (batch, length) bool, real tokens of the row's last document; None = all.
         continues_document: (batch,) bool, rows whose last document began before the call; None = all.
     """
     batch, heads, rounds, count, width, dim = rings.k.shape
@@ -65,13 +65,14 @@ def push_rings(
     empty = (index < end - size[:, :count, None]).view(rings.position.shape)
     column = stable_sort(bucket, count + 1)[1].gather(1, index.clamp(min=0).flatten(1))
     column = column.view(batch * heads, rounds, count * width)
-    # joined are the rings of all rounds, then the call
+    # the joined tensor has the ring buffers of all rounds, then the call
     older = torch.arange(rounds, device=device)[:, None] * (count * width)
     column = torch.where(column < count * width, column + older, column + (rounds - 1) * count * width)
     row = torch.arange(batch * heads, device=device)[:, None, None]
     source = (column + row * (rounds * count * width + length)).flatten()
 
     def pick(old: Tensor, new: Tensor) -> Tensor:
+        """Gather the entries of the new ring buffers from the old ones and the call."""
         joined = torch.cat([old.flatten(2, 4), new], 2).reshape(-1, dim)
         return joined.index_select(0, source).view(old.shape).masked_fill(empty[..., None], 0)
 
@@ -81,16 +82,16 @@ def push_rings(
 
 
 def push_token(rings: LSHRings, k: Tensor, v: Tensor, buckets: Tensor, position: Tensor, *, in_place: bool) -> LSHRings:
-    """`push_rings` of one token a row: shifts the rings it enters, without autograd.
+    """Append one token per row to the ring buffers, without autograd, by shifting the buffers that it enters.
 
     Args:
-        rings: before it.
-        k: (batch, the rings' heads, 1, head_dim).
+        rings: the ring buffers before the call.
+        k: (batch, heads of the rings, 1, head_dim).
         v: like k.
-        buckets: (batch, the rings' heads, rounds, 1).
+        buckets: (batch, heads of the rings, rounds, 1).
         position: (batch or 1, 1).
-        in_place: write into `rings`, whose owner has given them up (`longspan.state.owned`) and gets them back as they
-            were where its call fails.
+        in_place: write into `rings`, which their owner has given up (`longspan.state.owned`); they are restored if the
+            call fails.
     """
     batch, heads, rounds, count = rings.k.shape[:4]
     index = torch.arange(buckets.numel(), device=buckets.device) * count + buckets.flatten()
@@ -109,14 +110,14 @@ def push_token(rings: LSHRings, k: Tensor, v: Tensor, buckets: Tensor, position:
 def behind_rings(
     rings: Sequence[Tensor] | None, k: Tensor, v: Tensor, heads: int, *, unit_keys: bool = False
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The keys and the values of each round: what its rings have, then the call's.
+    """Return the keys and the values of each round: the entries of its ring buffers, followed by the call's.
 
     Args:
-        rings: see `LSHRings`; None = none: the call's serve all rounds.
+        rings: see `LSHRings`; None = none: the call's keys serve all rounds.
         k: (batch, kv_heads, length, head_dim).
         v: like k.
         heads: query heads.
-        unit_keys: keys of the rings are scaled to length one.
+        unit_keys: scale keys of the ring buffers to length one.
     """
     if rings is None:
         return (k,), (v,)
@@ -124,6 +125,7 @@ def behind_rings(
     ring_k = F.normalize(ring_k, dim=-1) if unit_keys else ring_k
 
     def join(ring: Tensor, call: Tensor) -> tuple[Tensor, ...]:
+        """Concatenate each round's ring buffers and the call, for all query heads."""
         ring, call = by_heads(ring, heads), by_heads(call, heads)
         return tuple(torch.cat([ring[:, :, number].flatten(2, 3), call], 2) for number in range(ring.shape[2]))
 
@@ -142,18 +144,18 @@ def attend_token(
     newest: int | None = None,
     continues: Tensor | None = None,
 ) -> Tensor:
-    """One query a row over the rings of its buckets, each token once, without autograd.
+    """Attend with one query per row to the ring buffers of its buckets, each token once, without autograd.
 
     Args:
         q: (batch, heads, 1, head_dim).
-        v: (batch, kv_heads, 1, head_dim) of the query's own token: what a query takes that sees nothing.
-        rings: what the rows have seen.
+        v: (batch, kv_heads, 1, head_dim) of the query's own token: the output of a query that sees nothing.
+        rings: the ring buffers.
         buckets: (batch, heads, rounds, 1) of the queries.
         scale: factor of the scores.
-        unit_keys: keys are those of the rings scaled to length one.
-        own_key: like v, the key of the query's own token, which is then seen too.
-        newest: how many of each ring are seen; None = all.
-        continues: (batch,) bool, rows that go on with their rings; None = all.
+        unit_keys: scale keys of the ring buffers to length one.
+        own_key: like v, the key of the query's own token, which is then visible too.
+        newest: how many entries of each ring buffer are visible; None = all.
+        continues: (batch,) bool, rows whose document continues from the ring buffers; None = all.
 
     Returns:
         (batch, heads, 1, head_dim) in the working dtype.

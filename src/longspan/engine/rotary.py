@@ -12,16 +12,15 @@ from longspan.engine.arguments import check_floating
 def rotary_table(
     positions: Tensor, head_dim: int, *, base: "float | tuple[float, ...]" = 10000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles position * base ** (-2 i / head_dim).
+    """Return cosines and sines of the angles position * base ** (-2 i / head_dim).
 
-    Computed in fp64 and then cast (in whole numbers where the device has no fp64): at position 10^6 fp32 angles are
+    They are computed in fp64 and then cast (in integers if the device has no fp64): at position 10^6 fp32 angles are
     wrong by 0.02 rad.
 
     Args:
         positions: (batch, length) integers.
         head_dim: even.
-        base: RoPE's theta, or the head_dim // 2 angles of one position, as pretrained models with stretched positions
-            give them.
+        base: RoPE's theta, or the head_dim // 2 angles of one position, as in pretrained models with scaled positions.
         dtype: of the result.
 
     Returns:
@@ -36,16 +35,17 @@ def rotary_table(
     else:
         steps = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=where) / head_dim)
     if not wide:
-        angles = _whole_turns_off(positions, steps)
+        angles = _angles_without_fp64(positions, steps)
     else:
         angles = positions.to(torch.float64)[:, None, :, None] * steps
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _whole_turns_off(positions: Tensor, steps: Tensor) -> Tensor:
-    """(batch, 1, length, n) fp32 angles between -pi and pi, for devices without fp64.
+def _angles_without_fp64(positions: Tensor, steps: Tensor) -> Tensor:
+    """Return angles (batch, 1, length, n) in fp32 between -pi and pi, for devices without fp64.
 
-    An angle of one position is a whole number of 2^-64 turns; times a position, int64 overflows exactly at whole turns.
+    The angle of one position is an integer number of 2^-64 turns; multiplied by a position, int64 overflows exactly at
+    whole turns.
 
     Args:
         positions: (batch, length) integers.
@@ -61,7 +61,7 @@ def _whole_turns_off(positions: Tensor, steps: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (batch, heads, length, head_dim) with each pair (i, i + head_dim / 2) turned by its angle."""
+    """Rotate each pair (i, i + head_dim / 2) of x (batch, heads, length, head_dim) by its angle."""
     check_floating(x=x)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

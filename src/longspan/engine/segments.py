@@ -1,7 +1,7 @@
-"""Attention in segments beside a memory of those before: what Infini-attention and associative memory share.
+"""Attention within segments plus a memory of earlier segments, which Infini-attention and associative memory share.
 
-A call goes over its segments; each is read before it is written, and written when it is full. What a memory is, how it
-is read and written, is a `Rule`.
+A call processes its segments in order; each first reads the memory, and writes it when it is complete. A `MemoryRule`
+defines how the memory is read and written.
 """
 
 from functools import partial
@@ -17,11 +17,11 @@ from longspan.engine.full import full_attention, full_cost
 
 
 class SegmentMemory(NamedTuple):
-    """What segments leave behind, fp32 at least; what only grows, in fp64 (`ops.sums_dtype`).
+    """Memory of earlier segments, fp32 at least; sums that only grow are in fp64 (`ops.sums_dtype`).
 
     Attributes:
         values: (batch, kv_heads, features, head_dim).
-        keys: (batch, kv_heads, features), their normalizer.
+        keys: (batch, kv_heads, features), the normalizer.
         written: (batch,) int64, segments written since the document began; 0: the memory is empty.
     """
 
@@ -30,43 +30,43 @@ class SegmentMemory(NamedTuple):
     written: Tensor
 
 
-class Rule(Protocol):
-    """A memory: how it is read and written. `inside` is the local attention of a segment.
+class MemoryRule(Protocol):
+    """How a memory is read and written.
 
-    Both are called outside autocast: a memory is summed in fp32 at least.
+    Both methods are called outside autocast, because a memory is summed in fp32 at least.
     """
 
     @property
     def features(self) -> int:
-        """Rows of the memory."""
+        """Number of rows of the memory."""
 
     def memory_dtype(self, v: Tensor) -> torch.dtype:
-        """Of values and normalizer, for these values."""
+        """Return the dtype of the memory for values v."""
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
-        """q and inside (batch, heads, size, dim) to the output of a segment."""
+        """Return the output of a segment, from q and the local attention `inside`, both (batch, heads, size, dim)."""
 
     def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
-        """The memory's values and keys after a full segment, k and v (batch, kv_heads, size, dim)."""
+        """Return the memory's values and keys after a full segment, k and v (batch, kv_heads, size, dim)."""
 
 
 def empty_memory(
     batch: int, kv_heads: int, features: int, head_dim: int, device: torch.device | None, dtype: torch.dtype
 ) -> SegmentMemory:
-    """The memory of no segment, fp32 at least."""
+    """Return an empty memory, fp32 at least."""
     dtype = torch.promote_types(dtype, torch.float32)
     values = torch.zeros(batch, kv_heads, features, head_dim, device=device, dtype=dtype)
     return SegmentMemory(values, values[..., 0].clone(), torch.zeros(batch, dtype=torch.int64, device=device))
 
 
 class Layout(NamedTuple):
-    """Segments of a call.
+    """How the columns of a call are divided into segments.
 
     Attributes:
-        segment: columns of a whole one.
-        real: (batch, length) bool, columns that hold a token, in each segment at its front; None = all.
+        segment: columns per segment.
+        real: (batch, length) bool, columns with a token, at the front of each segment; None = all.
         begins: (batch, segments) bool, a document begins with the segment; None = none.
-        horizon: gradients reach so many segments back, a row's last counted as the first; None = all.
+        horizon: gradients reach that many segments back, counting a row's last one as the first; None = all.
     """
 
     segment: int
@@ -79,13 +79,25 @@ def attend_segments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rule: Rule,
+    rule: MemoryRule,
     layout: Layout,
     *,
     state: SegmentMemory | None,
     local: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, SegmentMemory]:
-    """Column 0 opens a segment; the output (batch, heads, length, head_dim) and the memory after all full segments."""
+    """Attend in segments, where column 0 starts a segment.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k, v: (batch, kv_heads, length, head_dim).
+        rule: how the memory is read and written.
+        layout: segments of the call.
+        state: the memory before the call; None = empty.
+        local: q and k for the local attention (with RoPE); None = q and k.
+
+    Returns:
+        The output (batch, heads, length, head_dim) and the memory after all full segments.
+    """
     batch, length, size = q.shape[0], q.shape[2], layout.segment
     memory = state or empty_memory(batch, k.shape[1], rule.features, v.shape[3], q.device, rule.memory_dtype(v))
     inside, count = attend_inside(q, k, v, layout, local), -(-length // size)
@@ -94,14 +106,14 @@ def attend_segments(
     for index in range(count):
         columns = slice(index * size, (index + 1) * size)
         if layout.begins is not None:
-            memory = emptied(memory, layout.begins[:, index])
+            memory = empty_rows(memory, layout.begins[:, index])
         if left is not None:
-            memory = cut(memory, layout.horizon, left[:, index])
+            memory = detach_memory(memory, layout.horizon, left[:, index])
         with flash.full_precision(q.device):
             outs.append(rule.read(q[:, :, columns], memory, inside[:, :, columns]))
             if (index + 1) * size <= length:
                 full = None if layout.real is None else layout.real[:, columns].all(1)
-                memory = written(memory, k[:, :, columns], v[:, :, columns], full, rule)
+                memory = write_segment(memory, k[:, :, columns], v[:, :, columns], full, rule)
     out = torch.cat(outs, 2) if outs else inside
     return out.to(v.dtype), memory
 
@@ -110,7 +122,7 @@ def attend_open(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rule: Rule,
+    rule: MemoryRule,
     layout: Layout,
     *,
     state: SegmentMemory | None,
@@ -119,26 +131,41 @@ def attend_open(
     memory_lengths: Tensor | None,
     closes: Tensor | None,
 ) -> tuple[Tensor, SegmentMemory]:
-    """A call within the open segment of every row; k and v begin with older keys of it."""
+    """Attend in a call within the current segment of every row.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k, v: (batch, kv_heads, older + length, head_dim), starting with the older keys of the segment.
+        rule: how the memory is read and written.
+        layout: segments of the call.
+        state: the memory before the call; None = empty.
+        local: q and k for the local attention (with RoPE); None = q and k.
+        lengths: (batch,) real tokens of each row; None = all.
+        memory_lengths: (batch,) how many older keys are real, newest last; None = all.
+        closes: (batch,) bool, rows whose segment is complete after the call; None = none.
+
+    Returns:
+        The output (batch, heads, length, head_dim) and the memory after the call.
+    """
     local_q, local_k = (q, k) if local is None else local
     inside = full_attention(local_q, local_k, v, causal=True, lengths=lengths, memory_lengths=memory_lengths)
     if state is None:
         dtype = rule.memory_dtype(v)
         out, memory = inside, empty_memory(q.shape[0], k.shape[1], rule.features, v.shape[3], q.device, dtype)
     else:
-        memory = cut(state, layout.horizon, torch.ones_like(state.written))
+        memory = detach_memory(state, layout.horizon, torch.ones_like(state.written))
         with flash.full_precision(q.device):
             out = rule.read(q, memory, inside)
     closing = None if closes is None else host.values(closes)
     if closes is not None and (closing is None or closing.any()):
-        # the segment's keys are the last columns of the rows that close it
+        # in rows that complete it, the segment's keys are the last columns
         older, size, segment = k.shape[2] - q.shape[2], q.shape[2], layout.segment
         ends = older + (torch.full_like(memory.written, size) if lengths is None else lengths)
         index = ends[:, None] - segment + torch.arange(segment, device=k.device)
         index = index.clamp(min=0)[:, None, :, None]
         keys, values = (t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
         with flash.full_precision(q.device):
-            memory = written(memory, keys, values, closes, rule)
+            memory = write_segment(memory, keys, values, closes, rule)
     return out.to(v.dtype), memory
 
 
@@ -162,12 +189,14 @@ def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[
 
 
 def _filled(real: Any, *, first: int, last: int, size: int) -> Any:
-    """How many columns of each segment of `size` are real, of a tensor or an array (batch, length)."""
+    """Count the real columns of each segment of `size`, of a tensor or an array (batch, length)."""
     return real[:, first:last].reshape(-1, size).sum(1)
 
 
 def segments_left(layout: Layout, batch: int, length: int, device: torch.device) -> Tensor:
-    """(batch, segments) segments to the end of each row, this one included; 0 behind its last."""
+    """Return the number of segments (batch, segments) to the end of each row, this one included;
+    0 after its last one.
+    """
     count = -(-length // layout.segment)
     if layout.real is None:
         return torch.arange(count, 0, -1, device=device).expand(batch, -1)
@@ -176,8 +205,8 @@ def segments_left(layout: Layout, batch: int, length: int, device: torch.device)
     return used.long().flip(1).cumsum(1).flip(1) * used
 
 
-def written(memory: SegmentMemory, k: Tensor, v: Tensor, full: Tensor | None, rule: Rule) -> SegmentMemory:
-    """The memory after a segment, in the rows (batch,) where it is full; None = all."""
+def write_segment(memory: SegmentMemory, k: Tensor, v: Tensor, full: Tensor | None, rule: MemoryRule) -> SegmentMemory:
+    """Return the memory after a segment, written in the rows (batch,) where it is full; None = all."""
     values, keys = rule.write(k, v, memory)
     if full is None:
         return SegmentMemory(values, keys, memory.written + 1)
@@ -186,8 +215,8 @@ def written(memory: SegmentMemory, k: Tensor, v: Tensor, full: Tensor | None, ru
     return SegmentMemory(values, torch.where(here, keys, memory.keys), memory.written + full)
 
 
-def emptied(memory: SegmentMemory, rows: Tensor) -> SegmentMemory:
-    """Nothing remembered in the rows (batch,)."""
+def empty_rows(memory: SegmentMemory, rows: Tensor) -> SegmentMemory:
+    """Return the memory emptied in the rows (batch,) that are True."""
     return SegmentMemory(
         memory.values.masked_fill(rows[:, None, None, None], 0),
         memory.keys.masked_fill(rows[:, None, None], 0),
@@ -195,8 +224,8 @@ def emptied(memory: SegmentMemory, rows: Tensor) -> SegmentMemory:
     )
 
 
-def cut(memory: SegmentMemory, horizon: int | None, left: Tensor) -> SegmentMemory:
-    """Detach the memory k, 2k, ... segments before each row's end."""
+def detach_memory(memory: SegmentMemory, horizon: int | None, left: Tensor) -> SegmentMemory:
+    """Detach the memory in rows with `left` segments to the row's end, where that is a multiple of the horizon."""
     if horizon is None or not memory.values.requires_grad:
         return memory
     here = (left > 0) & (left % horizon == 0)
@@ -205,6 +234,6 @@ def cut(memory: SegmentMemory, horizon: int | None, left: Tensor) -> SegmentMemo
 
 
 def inside_cost(length: int, segment: int) -> int:
-    """Score entries of `attend_inside`, one head."""
+    """Return the number of scores of `attend_inside`, per head."""
     whole, rest = divmod(length, segment)
     return whole * full_cost(segment, causal=True) + (full_cost(rest, causal=True) if rest else 0)

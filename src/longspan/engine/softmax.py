@@ -1,15 +1,14 @@
-"""Softmax attention over a schedule of tiles: the one forward and the one backward pass of every pattern.
+"""Softmax attention over a schedule of tiles: the one forward and the one backward pass of every attention pattern.
 
-A tile is some evenly spaced queries and the keys that they read: evenly spaced ones too, in the order of the sequence
-or in one of the schedule's own, or a list of blocks, which are gathered. The backward pass computes each tile's weights
-again:
+A tile is some evenly spaced queries and the keys that they read: also evenly spaced ones, in the order of the sequence
+or of the schedule, or a list of blocks, which are gathered. The backward pass recomputes each tile's weights:
 
     weights = softmax(scale q k^T + added)              dv += weights^T grad
     slopes  = scale weights (grad v^T - inner)          dk += slopes^T q,  dq += slopes k
     inner   = sum(grad * out) - gradient of lse
 
-What is added to the scores (what hides keys, a bias with gradients of its own) is a `Scores`. A query may be served by
-several rounds, whose softmaxes are merged into one by their log-sum-exps; no pair may then occur in two of them. In the
+A `Scores` object adds masks, and biases with gradients, to the scores. A query may occur in several rounds, whose
+softmaxes are merged into one by their log-sum-exps; a (query, key) pair must then occur in only one of them. In the
 backward pass grad and inner are then multiplied by the round's share of the softmax.
 """
 
@@ -27,8 +26,8 @@ from longspan.engine.schedule import Round, RoundInputs, Schedule, Scores, Tile
 from longspan.engine.tiles import HIDDEN, Block, Part, Run, make_blocks, make_parts, new_gradient, new_like_heads
 from longspan.state import needs_grad
 
-BACKWARD_ENTRIES = 1 << 20  # scores of one backward tile over all its heads: they stay in cache
-LISTED_ENTRIES = 1 << 19  # where the keys of a tile are gathered; a quarter of the numbers in its keys counts like them
+BACKWARD_ENTRIES = 1 << 20  # maximal number of scores of a backward tile over all its heads, which fits into the cache
+LISTED_ENTRIES = 1 << 19  # the same where keys are gathered, including a quarter of the elements of the keys
 INNER_ENTRIES = 1 << 16
 
 
@@ -47,13 +46,14 @@ def attention(
         k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads.
         v: (batch, kv_heads, memory + length, value_dim).
         schedule: the tiles.
-        tensors: what the scores of the schedule need beside q and k, differentiable.
-        detached: k and v of the same values, for gradients across the border of the schedule; None = no border.
+        tensors: other tensors that the scores of the schedule need, differentiable.
+        detached: k and v with the same values, which receive the gradients of keys before a query's segment (see
+            `Schedule.border`); None = all gradients go to k and v.
 
     Returns:
         out (batch, heads, length, value_dim) in q's dtype, and the log-sum-exps (batch, heads, length) in the working
-        dtype, both differentiable (the second not where a round is fused). For a query that sees no key out is finite
-        and the log-sum-exp below HIDDEN / 2.
+        dtype, both differentiable (the second not if a round is fused). For a query that sees no key out is finite and
+        the log-sum-exp below HIDDEN / 2.
     """
     detached = None if schedule.border is None else detached
     if needs_grad(q, k, v, *tensors, *(detached or ())):
@@ -64,16 +64,18 @@ def attention(
 
 
 class Attention(FirstOrder):
-    """Saves the inputs, the output and, where rounds are merged, the log-sum-exps of each."""
+    """Autograd function of `attention`; it saves inputs, output and, if rounds are merged,
+    the log-sum-exps of each round.
+    """
 
     what = "softmax attention"
 
     @staticmethod
     def forward(ctx: Any, schedule: Schedule, count: int, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Any:
-        """`forward`; rest is the schedule's tensors, then detached k and v, which are used for gradients only."""
+        """Run `forward`; rest is the schedule's tensors, then detached k and v, which only receive gradients."""
         tensors, detached = rest[:count], rest[count:]
         out, sums = forward(q, k, v, schedule, tensors)
-        # all that the gradients depend on: the sums too, although only those of merged rounds are read
+        # everything that gradients depend on, as FirstOrder needs, even if only sums of merged rounds are read
         ctx.save_for_backward(q, k, v, out, sums.total, *sums.parts, *tensors)
         ctx.set_materialize_grads(False)
         if any(round_.fused for round_ in schedule.rounds):
@@ -83,7 +85,7 @@ class Attention(FirstOrder):
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor | None, grad_lse: Tensor | None) -> Any:
-        """Gradients of all tensors."""
+        """Compute the gradients of all tensors."""
         q, k, v, out, lse, *rest = saved
         parts, tensors = rest[: len(rest) - ctx.count], rest[len(rest) - ctx.count :]
         if grad is None:
@@ -92,7 +94,7 @@ class Attention(FirstOrder):
             learns = any(ctx.needs_input_grad[5 : 5 + len(tensors)])
             totals = backward(
                 (grad, grad_lse),
-                (q, k, v, out, Sums(lse, tuple(parts))),
+                (q, k, v, out, LogSumExps(lse, tuple(parts))),
                 ctx.schedule,
                 tensors,
                 learns=learns,
@@ -102,15 +104,17 @@ class Attention(FirstOrder):
         return None, None, *(t.to(dtype) for t, dtype in zip(totals, dtypes, strict=True))
 
 
-class Sums(NamedTuple):
-    """Log-sum-exps (batch, heads, length) of a call, and those of each round's heads where rounds are merged."""
+class LogSumExps(NamedTuple):
+    """Log-sum-exps (batch, heads, length) of a call, and those of each round's heads if rounds are merged."""
 
     total: Tensor
     parts: tuple[Tensor, ...]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequence[Tensor] = ()) -> tuple[Tensor, Sums]:
-    """`attention` without autograd."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequence[Tensor] = ()
+) -> tuple[Tensor, LogSumExps]:
+    """Compute `attention` without autograd; return out and the log-sum-exps."""
     target, dtype = q.dtype, flash.working_dtype(q, k, v)
     q, k, v, *tensors = (t.to(dtype) for t in (q, k, v, *tensors))
     merged, parts = any(round_.merges for round_ in schedule.rounds), []
@@ -125,7 +129,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
             batch, heads, length, _ = queries.shape
             if order is not None:
                 out = new_like_heads(queries, length, heads, values.shape[3], zero=merges, dtype=dtype)
-            # queries without a tile see nothing in this round
+            # queries that are in no tile see nothing in this round
             sums = lse if order is None and not merges else queries.new_full((batch, heads, length, 1), HIDDEN)
             scores = round_.scores(RoundInputs(round_.forward, round_.visibility, tensors, None, queries))
             own = round_.heads or slice(0, heads)
@@ -156,33 +160,33 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
                     lse.copy_(sums)
             if merged:
                 parts.append(sums.clone() if sums is lse else sums)
-    return whole.to(target), Sums(whole_lse[..., 0], tuple(parts))
+    return whole.to(target), LogSumExps(whole_lse[..., 0], tuple(parts))
 
 
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Make out and its log-sum-exps those of the softmax over the keys of both."""
-    total = torch.logaddexp(lse, other_lse)
-    out.mul_((lse - total).exp_()).addcmul_(other, (other_lse - total).exp_())
+def _merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+    """Merge another softmax over other keys into out and its log-sum-exps, in place."""
+    total = torch.logaddexp(lse, new_lse)
+    out.mul_((lse - total).exp_()).addcmul_(new_out, (new_lse - total).exp_())
     lse.copy_(total)
 
 
 def backward(
     grads: tuple[Tensor, Tensor | None],
-    saved: tuple[Tensor, Tensor, Tensor, Tensor, Sums],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, LogSumExps],
     schedule: Schedule,
     tensors: Sequence[Tensor],
     *,
     learns: bool,
     detached: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, the schedule's tensors and, where there are any, the detached k and v.
+    """Compute the gradients of q, k, v, the schedule's tensors and, if used, the detached k and v.
 
     Args:
         grads: of out and of the log-sum-exps; None = zero.
         saved: q, k and v, out and the log-sum-exps.
         schedule, tensors: see `attention`.
-        learns: whether the gradients of the tensors are wanted.
-        detached: whether gradients before the border are parted from the others.
+        learns: whether gradients of the schedule's tensors are needed.
+        detached: whether gradients of keys before a query's segment are separated.
     """
     sums, dtype = saved[4], flash.working_dtype(*saved[:3])
     q, k, v, out, grad, *tensors = (t.to(dtype) for t in (*saved[:4], grads[0], *tensors))
@@ -209,7 +213,15 @@ def backward(
 def _backward_fused(
     round_: Round, scale: float, inputs: tuple[Tensor, ...], outer: tuple[Tensor, ...], totals: list[Tensor]
 ) -> None:
-    """Add a fused round to the totals, from the gradient of out, out and the log-sum-exps of all rounds."""
+    """Add the gradients of a fused round to the totals.
+
+    Args:
+        round_: the round.
+        scale: factor of the scores.
+        inputs: q, k and v.
+        outer: the gradient of out, and out and log-sum-exps of all rounds.
+        totals: gradients of q, k and v.
+    """
     (q, k, v), (dq, dk, dv) = inputs, totals[:3]
     grad, out, lse = (t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous() for t in outer)
     scores = round_.scores(RoundInputs(round_.backward, round_.visibility, (), None, q))
@@ -236,7 +248,7 @@ def _backward_fused(
 
 
 def _inner(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """(batch, heads, length, 1); some queries at a time, so that their product stays in cache."""
+    """Return sum(grad * out) - grad_lse, (batch, heads, length, 1); computed in parts that stay in cache."""
     inner = grad.new_empty(*grad.shape[:3], 1)
     axis = 0 if grad.shape[0] > grad.shape[2] else 2
     step = max(1, INNER_ENTRIES * grad.shape[axis] // max(1, grad.numel()))
@@ -253,15 +265,15 @@ def _backward_round(
     own: tuple[Sequence[Tensor], Sequence[Tensor] | None],
     totals: list[Tensor],
 ) -> None:
-    """Add a round to the totals: gradients of q, k, v and any detached k and v.
+    """Add the gradients of a round to the totals.
 
     Args:
         round_: the round.
-        schedule: all of them.
-        inputs: q, the gradient of out, `_inner` and, where rounds are merged, the round's share of the softmax.
+        schedule: all rounds.
+        inputs: q, the gradient of out, `_inner` and, if rounds are merged, the round's share of the softmax.
         keyed: k and v.
         own: the schedule's tensors and their gradients.
-        totals: see above.
+        totals: gradients of q, k, v and, if used, the detached k and v.
     """
     queries = [round_.sorted_queries(t) for t in inputs[:3]]
     queries += [t if round_.query_order is None else round_.query_order.ordered(t) for t in inputs[3:]]
@@ -280,7 +292,7 @@ def _backward_round(
         size, most = max(size, gathered // 4), LISTED_ENTRIES
     one_row = scores.one_row and group > 1
     for part in make_parts(queries[0].shape[0], keys[0].shape[1], size, most, one_row=one_row):
-        _Part(round_, schedule, scores, part, group).run(queries, keys, room)
+        _BackwardPart(round_, schedule, scores, part, group).run(queries, keys, room)
     if round_.query_order is not None:
         restored = round_.query_order.restored(room[0], dq.shape[:3])
         dq.add_(restored) if round_.merges else dq.copy_(restored)
@@ -295,12 +307,12 @@ def _flattens(x: Tensor) -> bool:
     return all(outer == size * step for (_, outer), (size, step) in itertools.pairwise(sizes))
 
 
-class _Part:
-    """Some batch rows and kv heads of a backward round: products over (kv_heads, rows) items at once."""
+class _BackwardPart:
+    """Some batch rows and kv heads of a backward round, computed together as (kv_heads, rows) items."""
 
     def __init__(self, round_: Round, schedule: Schedule, scores: Scores, part: Part, group: int) -> None:
         self.plan, self.lists, self.schedule = round_.backward, round_.lists, schedule
-        self.beta = 1 if self.lists is None else 0  # the keys of a list are gathered for this tile alone
+        self.beta = 1 if self.lists is None else 0  # gathered keys are not shared with other tiles
         self.adds = round_.merges and round_.query_order is None
         self.scores, self.group, (self.rows, self.kv) = scores, group, part
         first = 0 if round_.heads is None else round_.heads.start
@@ -310,7 +322,7 @@ class _Part:
         self.items = self.shape[0] * self.shape[1]
 
     def run(self, queries: list[Tensor], keys: list[Tensor], slots: list[Tensor]) -> None:
-        """Go over the tiles; all tensors are (batch, heads, positions, dim)."""
+        """Compute all tiles; all tensors are (batch, heads, positions, dim)."""
         self.q, self.grad, self.inner, *self.share = (self._by_query(t).flatten(0, 2) for t in queries)
         self.k, self.v = (self._by_key(t).flatten(0, 1) for t in keys)
         self.dq, shaped = self._by_query(slots[0]), []
@@ -334,17 +346,18 @@ class _Part:
                 self.lists.add(slot[:, self.kv].transpose(1, 2), by_row, self.rows)
 
     def _by_query(self, x: Tensor) -> Tensor:
-        """View of x: (kv_heads, rows, group, length, dim)."""
+        """Return a view of x as (kv_heads, rows, group, length, dim)."""
         grouped: Tensor = x[self.rows, self.heads].unflatten(1, (-1, self.group))
         return grouped.transpose(0, 1)
 
     def _by_key(self, x: Tensor) -> Tensor:
-        """(kv_heads, rows, columns, dim), a view of x where its columns are not listed."""
+        """Return x as (kv_heads, rows, columns, dim); a view unless columns are gathered from lists."""
         if self.lists is None:
             return x[self.rows, self.kv].transpose(0, 1)
         return self.lists.read(x[:, self.kv].transpose(1, 2), self.rows).permute(2, 0, 1, 3)
 
     def _tile(self, run: Run, number: int, scores: Tensor, weights: Tensor) -> None:
+        """Recompute the weights of a tile and add its gradients; scores and weights are buffers."""
         here, there = run.query_slice(number), run.key_slice(number)
         tile = Tile(run, Block(self.rows.start, self.shape[1], number, 1), self.global_heads)
         height, scale, shape = self.group * run.queries, self.schedule.scale, (*self.shape, run.queries, run.keys)
@@ -370,17 +383,24 @@ class _Part:
             self.scores.backward(tile, slopes)
 
     def _shaped(self, added: Tensor) -> Tensor:
-        """What is added to the scores, by (kv_heads, rows, group, queries, keys)."""
+        """Reshape a mask or bias to (kv_heads, rows, group, queries, keys)."""
         if added.ndim > 2:
             grouped: Tensor = added.unflatten(1, (-1, self.group) if added.shape[1] > 1 else (1, 1))
             added = grouped.transpose(0, 1)
         return added
 
     def _add(self, start: int, there: slice, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Add to the gradients of keys and values: where parted, those before the border to the detached ones."""
+        """Add a tile to the gradients of keys and values; keys before the query's segment go to the detached ones.
+
+        Args:
+            start: first query of the tile.
+            there: key columns of the tile.
+            pairs: (slopes, q) for keys and (weights, grad) for values.
+        """
         border, low, high = self.schedule.border, there.start, there.stop
 
         def add(index: int, columns: slice, mask: Tensor | None = None) -> None:
+            """Add the products of some columns to the gradients at `index` and `index + 1`, with a mask of pairs."""
             if columns.start >= columns.stop:
                 return
             keys = slice(None) if columns is there else slice(columns.start - low, columns.stop - low)

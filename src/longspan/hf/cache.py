@@ -1,4 +1,4 @@
-"""States of mechanisms where transformers looks for keys and values."""
+"""Caches of transformers that hold states of mechanisms instead of keys and values."""
 
 import copy
 import dataclasses
@@ -15,51 +15,56 @@ from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What versions of transformers call a cache: `cache` from 5.24 on, `past_key_values` before."""
+"""Names of the cache argument in versions of transformers: `cache` from 5.24 on, `past_key_values` before."""
 
 
 def _cache_name() -> str:
+    """Return the name of the cache argument in the installed transformers.
+
+    Raises:
+        UnsupportedError: that version uses an unknown name.
+    """
     fields = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
     for name in CACHE_NAMES:
         if name in fields:
             return name
     raise UnsupportedError(
-        f"transformers {transformers.__version__} calls its cache by a name that this version of longspan does not "
-        "know; install transformers<6 as pyproject.toml has it, or a newer longspan"
+        f"transformers {transformers.__version__} uses a name for its cache that this version of longspan does not "
+        "know; install transformers<6, as pyproject.toml requires, or a newer longspan"
     )
 
 
 CACHE = _cache_name()
-"""What the installed transformers calls it, in arguments of models and in their outputs."""
+"""Name of the cache in the installed transformers, in arguments of models and in their outputs."""
 
 
 def take_cache(arguments: MutableMapping[str, Any]) -> Any:
-    """Remove a cache from the arguments of a call, by whichever name it was passed; None where there is none.
+    """Remove the cache from the arguments of a call, under either of its names, and return it; None if there is none.
 
     Raises:
-        ConfigError: two different ones were passed.
+        ConfigError: two different caches were passed.
     """
     passed = [arguments.pop(name, None) for name in CACHE_NAMES]
     first, *rest = [cache for cache in passed if cache is not None] or [None]
     if any(cache is not first for cache in rest):
-        raise ConfigError(f"{' and '.join(CACHE_NAMES)} are two names of one argument; pass one of them")
+        raise ConfigError(f"{' and '.join(CACHE_NAMES)} are two names of the same argument; pass only one of them")
     return first
 
 
 def on_device(state: Any, device: torch.device) -> Any:
-    """The state on a device; itself where it is there already, None where there is none."""
+    """Move a state to a device; returns it unchanged if it is there already, and None for None."""
     if state is None or states.live(state, 0).device == device:
         return state
     return states.to(state, device=device)
 
 
 class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """The state of one layer, or of a whole model of longspan, as a layer of a cache.
+    """Cache layer of transformers that holds the state of one layer, or of a whole longspan model.
 
     Attributes:
         state: None before the first token.
-        columns: read so far, padding included: what transformers calls the sequence length.
-        device: where the state is worked on, while it is offloaded too; None before the first token.
+        columns: number of columns read so far, padding included: the sequence length of transformers.
+        device: where the layer computes, also while its state is offloaded; None before the first token.
     """
 
     is_croppable = False
@@ -72,42 +77,42 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.device: torch.device | None = None
 
     def advance(self, state: Any, columns: int, device: torch.device | None = None) -> None:
-        """Take up the state after `columns` more.
+        """Store the state after a call that read `columns` more columns.
 
         Args:
-            state: of the layer behind them.
-            columns: how many.
-            device: where it is worked on; default: where it is.
+            state: the layer's next state.
+            columns: columns of the call.
+            device: where the layer computes; default: the state's device.
         """
         self.state, self.columns, self.is_initialized = state, self.columns + columns, True
         if state is not None:
             self.device = device or states.live(state, 0).device
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to make: the state comes with the first call."""
+        """Do nothing, as the state comes with the first call (required by transformers)."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """No keys are kept here."""
-        raise UnsupportedError("this layer was converted and keeps a state, no keys and values of its own")
+        """Raise, because this layer stores a state instead of keys and values."""
+        raise UnsupportedError("this cache layer stores a longspan state, not keys and values; do not call update")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns a mask covers, and its first."""
+        """Return the number of columns that a mask covers, and the first of them."""
         return self.columns + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Columns read."""
+        """Return the number of columns read, padding included."""
         return self.columns
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return -1: the length is not limited."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """The same, as older versions of transformers call it."""
+        """Return -1: the length is not limited (older versions of transformers call this)."""
         return -1
 
     def reset(self) -> None:
-        """An empty past."""
+        """Drop the state, to start from an empty past."""
         self.state, self.columns, self.is_initialized, self.device = None, 0, False, None
 
     def offload(self) -> None:
@@ -115,44 +120,47 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.state = on_device(self.state, torch.device("cpu"))
 
     def prefetch(self) -> None:
-        """Move an offloaded state back to the device it is worked on."""
+        """Move an offloaded state back to the device where the layer computes."""
         if self.device is not None:
             self.state = on_device(self.state, self.device)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Some rows."""
+        """Select batch rows by index."""
         if self.state is not None:
             self.state = states.select(self.state, indices.to(states.live(self.state, 0).device))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the beams that go on."""
+        """Reorder batch rows for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row so many times."""
+        """Repeat every batch row `repeats` times."""
         if self.state is not None:
             rows = states.live(self.state, 0).shape[0]
             self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """A state cannot forget its last tokens."""
-        raise UnsupportedError("a state cannot be cropped: assisted decoding and contrastive search need a KV cache")
+        """Raise, because a state cannot drop its last tokens."""
+        raise UnsupportedError(
+            "a longspan state cannot be cropped; use neither assisted decoding nor contrastive search, which need a KV "
+            "cache"
+        )
 
 
 class StateCache(Cache):
-    """What `generate` and the caller carry from call to call: resumable, reordered by beams, never cropped.
+    """Cache of a converted model or longspan model: states that `generate` carries, reorders for beams, and never
+    crops.
 
     Args:
-        layers: one entry a layer of the model; True = a state, False = keys and values as in transformers.
-        config: of the model: layers that keep keys and values keep them as its own cache would (sliding windows hold a
-            window). None: they keep all.
-        offloading: states wait on the CPU while they are not worked on.
+        layers: one entry per layer of the model: True = a state, False = keys and values as in transformers.
+        config: configuration of the model, so that layers with keys and values store them as in its own cache (a window
+            of them for sliding windows). None: they store all.
+        offloading: states stay on the CPU while their layer does not compute.
 
     Attributes:
-        shift: (batch,) by how much the caller's position of a row's next token is ahead of the state's; None = by
-            nothing.
-        first_columns: (batch,) column at which the document begins that each row is in, for layers that keep keys;
-            None = at the first.
+        shift: (batch,) how far the caller's position of a row's next token is ahead of the state's; None = equal.
+        first_columns: (batch,) column at which the current document of each row begins, for layers with keys; None =
+            the first column.
     """
 
     shift: Tensor | None
@@ -170,17 +178,18 @@ class StateCache(Cache):
     _open: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
 
     def begin(self) -> None:
-        """Before a call: where the last one did not come to its end, go back to before it."""
-        self._take_back()
+        """Start a call: save the current contents, after restoring those from before an interrupted call."""
+        self._restore()
         rest = {name: value for name, value in self.__dict__.items() if name not in ("layers", "_open")}
-        # layers replace what they hold and write into nothing, so that no copy is needed
+        # layers replace their tensors and never write into them, so that no copy is needed
         self._open = rest, [dict(layer.__dict__) for layer in self.layers]
 
     def end(self) -> None:
-        """Behind a call that has come to its end, in one step."""
+        """Finish a successful call in one step, dropping the saved contents."""
         self._open = None
 
-    def _take_back(self) -> None:
+    def _restore(self) -> None:
+        """Restore the contents from before a call that did not finish."""
         if self._open is not None:
             rest, layers = self._open
             self.__dict__.update(rest)
@@ -191,16 +200,16 @@ class StateCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Shapes grow, or states are replaced."""
+        """False: shapes grow, or states are replaced."""
         return False
 
     @property
     def state_layers(self) -> dict[int, StateLayer]:
-        """The layers that hold a state, by index."""
+        """The layers with a state, by layer index."""
         return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, StateLayer)}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read, padding included; those of a call that does not come to its end do not count."""
+        """Return the number of columns read, padding included, without those of an unfinished call."""
         layer: Any = self.layers[layer_idx]
         if self._open is not None:
             # keys of the call may be in it already
@@ -211,7 +220,7 @@ class StateCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer that keeps them; offloaded around their use where the cache is."""
+        """Append keys and values of a layer that stores them; with offloading they are moved around their use."""
         layer: Any = self.layers[layer_idx]
         if self.offloading:
             layer.prefetch()
@@ -221,30 +230,31 @@ class StateCache(Cache):
         return keys, values
 
     def reset(self) -> None:
-        """An empty past."""
-        self._take_back()
+        """Empty the cache, to start from an empty past."""
+        self._restore()
         super().reset()  # type: ignore[no-untyped-call]
         self.shift, self.first_columns = None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the beams that go on."""
-        self._take_back()
+        """Reorder batch rows for beam search."""
+        self._restore()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._change_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Some rows."""
-        self._take_back()
+        """Select batch rows by index."""
+        self._restore()
         super().batch_select_indices(indices)
         self._change_rows(lambda rows: rows[indices.to(rows.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row so many times."""
-        self._take_back()
+        """Repeat every batch row `repeats` times."""
+        self._restore()
         super().batch_repeat_interleave(repeats)
         self._change_rows(lambda rows: rows.repeat_interleave(repeats))
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a selection of batch rows to `shift` and `first_columns`."""
         self.shift, self.first_columns = (
             None if rows is None else change(rows) for rows in (self.shift, self.first_columns)
         )
@@ -259,34 +269,36 @@ class StateCache(Cache):
 
 
 def own_cache(cache: Any, make: Callable[[], StateCache]) -> StateCache:
-    """The cache of a call as a model of longspan reads and fills it.
+    """Return the cache of a call as a `StateCache`.
 
-    An empty cache of transformers becomes one in place, so that whoever made it may go on passing it.
+    An empty cache of transformers is turned into one in place, so that the caller's object is filled.
 
     Args:
-        cache: that the caller passed; None = none.
-        make: makes an empty one of the model.
+        cache: passed by the caller; None = none.
+        make: makes an empty cache of the model.
 
     Raises:
-        ConfigError: it holds keys and values, or the states of another model.
-        UnsupportedError: it quantizes what it holds.
+        ConfigError: it contains keys and values, or the states of another model.
+        UnsupportedError: it is a quantized cache.
     """
     fresh = make()
     if cache is None:
         return fresh
     if isinstance(cache, StateCache):
         if [type(layer) for layer in cache.layers] != [type(layer) for layer in fresh.layers]:
-            raise ConfigError(f"{CACHE}: it was made for another model, whose layers hold other states; start anew")
+            raise ConfigError(
+                f"{CACHE}: belongs to another model with other kinds of states; start with an empty cache"
+            )
         return cache
     if not isinstance(cache, Cache):
-        raise ConfigError(f"{CACHE}: a {type(cache).__name__} is not a cache; pass what the last call returned")
+        raise ConfigError(f"{CACHE}: a {type(cache).__name__} is not a cache; pass the one that the last call returned")
     if cache.get_seq_length():
         raise ConfigError(
-            f"{CACHE}: it holds keys and values, of another model or of this one before it was converted; this model "
+            f"{CACHE}: contains keys and values of another model, or of this one before it was converted; this model "
             "carries a longspan state, so start with an empty cache"
         )
     if type(cache).__name__.startswith("Quant"):
-        raise UnsupportedError("cache_implementation = 'quantized': states have no quantized form; leave it out")
+        raise UnsupportedError("cache_implementation = 'quantized': states cannot be quantized; leave the option out")
     cache.__class__ = StateCache
     cache.__dict__.update(layers=fresh.layers, layer_class_to_replicate=None, shift=None, first_columns=None)
     assert isinstance(cache, StateCache)

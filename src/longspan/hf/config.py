@@ -1,4 +1,4 @@
-"""The configuration of the library's own models, as transformers wants it."""
+"""The transformers configuration of the library's own models."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from longspan.models import resolve_model
 
 
 class LongspanConfig(PreTrainedConfig):
-    """A model of longspan for `save_pretrained`, `AutoModel...` and `generate`.
+    """Configuration of a longspan model for `save_pretrained`, `AutoModel...` and `generate`.
 
     Args:
-        model: the table of the model as in recipes: `kind` ("decoder", "masked_lm" or "encoder"; where it is left
-            out the class that is built chooses), the fields of `DecoderConfig` or `EncoderConfig`, and optionally
-            `memory`. Unknown fields are refused with the nearest name.
-        vocab_size: token ids are below it; overrides `model["vocab_size"]`.
-        classifier_dropout: before the head of a sequence classifier.
+        model: the model table as in recipes: `kind` ("decoder", "masked_lm" or "encoder"; if omitted, the built class
+            decides), the fields of `DecoderConfig` or `EncoderConfig`, and optionally `memory`. Unknown fields raise an
+            error with the nearest name.
+        vocab_size: number of token ids; overrides `model["vocab_size"]`.
+        classifier_dropout: dropout before the head of a sequence classifier.
 
-    Mixers stand in `model["mixers"]` and never in `layer_types`, which transformers checks against a closed list.
+    Mixers are set in `model["mixers"]`, never in `layer_types`, which transformers checks against a closed list.
     """
 
     model_type = "longspan"
@@ -35,7 +35,7 @@ class LongspanConfig(PreTrainedConfig):
         if "vocab_size" in table and self.vocab_size == type(self).vocab_size:
             self.vocab_size = table["vocab_size"]
         self.model = resolve_model({**table, "vocab_size": self.vocab_size})
-        # what tools that only know transformers look for; weights are tied inside the model, where they are one tensor
+        # attributes that transformers tools read; weights are tied inside the model, where they are one tensor
         self.hidden_size = self.model["dim"]
         self.num_hidden_layers = self.model["num_layers"]
         self.num_attention_heads = self.model["num_heads"]

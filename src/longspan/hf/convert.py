@@ -1,8 +1,8 @@
-"""Pretrained models with another mechanism in the place of their attention: in place, reversible, weights kept.
+"""Replace the attention of pretrained models by another mechanism: in place, reversible, with the pretrained weights.
 
-Each attention module keeps its own weights under their own names and gets a submodule `longspan`, the mechanism's core
-with its new parameters (gates, projections); only what happens between q, k, v and the output changes. So
-`save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimisers see ordinary modules.
+Each attention module keeps its own weights under their names and gets a submodule `longspan`, the mechanism's core with
+its new parameters (gates, projections). Only the computation between q, k, v and the output changes. So
+`save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimizers see ordinary modules.
 """
 
 import functools
@@ -18,28 +18,28 @@ from longspan import host, renames
 from longspan import state as states
 from longspan.config import to_dict
 from longspan.contract.base import Hidden, Mechanism
-from longspan.contract.maps import place_of
+from longspan.contract.maps import device_and_dtype
 from longspan.contract.registry import build_mechanism, mechanism_class
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.aux_losses import LastAuxLosses
 from longspan.hf.cache import on_device, take_cache
 from longspan.hf.calls import Call, check_caches, prepare_call
 from longspan.hf.converted_config import CORE, mark, unmark
-from longspan.hf.families import Family, find
-from longspan.hf.resting import Resting, put_aside, wake
-from longspan.models.backbone import groups_of
-from longspan.models.wrappers import inside, unwrapped
+from longspan.hf.families import Family, attention_modules
+from longspan.hf.resting import KeepsUnusedModules, restore_modules, set_aside_modules
+from longspan.models.backbone import foreign_optimizer_groups
+from longspan.models.wrappers import unwrap_once, unwrapped
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did.
+    """Summary of a conversion.
 
     Attributes:
-        name: of the mixer.
-        layers: that were converted.
-        fields: of the mixer, defaults filled in.
-        new_parameters: names of the parameters that were not there before.
+        name: name of the mixer.
+        layers: indices of the converted layers.
+        fields: fields of the mixer, with defaults.
+        new_parameters: names of the parameters that the conversion added.
         bounded: the state of the whole model does not grow with the text.
     """
 
@@ -50,36 +50,43 @@ class Report:
     bounded: bool
 
     def __str__(self) -> str:
+        """Return a one-line summary for printing."""
         fields = ", ".join(f"{key}={value!r}" for key, value in self.fields.items())
-        state = "constant state" if self.bounded else "a state that grows with the text"
+        state = "state of constant size" if self.bounded else "state that grows with the text"
         return f"{len(self.layers)} layers: {self.name}({fields}), {len(self.new_parameters)} new parameters, {state}"
 
 
-class Converted(Resting):
-    """Stands before the class of a converted attention module; see `convert`."""
+class Converted(KeepsUnusedModules):
+    """Mixin placed before the class of an attention module by `convert`;
+    its forward runs a mechanism instead of attention.
+    """
 
     longspan: Mechanism
     longspan_family: Family
     longspan_index: int
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the original class; the converted one is made of it again where they are read."""
+        """Pickle or copy by the name of the original class; the converted class is rebuilt from it when loading."""
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
-        return (_blank, (original_class(self),), *reduced[2:])
+        return (_new_converted, (original_class(self),), *reduced[2:])
 
     @host.eager
     def forward(self, hidden_states: Tensor, *args: Any, longspan_call: Call | None = None, **kwargs: Any) -> Any:
-        """What the module's own forward returns, without attention weights."""
+        """Run the mechanism on hidden states (batch, length, dim).
+
+        Returns what the original forward returns, with None for the attention weights.
+        """
         if longspan_call is None:
             raise UnsupportedError(
-                "a converted attention module was called outside its model; call the model, or longspan.hf.revert it"
+                "a converted attention module was called on its own; call the whole model, or undo the conversion with "
+                "longspan.hf.revert(model)"
             )
         check_caches(args, kwargs)
         rows, index = longspan_call.rows, self.longspan_index
         x, traits = rows.gather(hidden_states), self.longspan.traits
         q, k, v = self.longspan_family.project(self, x, traits.uses_keys)
         hidden = Hidden(x, self.longspan_keys_values) if traits.receives_hidden else None
-        # what is made again in a backward pass was appended already
+        # in the recomputation of a backward pass the losses were appended already
         aux_losses: list[Tensor] = [] if states.recomputing() else longspan_call.aux_losses
         known = len(aux_losses)
         before = on_device(longspan_call.before.get(index), hidden_states.device)
@@ -87,74 +94,79 @@ class Converted(Resting):
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(aux_losses) > known)
         longspan_call.finish(index, next_state, hidden_states.device)
-        # gates and projections may be of another precision than the model
+        # gates and projections may have another dtype than the model
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))
         return rows.scatter(y), None
 
     def longspan_keys_values(self, x: Tensor, kv_heads: slice | None = None) -> tuple[Tensor, Tensor]:
-        """See `Projections.keys_values`."""
+        """Project x (B, M, dim) to k and v (B, kv_heads, M, head_dim) of all kv heads, or of a slice of them."""
         _, k, v = self.longspan_family.project(self, x)
         part = slice(None) if kv_heads is None else kv_heads
         return k[:, part], v[:, part]
 
 
-def _check_reentry(core: Mechanism, penalised: bool) -> None:
-    """Refuse what trains without a graph inside a call that has one.
+def _check_reentry(core: Mechanism, has_penalties: bool) -> None:
+    """Raise if a mixer that learns outside the loss runs without a graph inside a call with one (re-entrant
+    checkpointing).
+
+    Args:
+        core: the mechanism.
+        has_penalties: it added auxiliary losses in this call.
 
     Raises:
-        UnsupportedError: the mixer counts its training forwards, or has auxiliary losses, which would go unlearned.
+        UnsupportedError: the mixer tracks statistics, or has auxiliary losses, which would not be trained.
     """
-    if core.traits.tracks_statistics or penalised:
+    if core.traits.tracks_statistics or has_penalties:
         raise UnsupportedError(
-            "this mixer learns beside the loss, which re-entrant checkpointing loses; call "
+            "re-entrant checkpointing loses the auxiliary losses and statistics of this mixer; call "
             "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
         )
 
 
 def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fields: Any) -> Report:
-    """Put a mixer into the place of a pretrained model's attention.
+    """Replace the attention of a pretrained model by a mixer, in place.
 
     Args:
-        model: of transformers, with or without a head, perhaps inside PEFT: Llama, Mistral, Qwen2, Qwen3, SmolLM,
-            GPT-2, BERT and those built alike (`longspan.hf.families`). Changed in place; `revert` undoes it.
-        name: of the mixer. Those whose traits are not `convertible` (`transformer_xl`) cannot be used.
-        layers: which; negative ones count from the end; None = all.
-        fields: of the mixer; some begin elsewhere than in a new model (`Mechanism.conversion_fields`). The gates of
-            `infini` and `memorizing` begin at -4, so that a text of one segment gives the original logits and a longer
-            one nearly those of local attention; `lsh` and `routing` use the model's keys.
+        model: a transformers model, with or without a head, perhaps inside PEFT: Llama, Mistral, Qwen2, Qwen3, SmolLM,
+            GPT-2, BERT and similar ones (`longspan.hf.families`). `revert` undoes the conversion.
+        name: name of the mixer. Mixers whose traits are not `convertible` (`transformer_xl`) cannot be used.
+        layers: indices of the layers to convert; negative ones count from the end; None = all.
+        fields: fields of the mixer; some have other defaults than in a new model (`Mechanism.conversion_fields`). The
+            gates of `infini` and `memorizing` start at -4, so that a text of one segment gives the original logits and
+            a longer one nearly those of local attention; `lsh` and `routing` use the model's keys.
 
     Returns:
-        What was done.
+        A summary of the conversion.
 
     Raises:
         UnsupportedError: the model's family, its positions, or the mixer do not allow it.
-        ConfigError: an unknown mixer or field (with the nearest name), or layers that are not there.
+        ConfigError: an unknown mixer or field (with the nearest name), or layers that do not exist.
     """
     outside, model = model, unwrapped(model)
-    modules = find(model)
+    modules = attention_modules(model)
     chosen = _layers(layers, len(modules.attentions))
     name = renames.mixer(name)
     fields = _defaults(name, renames.fields(name, fields))
     if taken := [index for index in chosen if index in modules.cores]:
-        raise ConfigError(f"convert: layer {taken[0]} is converted already; longspan.hf.revert(model) first")
+        raise ConfigError(f"convert: layer {taken[0]} is already converted; call longspan.hf.revert(model) first")
     cores = {}
     for index in chosen:
         attention = modules.attentions[index]
         core = build_mechanism(name, modules.family.shape(model, attention), dict(fields), f"convert to {name}")
         _check_fit(name, core, modules.family, model.config.model_type)
-        cores[index] = core.to(place_of(attention).device)
+        cores[index] = core.to(device_and_dtype(attention).device)
     for index, core in cores.items():
         attention = modules.attentions[index]
         original: Any = type(attention)
-        _turn(attention, converted_class(original))
+        _set_class(attention, converted_class(original))
         attention.add_module(CORE, core)
         if not core.traits.uses_keys:
-            put_aside(attention, modules.family.key_maps)
+            set_aside_modules(attention, modules.family.key_maps)
         attention.longspan_family, attention.longspan_index = modules.family, index
     base = modules.family.base(model)
     if "longspan_hooks" not in base.__dict__:
         before = base.register_forward_pre_hook(prepare_call, with_kwargs=True)
-        base.__dict__["longspan_hooks"] = [before, base.register_forward_hook(_after, with_kwargs=True)]
+        base.__dict__["longspan_hooks"] = [before, base.register_forward_hook(_store_states, with_kwargs=True)]
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
     mark(model.config, record)
     report = Report(
@@ -170,25 +182,27 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
 
 
 def _check_fit(name: str, core: Mechanism, family: Family, model_type: str) -> None:
-    """Refuse a mechanism that a pretrained model of this family cannot hold.
+    """Check that a mechanism can replace the attention of a pretrained model of this family.
 
     Raises:
-        UnsupportedError: the traits of the core say so.
+        UnsupportedError: the traits of the core do not allow it.
     """
     traits, head_dim = core.traits, core.shape.head_dim
     if not traits.convertible:
-        raise UnsupportedError(f"{name} does not convert: {traits.no_conversion_reason}")
+        raise UnsupportedError(f"{name}: cannot replace pretrained attention: {traits.no_conversion_reason}")
     if core.value_dim != head_dim:
-        raise UnsupportedError(f"{name} takes values of {core.value_dim} a head; those of this model have {head_dim}")
+        raise UnsupportedError(
+            f"{name}: needs values of width {core.value_dim} per head; those of this model have width {head_dim}"
+        )
     if not traits.bidirectional and not family.causal:
-        raise UnsupportedError(f"{name} is causal only; {model_type} sees both sides")
+        raise UnsupportedError(f"{name}: is causal only, but {model_type} is bidirectional; choose another mixer")
 
 
 def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
-    """Let PEFT train and save new parameters with the adapters that stand around them already."""
+    """Make PEFT train and save the new parameters together with the adapters that the model already has."""
     while model is not None and not hasattr(type(model), "get_base_model"):
-        model = inside(model)
-    # draws and statistics count too
+        model = unwrap_once(model)
+    # buffers (random projections, statistics) must be saved too
     attentions = [attention for attention in attentions if attention.longspan.state_dict()]
     if model is None or not attentions:
         return
@@ -207,7 +221,7 @@ def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
 
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields with what conversions begin from, in the parts of `mixed_heads` too."""
+    """Return the fields of a mixer with the defaults for conversions, also for the mechanisms inside `mixed_heads`."""
     merged = mechanism_class(name, "convert").conversion_fields | fields
     if isinstance(merged.get("mixers"), list | tuple):
         merged["mixers"] = [
@@ -218,65 +232,67 @@ def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def revert(model: Any) -> None:
-    """Give a converted model its own attention back, bit for bit; what the mixers learnt is dropped.
+    """Undo all conversions of a model, bit for bit; the new parameters of the mixers are dropped.
 
     Raises:
         ConfigError: the model is not converted.
     """
     model = unwrapped(model)
-    modules = find(model)
+    modules = attention_modules(model)
     if not modules.cores:
-        raise ConfigError("revert: this model is not converted")
+        raise ConfigError("revert: this model is not converted, so there is nothing to undo")
     for index in modules.cores:
         attention = modules.attentions[index]
-        wake(attention)
+        restore_modules(attention)
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
-        _turn(attention, original_class(attention))
+        _set_class(attention, original_class(attention))
     for handle in modules.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
     unmark(model.config)
 
 
 def mechanisms(model: Any) -> dict[int, Mechanism]:
-    """The cores of a converted model, by layer; empty where it is not converted."""
-    return find(unwrapped(model)).cores
+    """Return the cores of a converted model by layer index; empty if it is not converted."""
+    return attention_modules(unwrapped(model)).cores
 
 
 def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
+    """Return the sorted indices of the chosen layers, negative ones resolved; None = all `count` layers."""
     chosen = tuple(range(count)) if layers is None else tuple(dict.fromkeys(layers))
     bad = [index for index in chosen if not -count <= index < count]
     if bad or not chosen:
-        raise ConfigError(f"convert: layers = {list(chosen)}: this model has {count} layers, 0 to {count - 1}")
+        raise ConfigError(f"convert: layers = {list(chosen)}: must be among the {count} layers 0 to {count - 1}")
     return tuple(sorted(index % count for index in chosen))
 
 
 @functools.cache
 def converted_class(original: type) -> type:
-    """The class of converted attention modules of a class; one and the same for all of them."""
+    """Return the class for converted attention modules of an original class; always the same one for a class."""
     return type(f"Longspan{original.__name__}", (Converted, original), {"__module__": __name__})
 
 
 def original_class(attention: Any) -> type:
-    """The class that a converted attention module had before."""
+    """Return the class that a converted attention module had before its conversion."""
     return type(attention).__bases__[1]
 
 
-def _blank(original: type) -> Any:
+def _new_converted(original: type) -> Any:
+    """Create an empty converted module from its original class (for unpickling)."""
     cls: Any = converted_class(original)
     return cls.__new__(cls)
 
 
-def _turn(attention: Any, cls: Any) -> None:
-    """Change the class of a module, and what hooks of accelerate wrap as its own forward."""
+def _set_class(attention: Any, cls: Any) -> None:
+    """Change the class of a module, and the original forward that hooks of accelerate wrap."""
     attention.__class__ = cls
     if "_old_forward" in attention.__dict__:
         attention._old_forward = types.MethodType(cls.forward, attention)
 
 
 @host.eager
-def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Keep the states, where there is a cache."""
+def _store_states(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Store the states in the cache and the auxiliary losses on the model, after a call (a forward hook)."""
     call: Call = kwargs["longspan_call"]
     cache = take_cache(dict(kwargs))
     if cache is not None:
@@ -286,26 +302,28 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 
 
 def aux_losses(model: Any) -> list[Tensor]:
-    """Auxiliary losses of a converted model's last call (spans, commitment), to be added to the loss.
+    """Return the auxiliary losses (spans, commitment) of a converted model's last call, to be added to the loss.
 
-    They can be trained through while the call's output, or a loss made of it, exists; later their values are left.
+    They carry gradients as long as the call's output, or a loss computed from it, exists; later only their values
+    remain.
     """
     inner = unwrapped(model)
-    last: LastAuxLosses | None = find(inner).family.base(inner).__dict__.get("longspan_aux_losses")
+    last: LastAuxLosses | None = attention_modules(inner).family.base(inner).__dict__.get("longspan_aux_losses")
     return [] if last is None else last.read()
 
 
 def after_step(model: Any, step: int, generator: torch.Generator | None = None) -> None:
-    """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every converted layer."""
+    """Apply clamps, redraws and statistics of every converted layer after optimizer step `step` (1, 2, ...)."""
     for core in mechanisms(model).values():
         core.after_step(step, generator)
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser: gates and the like with settings of their own, the rest as `decay_groups` has it.
+    """Return parameter groups for a torch optimizer: gates and similar parameters with their own settings, the rest
+    split into weights with and without decay.
 
     Args:
-        model: converted, perhaps inside PEFT; parameters that need no gradient are left out.
-        lr, weight_decay: of the run.
+        model: a converted model, perhaps inside PEFT; parameters that do not require gradients are left out.
+        lr, weight_decay: settings of the run.
     """
-    return groups_of(model, mechanisms(model).values(), lr=lr, weight_decay=weight_decay)
+    return foreign_optimizer_groups(model, mechanisms(model).values(), lr=lr, weight_decay=weight_decay)

@@ -1,4 +1,4 @@
-"""A converted causal model with the face of a `Decoder`, so that sessions, evaluation and the verbs take it."""
+"""Give a converted causal model the interface of a `Decoder`, for sessions, evaluation and the command line."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longspan.contract.base import Mechanism, Traits, merge_traits, why_no_stream
-from longspan.contract.maps import place_of
+from longspan.contract.maps import device_and_dtype
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from longspan.hf.cache import CACHE, StateCache, StateLayer
 from longspan.hf.convert import after_step, mechanisms, parameter_groups
 from longspan.hf.convert import aux_losses as last_aux_losses
-from longspan.hf.families import find
+from longspan.hf.families import attention_modules
 from longspan.hf.loading import load
 from longspan.hf.modeling import LongspanForCausalLM, LongspanPreTrainedModel
 from longspan.models import Head, StackState
@@ -25,7 +25,7 @@ from longspan.state import all_or_nothing
 
 
 class CallOptions(TypedDict, total=False):
-    """What a call takes beside tokens and state, as of a `Decoder`."""
+    """Keyword arguments of a `Decoder` call besides tokens and state."""
 
     mask: Tensor | None
     reset: Tensor | None
@@ -33,87 +33,91 @@ class CallOptions(TypedDict, total=False):
 
 
 class ConvertedDecoder(nn.Module):
-    """Calls a converted model as a `Decoder` is called.
+    """Wraps a converted causal language model in the interface of a `Decoder`.
 
     Args:
-        model: converted in all of its layers to mixers that stream, with its language-model head.
+        model: a language model, all layers of which are converted to mixers that stream.
 
     Raises:
-        UnsupportedError: a layer is not converted or does not stream.
+        UnsupportedError: a layer is not converted or does not stream, or the model is bidirectional.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         # adapters of PEFT act inside the model of transformers
         model = self.inner = unwrapped(model)
-        layers, modules = mechanisms(model), find(model)
+        layers, modules = mechanisms(model), attention_modules(model)
         if unconverted := len(modules.attentions) - len(layers):
-            raise UnsupportedError(f"{unconverted} layers of this model still keep every key; convert all of them")
+            raise UnsupportedError(f"{unconverted} layers of this model are not converted; convert all of them")
         if not self.traits.streams:
-            raise UnsupportedError(f"{self.why_no_stream()}; a ConvertedDecoder streams in every layer")
+            raise UnsupportedError(f"{self.why_no_stream()}; a ConvertedDecoder must stream in every layer")
         if not modules.family.causal:
-            raise UnsupportedError("this model sees both sides of every token and does not stream")
+            raise UnsupportedError("this model is bidirectional and does not stream; use a causal language model")
 
     @property
     def layers(self) -> list[Mechanism]:
-        """The cores, in order."""
+        """The cores of all layers, in order."""
         return list(mechanisms(self.inner).values())
 
     @property
     def traits(self) -> Traits:
-        """What all layers promise."""
+        """The combined capability flags of all layers."""
         return merge_traits([core.traits for core in self.layers])
 
     def why_no_stream(self) -> str:
-        """Which layer is the first that does not stream, and why; "" where all of them do."""
+        """Name the first layer that does not stream, with the reason; "" if all layers stream."""
         return why_no_stream(self.layers)
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it."""
+        """Number of token ids."""
         return int(self.inner.config.vocab_size)
 
     @property
     def redraw_count(self) -> int:
-        """Changes whenever a layer redraws its projections."""
+        """A number that changes whenever a layer redraws its random projections."""
         return sum(core.redraw_count for core in self.layers)
 
     def describe(self) -> dict[str, Any]:
-        """Plain data that tells this model from others."""
+        """Return the configuration as plain data, which distinguishes this model from others."""
         return cast(dict[str, Any], self.inner.config.to_dict())
 
     def num_parameters(self) -> int:
-        """Parameters, shared ones once."""
+        """Return the number of parameters, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for a torch optimiser; see `longspan.hf.parameter_groups`."""
+        """Return parameter groups for a torch optimizer; see `longspan.hf.parameter_groups`."""
         return parameter_groups(self.inner, lr=lr, weight_decay=weight_decay)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Call after each optimiser step."""
+        """Apply clamps, redraws and statistics of all layers after optimizer step `step` (1, 2, ...)."""
         after_step(self.inner, step, generator)
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> StackState:
-        """The state of an empty past."""
-        like = place_of(self.inner)
+        """Return the state of an empty past; device and dtype default to those of the model."""
+        like = device_and_dtype(self.inner)
         where = torch.device(device or like.device)
         states = tuple(core.init_state(batch_size, where, dtype or like.dtype) for core in self.layers)
         return StackState(states, torch.zeros(batch_size, dtype=torch.int64, device=where))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
-        """Exact bytes of the state after `length` live tokens, counts included."""
+        """Return the exact bytes of the state after `length` live tokens (tokens since the last reset),
+        counts included.
+        """
         return 8 * batch_size + sum(core.state_nbytes(batch_size, length, dtype) for core in self.layers)
 
     def forward(
         self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
-        """Logits (batch, length, vocab_size) and the next state; arguments as of a `Decoder`.
+        """Return logits (batch, length, vocab_size) of the tokens (batch, length), and the next state.
+
+        Keyword arguments are those of a `Decoder`.
 
         Raises:
-            DataError: a token outside the vocabulary.
+            DataError: a token id outside the vocabulary.
         """
         out, next_state = self._run(self.inner, tokens, state, call, logits_to_keep=0)
         return out.logits, next_state
@@ -121,35 +125,46 @@ class ConvertedDecoder(nn.Module):
     def hidden(
         self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
-        """Like a call, but what logits are made of: hidden states (batch, length, dim)."""
-        out, next_state = self._run(find(self.inner).family.base(self.inner), tokens, state, call)
+        """Return the last hidden states (batch, length, dim) instead of logits, and the next state;
+        arguments as in `forward`.
+        """
+        out, next_state = self._run(attention_modules(self.inner).family.base(self.inner), tokens, state, call)
         return out.last_hidden_state, next_state
 
     def last(
         self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
-        """Like a call, but only the logits (batch, vocab_size) of the last column."""
+        """Return only the logits (batch, vocab_size) of the last column, and the next state;
+        arguments as in `forward`.
+        """
         mask = call.get("mask")
         if mask is not None and not bool(mask[:, -1].all()):
-            raise ConfigError("last: a row ends in padding")
+            raise ConfigError("last: the mask has a row that ends in padding; pad on the left")
         out, next_state = self._run(self.inner, tokens, state, call, logits_to_keep=1)
         return out.logits[:, -1], next_state
 
     def head(self) -> Head | CalledHead:
-        """The language-model head. Raises UnsupportedError: it is no plain linear map."""
+        """Return the language-model head.
+
+        Raises:
+            UnsupportedError: it is not a plain linear map.
+        """
         return linear_head(self.inner.get_output_embeddings())
 
     def _run(
         self, model: Any, tokens: Tensor, state: StackState | None, call: CallOptions, **options: Any
     ) -> tuple[Any, StackState]:
-        # on another device this would wait for it
-        inside = tokens.device.type != "cpu" or bool(((tokens >= 0) & (tokens < self.vocab_size)).all())
-        if not inside:
-            raise DataError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
+        """Call the inner model, or its base model, with a cache made from the state;
+        return its output and the next state.
+        """
+        # only checked on the CPU, because on another device the check would wait for it
+        is_valid = tokens.device.type != "cpu" or bool(((tokens >= 0) & (tokens < self.vocab_size)).all())
+        if not is_valid:
+            raise DataError(f"a token id is outside the vocabulary: must be from 0 to {self.vocab_size - 1}")
         cache = StateCache([True] * len(self.layers))
         before = self.init_state(tokens.shape[0]) if state is None else state
         slots = cast(list[StateLayer], cache.layers)
-        # columns are tokens: what positions transformers makes of them are right
+        # one column per token, so that transformers derives the right positions from it
         columns = int(before.live.max())
         for slot, layer_state in zip(slots, before.layers, strict=True):
             slot.state, slot.columns, slot.is_initialized = layer_state, columns, True
@@ -164,10 +179,10 @@ class ConvertedDecoder(nn.Module):
 
 
 def open_for_streams(model: Any) -> Any:
-    """What a `StreamSession` reads of a model of transformers, None where it is not one.
+    """Return the model that a `StreamSession` calls for a transformers model; None if it is not a transformers model.
 
     Raises:
-        UnsupportedError: it is not converted, or no language model.
+        UnsupportedError: it is not converted, or not a language model.
     """
     if isinstance(model, LongspanForCausalLM):
         return model.model
@@ -175,10 +190,10 @@ def open_for_streams(model: Any) -> Any:
         return None
     head: Any = model.get_output_embeddings
     if isinstance(model, LongspanPreTrainedModel) or head() is None:
-        raise UnsupportedError(f"StreamSession predicts the next token; {type(model).__name__} has no such head")
+        raise UnsupportedError(f"StreamSession needs a causal language model; {type(model).__name__} has no such head")
     if not mechanisms(model):
         raise UnsupportedError(
-            f"this {type(model).__name__} keeps every key; convert it first: longspan.hf.convert(model, MIXER)"
+            f"this {type(model).__name__} is not converted; first call longspan.hf.convert(model, MIXER)"
         )
     return ConvertedDecoder(model)
 
@@ -186,29 +201,31 @@ def open_for_streams(model: Any) -> Any:
 OPENERS.append(open_for_streams)
 
 
-class Opened(NamedTuple):
-    """A pretrained model and its tokenizer, as transformers gives them."""
+class ModelAndTokenizer(NamedTuple):
+    """A pretrained model and its tokenizer, of transformers."""
 
     model: Any
     tokenizer: Any
 
 
 @contextlib.contextmanager
-def readable(source: str | Path) -> Iterator[None]:
-    """What transformers raises inside for a source that it cannot read becomes a CheckpointError of one line."""
+def one_line_errors(source: str | Path) -> Iterator[None]:
+    """Context that turns errors of transformers about an unreadable source into a one-line CheckpointError."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None
 
 
-def open_pretrained(source: str, *, gguf: str | None = None, dtype: torch.dtype | None = torch.float32) -> Opened:
-    """A causal language model of transformers, from a folder or a hub.
+def open_pretrained(
+    source: str, *, gguf: str | None = None, dtype: torch.dtype | None = torch.float32
+) -> ModelAndTokenizer:
+    """Load a causal language model and its tokenizer with transformers, from a folder or a hub.
 
     Args:
         source: a folder, or a name on the hub.
-        gguf: a file in it, where the weights are in that format (needs the package `gguf`).
-        dtype: of the weights; None = as they are stored.
+        gguf: a file in it with weights in GGUF format (needs the package `gguf`); None = other formats.
+        dtype: dtype of the weights; None = as stored.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -216,11 +233,11 @@ def open_pretrained(source: str, *, gguf: str | None = None, dtype: torch.dtype 
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
-    with readable(source):
+    with one_line_errors(source):
         tokenizer: Any = open_tokenizer(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
     if gguf is not None:
-        # what was read from GGUF refuses to be saved; the same weights in a model of their own do not
+        # transformers refuses to save a model read from GGUF, but not a new model with the same weights
         config = model.config
         for name in ("quantization_config", "_name_or_path"):
             config.__dict__.pop(name, None)
@@ -228,18 +245,19 @@ def open_pretrained(source: str, *, gguf: str | None = None, dtype: torch.dtype 
         fresh.load_state_dict(model.state_dict())
         fresh.generation_config = model.generation_config
         model = fresh
-    return Opened(model.eval(), tokenizer)
+    return ModelAndTokenizer(model.eval(), tokenizer)
 
 
 def end_tokens_of(source: str | Path) -> tuple[int, ...]:
-    """Ids with which the model in a folder, or of a name on a hub, ends a text: its generation_config.json has one or
-    several, else its configuration; none where neither can be read.
+    """Return the ids of the end-of-text tokens of a model folder or hub name.
+
+    They come from generation_config.json, else from the configuration; empty if neither can be read.
     """
     from transformers import AutoConfig, GenerationConfig
 
     readers: list[Any] = [GenerationConfig, AutoConfig]
     for reader in readers:
-        # models need not have the first
+        # generation_config.json is optional
         with contextlib.suppress(OSError, ValueError, KeyError):
             ends = getattr(reader.from_pretrained(source), "eos_token_id", None)
             if ends is not None and ends != []:
@@ -247,24 +265,28 @@ def end_tokens_of(source: str | Path) -> tuple[int, ...]:
     return ()
 
 
-def load_converted(folder: str | Path, dtype: torch.dtype | None = None) -> Opened:
-    """A folder that `longspan convert` wrote: the model as a `ConvertedDecoder`, and its tokenizer.
+def load_converted(folder: str | Path, dtype: torch.dtype | None = None) -> ModelAndTokenizer:
+    """Load a folder that `longspan convert` wrote: the model as a `ConvertedDecoder`, and its tokenizer.
 
     Args:
         folder: of the model.
-        dtype: of the weights; None = as they are stored. New parameters (gates) stay in fp32 at least.
+        dtype: dtype of the weights; None = as stored. New parameters (gates) stay in fp32 at least.
 
     Raises:
-        CheckpointError: it holds no converted model.
-        UnsupportedError: it cannot stream.
+        CheckpointError: it contains no converted model.
+        UnsupportedError: the model cannot stream.
     """
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    return Opened(ConvertedDecoder(load(folder, **options)), open_tokenizer(folder))
+    return ModelAndTokenizer(ConvertedDecoder(load(folder, **options)), open_tokenizer(folder))
 
 
 def open_tokenizer(source: str | Path, **options: Any) -> Any:
-    """A tokenizer of transformers, from a folder or a hub. Raises CheckpointError: it cannot be read."""
+    """Load a tokenizer with transformers, from a folder or a hub.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    with readable(source):
+    with one_line_errors(source):
         return AutoTokenizer.from_pretrained(source, **options)

@@ -1,4 +1,4 @@
-"""`generate` of the library's own models: a state in the place of keys and values."""
+"""`generate` for the library's own models, with a state instead of keys and values."""
 
 from typing import Any
 
@@ -13,16 +13,18 @@ from longspan.hf.positions import Past
 
 
 class StateGeneration(GenerationMixin):
-    """What transformers' generation asks of a model, for one that carries a state."""
+    """Implements transformers' generation interface for a model that carries a state."""
 
     model: Any
 
-    def _carried(self, cache: Any, returns_cache: bool, use_cache: bool | None) -> StateCache | None:
-        """The state that a call begins with and fills; None: it begins with an empty past and keeps nothing."""
+    def _state_cache(self, cache: Any, returns_cache: bool, use_cache: bool | None) -> StateCache | None:
+        """Return the cache that a call starts from and fills;
+        None = it starts from an empty past and keeps no state.
+        """
         if not self.model.traits.streams:
             if cache is not None or use_cache:
                 raise UnsupportedError(
-                    f"{self.model.why_no_stream()}; call the model, and generate, with use_cache=False"
+                    f"{self.model.why_no_stream()}; pass use_cache=False to the model and to generate"
                 )
             return None
         if cache is None and not returns_cache:
@@ -32,18 +34,18 @@ class StateGeneration(GenerationMixin):
         return carried
 
     def _past(self, cache: StateCache, inputs: Tensor) -> Past:
-        """What the rows of a call hold already."""
+        """Return the number of tokens that the rows of a call already have in the cache."""
         live = states.live(cache.state_layers[0].state, inputs.shape[0], inputs.device)
         if live.shape[0] != inputs.shape[0]:
-            raise ConfigError(f"the call has {inputs.shape[0]} rows, its {CACHE} {live.shape[0]}")
+            raise ConfigError(f"the call has {inputs.shape[0]} rows, but its {CACHE} has {live.shape[0]}")
         return Past(live.to(inputs.device), cache.get_seq_length(), cache.shift)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; `mask` and `reset` (batch, length) act as in a call."""
+        """Generate as in transformers; `mask` and `reset` (batch, length) have the same meaning as in a call."""
         mask = kwargs.pop("mask", None)
         if mask is not None:
             if kwargs.get("attention_mask") is not None:
-                raise ConfigError("attention_mask and mask say the same thing; pass one of them")
+                raise ConfigError("attention_mask and mask have the same meaning; pass only one of them")
             kwargs["attention_mask"] = mask.long()
         parent: Any = super()
         return parent.generate(*args, **kwargs)
@@ -58,7 +60,9 @@ class StateGeneration(GenerationMixin):
         reset: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; of `reset`, which is that of the prompt, the columns of this call."""
+        """Prepare the arguments of one call as in transformers,
+        with the columns of the prompt's `reset` that belong to it.
+        """
         parent: Any = super()
         inputs: dict[str, Any] = parent.prepare_inputs_for_generation(
             input_ids,
@@ -78,20 +82,20 @@ class StateGeneration(GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        """A state in the place of keys and values."""
+        """Put a `StateCache` into the arguments instead of a KV cache."""
         cache = take_cache(model_kwargs)
         if cache is not None:
-            # it outlives the call: transformers then reads no token ahead that it would have to take back
+            # the caller keeps it, so transformers must not read a token ahead, which it could not undo
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
             if not self.model.traits.streams:
-                raise UnsupportedError(f"{self.model.why_no_stream()}; generate with use_cache=False")
+                raise UnsupportedError(f"{self.model.why_no_stream()}; pass use_cache=False to generate")
             kind = generation_config.cache_implementation
             if kind == "quantized":
                 raise UnsupportedError(
-                    "cache_implementation = 'quantized': states have no quantized form; leave it out"
+                    "cache_implementation = 'quantized': states cannot be quantized; leave the option out"
                 )
-            # static, sliding and dynamic ones differ in how they store keys, of which there are none
+            # static, sliding and dynamic caches only differ in how they store keys
             cache = StateCache([True], offloading=bool(kind) and kind.startswith("offloaded"))
         if cache is not None:
             model_kwargs[CACHE] = cache

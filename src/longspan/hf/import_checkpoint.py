@@ -1,4 +1,4 @@
-"""Published weights of long-context models as models of this library: one function, a file a family."""
+"""Import published weights of long-context models as models of this library."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,39 +17,39 @@ FAMILIES: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], Decoder]
     "reformer": import_reformer,
     "transfo-xl": import_transfo_xl,
 }
-"""A function for each `model_type`: weights under their published names, and the configuration, to a model."""
+"""For each `model_type` a function that maps published weights and a configuration to a model."""
 
 
 def import_checkpoint(
     source: nn.Module | Mapping[str, Tensor] | str | Path, config: Mapping[str, Any] | Any = None
 ) -> Decoder:
-    """Published weights of a long-context language model as a `Decoder`, in evaluation mode.
+    """Build a `Decoder` from the published weights of a long-context language model, in evaluation mode.
 
-    "transfo-xl" is Transformer-XL of transformers (`TransfoXLLMHeadModel`); see `longspan.hf.transfo_xl`.
-    "reformer" is Reformer of transformers (`ReformerModelWithLMHead`); see `longspan.hf.reformer`.
+    "transfo-xl" is Transformer-XL of transformers (`TransfoXLLMHeadModel`); see `longspan.hf.transfo_xl`. "reformer" is
+    Reformer of transformers (`ReformerModelWithLMHead`); see `longspan.hf.reformer`.
 
     Args:
         source: the model, its state dict, or a folder with config.json and safetensors or pytorch_model.bin.
         config: a configuration of transformers or a mapping; None = that of the model or of the folder.
 
     Warns:
-        UserWarning: the configuration drops attention weights in training, which no mixer does.
+        UserWarning: the configuration has dropout of attention weights, which mixers do not support.
 
     Raises:
-        ConfigError: no configuration, or one that lacks something.
-        UnsupportedError: another family, or something in the configuration that this library computes otherwise.
-        CheckpointError: weights that are missing, left over, or of other shapes.
+        ConfigError: no configuration, or one with missing fields.
+        UnsupportedError: another family, or a configuration that this library computes differently.
+        CheckpointError: weights that are missing, unexpected, or have other shapes.
     """
     weights, own_config = _read(source)
     config = own_config if config is None else config
     if config is None:
-        raise ConfigError("import_checkpoint: weights alone do not say how many heads there are; give their config")
+        raise ConfigError("import_checkpoint: the weights come without a configuration; pass config=...")
     table: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     return FAMILIES[_family(table, weights)](weights, table).eval()
 
 
 def _read(source: Any) -> tuple[Mapping[str, Tensor], Any]:
-    """Weights, and the configuration where it comes with them."""
+    """Return the weights, and their configuration if the source has one, else None."""
     if isinstance(source, nn.Module):
         return source.state_dict(), getattr(source, "config", None)
     if isinstance(source, Mapping):
@@ -66,20 +66,21 @@ def _read(source: Any) -> tuple[Mapping[str, Tensor], Any]:
             else:
                 weights |= torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            # whatever a file of another origin may hold
+            # files from elsewhere may raise anything
             raise CheckpointError(f"{path}: damaged: {error}") from None
     if not weights:
-        raise CheckpointError(f"{folder}: no weights; expected *.safetensors or pytorch_model*.bin")
+        raise CheckpointError(f"{folder}: contains no weights; expected *.safetensors or pytorch_model*.bin")
     return weights, config
 
 
 def _family(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    # how the names of a family's weights begin, for configurations that do not say what they are of
+    """Return the model type from the configuration, or else from the names of the weights."""
+    # prefixes of each family's weights, for configurations without a model_type
     marks = {"reformer": "reformer.", "transfo-xl": "transformer.word_emb."}
     kind = config.get("model_type")
     if kind is None:
         kind = next((name for name, mark in marks.items() if any(key.startswith(mark) for key in weights)), None)
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UnsupportedError(f"import_checkpoint: no weights of type {kind!r} are known; these are: {known}")
+        raise UnsupportedError(f"import_checkpoint: unsupported model type {kind!r}; supported: {known}")
     return str(kind)

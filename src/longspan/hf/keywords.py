@@ -1,7 +1,7 @@
-"""Keywords of a call: none is ever dropped without a word.
+"""Check the keywords of a call, so that none is dropped silently.
 
-Models of transformers pass on whatever keyword they do not know, down to layers that drop it. A misspelt one would so
-change nothing and say nothing.
+Models of transformers pass unknown keywords on to layers that drop them, so a misspelled one would have no effect and
+raise no error.
 """
 
 import functools
@@ -16,8 +16,8 @@ from longspan.config import nearest
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE_NAMES
 
-# what callers of transformers pass to every model, and which means nothing to one that has no such part
-_OF_OTHER_MODELS = (
+# keywords that callers of transformers pass to every model, for parts that our models do not have
+_FOR_OTHER_PARTS = (
     "head_mask",
     "cross_attn_head_mask",
     "encoder_hidden_states",
@@ -28,59 +28,59 @@ _OF_OTHER_MODELS = (
 
 @functools.cache
 def known_keywords(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the arguments of a `forward`, in order, without self and the catch-alls."""
+    """Return the names of the arguments of a `forward`, in order, without self and the catch-alls."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(forward).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds and parameter.name != "self")
 
 
 LOSS_KEYWORDS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
-"""What loss functions of transformers take; the last one of those that predict the next token."""
+"""Keywords of transformers' loss functions; `shift_labels` only of those that predict the next token."""
 
 PASSED_ON = (frozenset(TransformersKwargs.__annotations__) | LOSS_KEYWORDS | {"return_dict"}) - {
-    *_OF_OTHER_MODELS,
+    *_FOR_OTHER_PARTS,
     "is_causal",
 }
-"""Keywords that models of transformers hand down beside the arguments of their own."""
+"""Keywords that transformers models pass on to layers and losses, in addition to their own arguments."""
 
 
 class _Refusal(NamedTuple):
-    """Why a keyword is refused, unless its value is None or the harmless one."""
+    """The reason why a keyword is not supported, unless its value is None or `harmless`."""
 
     reason: str
     harmless: bool | None
 
 
-_NO_STATE = _Refusal("it reads a whole text in one call and keeps no state; leave {name} out", False)
+_NO_STATE = _Refusal("this model reads a whole text in one call and keeps no state; leave {name} out", False)
 _WITHOUT_EFFECT = {
-    **dict.fromkeys(_OF_OTHER_MODELS, _Refusal("it has nothing that {name} could act on; leave it out", False)),
+    **dict.fromkeys(_FOR_OTHER_PARTS, _Refusal("this model has no part that uses {name}; leave it out", False)),
     **dict.fromkeys((*CACHE_NAMES, "use_cache"), _NO_STATE),
     "shift_labels": _Refusal(
-        "it predicts no next token, so its labels cannot be shifted; leave shift_labels out", None
+        "this model does not predict the next token, so labels cannot be shifted; leave shift_labels out", None
     ),
-    "is_causal": _Refusal("whether it is causal is part of the model; leave is_causal out", True),
+    "is_causal": _Refusal("causality is fixed when the model is built; leave is_causal out", True),
 }
 
 
-def settle_keywords(keywords: MutableMapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Remove keywords that say nothing to this model, and refuse those that nobody here knows.
+def check_keywords(keywords: MutableMapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Remove keywords that have no effect on this model, and raise for unknown or unsupported ones.
 
     Args:
-        keywords: of the call, those the model reads taken out already or named in `known`.
-        known: names that it takes.
-        where: what is called, for messages.
+        keywords: of the call; changed in place.
+        known: names that the model accepts; these stay.
+        where: name of the model in messages.
 
     Raises:
-        ConfigError: an unknown one; the nearest known name is part of the message.
-        UnsupportedError: one that asks for what a model of longspan does not have.
+        ConfigError: an unknown keyword; the message suggests the nearest known name.
+        UnsupportedError: a keyword for something that longspan's models do not support.
     """
     names = set(known)
     for name in [name for name in keywords if name not in names]:
         value = keywords.pop(name)
         if name == "token_type_ids":
-            # tokenizers make them for every model; of one kind they say nothing
+            # tokenizers make them for every model; all zeros mean nothing
             if isinstance(value, Tensor) and bool((value != 0).any()):
-                raise UnsupportedError(f"{where}: it has no token types; token_type_ids may only hold 0")
+                raise UnsupportedError(f"{where}: this model has no token types; token_type_ids must be all 0")
         elif name not in _WITHOUT_EFFECT:
             raise ConfigError(f"{where}: unknown keyword {name!r}{nearest(name, names)}")
         elif value is not None and value is not _WITHOUT_EFFECT[name].harmless:

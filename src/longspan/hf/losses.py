@@ -1,8 +1,8 @@
-"""Losses of the library's own models, as transformers defines them, over one call or over a whole optimiser step.
+"""Losses of the library's own models, as transformers defines them, over one call or a whole optimizer step.
 
-The Trainer gives `num_items_in_batch`, the labels of all calls of a step, and then does not divide by the number of
-calls: a loss must be a sum over its call divided by that number, and an auxiliary loss, which has no labels, takes the
-share of its call.
+The Trainer passes `num_items_in_batch`, the number of labels in all calls of a step, and then does not divide by the
+number of calls. So a loss must be the sum over its call divided by that number, and an auxiliary loss, which has no
+labels, is weighted by the share of its call.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ _PROBLEMS = ("regression", "single_label_classification", "multi_label_classific
 
 
 def with_auxiliary(loss: Tensor, aux_losses: list[Tensor] | None, share: Tensor | float) -> Tensor:
-    """A loss and the auxiliary ones of its call, of which only a share counts."""
+    """Return a loss plus the auxiliary losses of its call times `share`."""
     if not aux_losses:
         return loss
     auxiliary = torch.stack(aux_losses).sum()
@@ -26,18 +26,18 @@ def with_auxiliary(loss: Tensor, aux_losses: list[Tensor] | None, share: Tensor 
 
 
 def counting(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of a call that say which labels count, and how many there are in the step."""
+    """Return the keywords of a call about counted labels: num_items_in_batch and ignore_index."""
     return {name: keywords[name] for name in ("num_items_in_batch", "ignore_index") if keywords.get(name) is not None}
 
 
 def share_of_step(
     labels: Tensor, num_items_in_batch: Tensor | int | None = None, ignore_index: int = _IGNORED
 ) -> Tensor | float:
-    """Which part of a step's labels those of one call are; 1 where a call is the whole step.
+    """Return the fraction of a step's labels that belong to one call; 1 if the call is the whole step.
 
     Args:
         labels: of this call.
-        num_items_in_batch: of the step; None = the call is the whole step.
+        num_items_in_batch: number of labels of the step; None = the call is the whole step.
         ignore_index: the label that does not count.
     """
     if num_items_in_batch is None:
@@ -48,7 +48,7 @@ def share_of_step(
 
 
 def next_labels(labels: Tensor, shift_labels: Tensor | None) -> Tensor:
-    """The labels that a causal model is scored on."""
+    """Return the labels that a causal model is scored on: all but the first, or `shift_labels` if given."""
     return labels[..., 1:] if shift_labels is None else shift_labels
 
 
@@ -60,29 +60,30 @@ def classification_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = _IGNORED,
 ) -> Tensor:
-    """The loss of a classifier by `config.problem_type`, which the first labels decide where it is None: squared error
-    if there is one label, one binary decision per label for numbers or bools in a row of `num_labels`, and else cross
-    entropy.
+    """Return the loss of a classifier by `config.problem_type`.
+
+    If that is None, the first labels decide: squared error for num_labels = 1, one binary decision per label for
+    floats, bools or rows of `num_labels` labels, and otherwise cross entropy.
 
     Args:
         loss_function: `ForSequenceClassificationLoss` of transformers.
         logits: (batch, num_labels).
-        labels: regression (batch,) or (batch, num_labels); single label (batch,) or (batch, 1), -100 is left out;
-            several labels (batch, num_labels) of 0 and 1.
+        labels: regression (batch,) or (batch, num_labels); single label (batch,) or (batch, 1), -100 is ignored;
+            multi-label (batch, num_labels) of 0 and 1.
         config: its `problem_type` is set.
-        num_items_in_batch: of the step.
-        ignore_index: the label that is left out in place of -100.
+        num_items_in_batch: number of labels of the step.
+        ignore_index: the label that is ignored instead of -100.
 
     Raises:
         ConfigError: an unknown `problem_type`.
-        DataError: labels of another shape, or class numbers that do not exist.
+        DataError: labels of a wrong shape, or class numbers that do not exist.
     """
     labels = labels.to(logits.device)
     problem = _problem(labels, config.num_labels) if config.problem_type is None else config.problem_type
     if problem not in _PROBLEMS:
         raise ConfigError(f"problem_type = {problem!r}: must be {', '.join(_PROBLEMS[:-1])} or {_PROBLEMS[-1]}")
     _check_labels(labels, logits, problem, ignore_index)
-    # wrong labels decide nothing
+    # set only after the check, so that wrong labels do not decide it
     config.problem_type = problem
     wide = logits if logits.element_size() >= 4 else logits.float()
     if problem == "single_label_classification":
@@ -93,7 +94,9 @@ def classification_loss(
 
 
 def _problem(labels: Tensor, num_labels: int) -> str:
-    """As transformers decides it; whole numbers of one column a label can only be several labels a row, too."""
+    """Return the problem type for labels, as transformers infers it;
+    integer rows of `num_labels` labels are multi-label too.
+    """
     if num_labels == 1:
         return "regression"
     several = labels.ndim == 2 and labels.shape[1] == num_labels
@@ -103,20 +106,21 @@ def _problem(labels: Tensor, num_labels: int) -> str:
 
 
 def _check_labels(labels: Tensor, logits: Tensor, problem: str, ignore_index: int) -> None:
+    """Raise a DataError if the labels do not fit the logits and the problem type."""
     rows, width = logits.shape
     single = problem == "single_label_classification"
-    # one number a row may stand in a column of its own
+    # one number per row may also have the shape (batch, 1)
     column = single or width == 1
     allowed = [(rows,), (rows, 1)] if column else [(rows, width)]
     if tuple(labels.shape) not in allowed:
-        hint = "; set problem_type = 'multi_label_classification' for several labels a row" if single else ""
-        raise DataError(f"labels are {tuple(labels.shape)}, expected {allowed[0]} for {problem}{hint}")
+        hint = "; set problem_type = 'multi_label_classification' for several labels per row" if single else ""
+        raise DataError(f"labels have shape {tuple(labels.shape)}, expected {allowed[0]} for {problem}{hint}")
     if not single:
         return
     if labels.is_floating_point():
-        raise DataError(f"labels are {labels.dtype}, expected whole numbers for {problem}")
+        raise DataError(f"labels are {labels.dtype}, expected integers for {problem}")
     if labels.device.type == "cpu" and labels.numel():
-        # on another device this would wait for it
+        # only on the CPU, because on another device the check would wait for it
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= width))
         if bool(bad.any()):
-            raise DataError(f"label {int(labels[bad][0])} is outside of {width} classes; num_labels is {width}")
+            raise DataError(f"label {int(labels[bad][0])}: must be from 0 to {width - 1}, as num_labels is {width}")

@@ -1,4 +1,4 @@
-"""Folders of pretrained models as the command line opens them: converted, plain, of longspan, or with GGUF weights."""
+"""Open folders of pretrained models for the command line: converted, plain, of longspan, or with GGUF weights."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,75 +8,75 @@ import torch
 from longspan.errors import CheckpointError, UnsupportedError
 from longspan.files import read_object
 from longspan.hf.convert import convert
-from longspan.hf.decoder import ConvertedDecoder, Opened, open_pretrained, open_tokenizer, readable
-from longspan.hf.families import find
+from longspan.hf.decoder import ConvertedDecoder, ModelAndTokenizer, one_line_errors, open_pretrained, open_tokenizer
+from longspan.hf.families import attention_modules
 
 
-class Weights(NamedTuple):
-    """Where the weights of a pretrained model are.
+class WeightsLocation(NamedTuple):
+    """Location of the weights of a pretrained model.
 
     Attributes:
         source: a folder, or a name on the hub.
-        gguf: a GGUF file in that folder; None = safetensors or what else transformers reads.
+        gguf: a GGUF file in that folder; None = safetensors or another format that transformers reads.
     """
 
     source: str
     gguf: str | None
 
 
-def locate_weights(model: str, gguf: str | None = None) -> Weights:
-    """The folder and the file of a pretrained model.
+def locate_weights(model: str, gguf: str | None = None) -> WeightsLocation:
+    """Return the folder or hub name and the GGUF file of a pretrained model.
 
     Args:
         model: a folder, a GGUF file, or a name on the hub.
-        gguf: the name of a file in the folder. None: the only GGUF file of a folder that has no other weights.
+        gguf: name of a file in the folder. None = the only GGUF file of a folder without other weights.
 
     Raises:
-        CheckpointError: there is no such folder or file, the folder holds no model, or several GGUF files.
+        CheckpointError: no such folder or file, or the folder contains no weights, or several GGUF files.
     """
     path = Path(model)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise CheckpointError(f"{model}: a file; give the folder of a model, or a file that ends in .gguf")
+            raise CheckpointError(f"{model}: not a model; pass the folder of a model, or a file that ends in .gguf")
         if gguf is not None and Path(gguf).name != path.name:
-            raise CheckpointError(f"{model}: names one GGUF file already; leave out the other, {gguf}")
-        return Weights(str(path.parent), path.name)
+            raise CheckpointError(f"{model}: is already a GGUF file; leave out --gguf {gguf}")
+        return WeightsLocation(str(path.parent), path.name)
     if not path.is_dir():
         if _looks_like_path(model):
             raise CheckpointError(f"{model}: no such folder or file")
-        return Weights(model, gguf)
+        return WeightsLocation(model, gguf)
     if gguf is not None:
         if not (path / gguf).is_file():
             raise CheckpointError(f"{path / gguf}: no such file")
-        return Weights(model, gguf)
+        return WeightsLocation(model, gguf)
     if any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-        return Weights(model, None)
+        return WeightsLocation(model, None)
     files = sorted(file.name for file in path.glob("*.gguf"))
     if len(files) > 1:
-        raise CheckpointError(f"{model}: holds {len(files)} GGUF files; choose one with --gguf {files[0]}")
+        raise CheckpointError(f"{model}: contains {len(files)} GGUF files; choose one, such as --gguf {files[0]}")
     if not files:
-        raise CheckpointError(f"{model}: holds no weights (*.safetensors, *.bin or *.gguf)")
-    return Weights(model, files[0])
+        raise CheckpointError(f"{model}: contains no weights (*.safetensors, *.bin or *.gguf)")
+    return WeightsLocation(model, files[0])
 
 
 def _looks_like_path(model: str) -> bool:
-    """Names on the hub are NAME or ORGANIZATION/NAME."""
+    """Whether a string is a path rather than a hub name, which is NAME or ORGANIZATION/NAME."""
     return model.startswith((".", "/", "~")) or model.endswith(("/", ".gguf")) or model.count("/") > 1 or "\\" in model
 
 
-def open_plain(folder: str | Path, dtype: torch.dtype | None = None) -> Opened:
-    """A model that nobody converted, as the verbs read it: the baseline, whose state grows with the text.
+def open_plain(folder: str | Path, dtype: torch.dtype | None = None) -> ModelAndTokenizer:
+    """Open a model that was not converted as a baseline, whose state grows with the text.
 
-    Its own attention is read through the mixers that equal it, layer by layer: `full`, or `window` where the model
-    slides. A folder of one of the library's own models gives that model.
+    Each layer is read by the mixer that equals its attention: `full`, or `window` for sliding windows. A folder of one
+    of the library's own models returns that model.
 
     Args:
-        folder: that transformers wrote.
-        dtype: of the weights; None = as they are stored.
+        folder: written by transformers.
+        dtype: dtype of the weights; None = as stored.
 
     Raises:
         CheckpointError: it cannot be read.
-        UnsupportedError: a family that does not convert, or an encoder.
+        UnsupportedError: a family that cannot be converted, or an encoder.
     """
     if read_object(Path(folder) / "config.json").get("model_type") == "longspan":
         return _open_own(folder, dtype)
@@ -87,27 +87,28 @@ def open_plain(folder: str | Path, dtype: torch.dtype | None = None) -> Opened:
             convert(model, "full", layers=layers)
         else:
             convert(model, "window", layers=layers, window=window)
-    return Opened(ConvertedDecoder(model.eval()), opened.tokenizer)
+    return ModelAndTokenizer(ConvertedDecoder(model.eval()), opened.tokenizer)
 
 
-def _open_own(folder: str | Path, dtype: torch.dtype | None) -> Opened:
+def _open_own(folder: str | Path, dtype: torch.dtype | None) -> ModelAndTokenizer:
+    """Open a folder of one of the library's own models; arguments as of `open_plain`."""
     from longspan.hf.modeling import LongspanForCausalLM
 
     tokenizer = open_tokenizer(folder)
-    with readable(folder):
+    with one_line_errors(folder):
         wrapped: Any = LongspanForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype)
-    return Opened(wrapped.model.eval(), tokenizer)
+    return ModelAndTokenizer(wrapped.model.eval(), tokenizer)
 
 
 def _layers_by_window(model: Any) -> dict[int | None, list[int]]:
-    """The layers of each sliding window; None = layers that see every earlier token.
+    """Return the layer indices for each sliding window; None = layers that see every earlier token.
 
     Raises:
-        UnsupportedError: the family does not convert, or sees both sides.
+        UnsupportedError: the family cannot be converted, or is bidirectional.
     """
-    family = find(model)
+    family = attention_modules(model)
     if not family.family.causal:
-        raise UnsupportedError(f"a model of type {model.config.model_type!r} sees both sides and does not stream")
+        raise UnsupportedError(f"a model of type {model.config.model_type!r} is bidirectional and does not stream")
     config = model.config
     kinds = list(getattr(config, "layer_types", None) or [])
     layers: dict[int | None, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What the library's own models return inside transformers: its outputs, and the auxiliary loss of the call."""
+"""Outputs of the library's own models inside transformers, extended by the auxiliary loss of the call."""
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from longspan.errors import UnsupportedError
 
 @dataclass
 class LongspanCausalOutput(CausalLMOutputWithPast):
-    """Of a causal model.
+    """Output of a causal model.
 
     Attributes:
-        aux_loss: () in training, where a mixer has one: the sum of the auxiliary losses of the call. `loss` has it in
-            it; for a loss made outside of the model see `longspan.hf.TrainerLoss`.
+        aux_loss: () sum of the auxiliary losses of the call, in training, if a mixer has some. `loss` already includes
+            it; for a loss computed outside of the model see `longspan.hf.TrainerLoss`.
     """
 
     aux_loss: Tensor | None = None
@@ -25,24 +25,24 @@ class LongspanCausalOutput(CausalLMOutputWithPast):
 
 @dataclass
 class LongspanMaskedOutput(MaskedLMOutput):
-    """Of a masked language model; `aux_loss` as in `LongspanCausalOutput`."""
+    """Output of a masked language model; `aux_loss` as in `LongspanCausalOutput`."""
 
     aux_loss: Tensor | None = None
 
 
 @dataclass
 class LongspanClassifierOutput(SequenceClassifierOutput):
-    """Of a classifier; `aux_loss` as in `LongspanCausalOutput`."""
+    """Output of a classifier; `aux_loss` as in `LongspanCausalOutput`."""
 
     aux_loss: Tensor | None = None
 
 
 class OutputOptions(NamedTuple):
-    """What a caller wants beside the logits.
+    """Options of a call that say what to return besides the logits.
 
     Attributes:
-        hidden_states: those of all layers.
-        as_tuple: a plain tuple in the place of a named output.
+        hidden_states: return those of all layers.
+        as_tuple: return a plain tuple instead of a named output.
     """
 
     hidden_states: bool
@@ -50,29 +50,30 @@ class OutputOptions(NamedTuple):
 
 
 def take_options(keywords: MutableMapping[str, Any], config: Any) -> OutputOptions:
-    """Take the options of outputs out of the keywords of a call; the configuration decides where they are left out.
+    """Remove the output options from the keywords of a call and return them; the configuration has the defaults.
 
     Raises:
-        UnsupportedError: attention weights, which mechanisms do not make.
+        UnsupportedError: attention weights were requested, which mechanisms do not compute.
     """
 
     def option(name: str, default: bool) -> bool:
+        """Remove one option from the keywords; return its value or the default of the configuration."""
         value = keywords.pop(name, None)
         return bool(getattr(config, name, default) if value is None else value)
 
     if option("output_attentions", False):
         raise UnsupportedError(
-            "output_attentions: mechanisms make no matrix of attention weights; model.model.layers[i].mixer."
-            "attention_map(x) gives that of a layer, and longspan.mixers.probe.influence what each query reads"
+            "output_attentions: mechanisms compute no matrix of attention weights; use model.model.layers[i].mixer."
+            "attention_map(x) for the weights of a layer, or longspan.mixers.probe.influence for what each query reads"
         )
     return OutputOptions(option("output_hidden_states", False), not option("return_dict", True))
 
 
 def kept_columns(logits_to_keep: int | Tensor) -> slice | Tensor:
-    """Which columns' logits are returned: the last so many (0 = all), or those of a tensor of indices."""
+    """Return the columns whose logits are returned: the last `logits_to_keep` (0 = all), or a tensor of indices."""
     return logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
 
 
 def auxiliary(aux_losses: list[Tensor] | None) -> Tensor | None:
-    """The sum of what mixers appended in a call; None where there is nothing."""
+    """Return the sum of the auxiliary losses of a call; None if there are none."""
     return torch.stack(aux_losses).sum() if aux_losses else None

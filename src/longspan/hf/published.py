@@ -1,4 +1,6 @@
-"""What readers of published weights share: a configuration that says what it lacks, weights that are each used once."""
+"""Helpers to import published weights: a configuration that reports missing fields,
+weights that are used exactly once.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -10,10 +12,10 @@ from longspan.errors import CheckpointError, ConfigError
 
 
 class PublishedConfig:
-    """A published configuration, as plain data.
+    """A published configuration as plain data; a missing field raises an error.
 
     Args:
-        where: what errors begin with.
+        where: prefix of error messages.
         config: fields by name.
     """
 
@@ -21,31 +23,36 @@ class PublishedConfig:
         self.where, self.config = where, config
 
     def __getitem__(self, name: str) -> Any:
+        """Return a field.
+
+        Raises:
+            ConfigError: it is missing.
+        """
         if name not in self.config:
-            raise ConfigError(f"{self.where}: the config has no {name!r}; give all that transformers writes")
+            raise ConfigError(f"{self.where}: the config has no {name!r}; pass all fields that transformers writes")
         return self.config[name]
 
     def warn_of_dropout(self, *names: str) -> None:
-        """Say that dropout of attention weights, under these names, is not taken over; nothing where it is 0."""
+        """Warn that dropout of attention weights, in fields of these names, is ignored; no warning where it is 0."""
         dropped = [f"{name} = {self.config[name]}" for name in names if self.config.get(name)]
         if dropped:
             warnings.warn(
-                f"{self.where}: {', '.join(dropped)} is not taken over, as no mixer drops attention weights: the same "
-                "model in evaluation, less regularized in training",
+                f"{self.where}: {', '.join(dropped)} is ignored, as mixers have no dropout of attention weights: the "
+                "model is the same in evaluation, but less regularized in training",
                 stacklevel=2,
             )
 
 
 class Renaming:
-    """Published weights under the names of a model, each of them used once.
+    """Maps published weights to the names of a model, each of them used exactly once.
 
     Args:
-        where: what errors begin with.
-        given: published weights.
+        where: prefix of error messages.
+        weights: published weights by name.
 
     Attributes:
         ours: weights by the names of the model.
-        left: published ones that are not used yet.
+        left: published weights that are not used yet.
     """
 
     def __init__(self, where: str, weights: Mapping[str, Tensor]) -> None:
@@ -53,25 +60,33 @@ class Renaming:
         self.ours: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
-        """A published weight. Raises CheckpointError: it is not there."""
+        """Remove and return a published weight.
+
+        Raises:
+            CheckpointError: it is missing.
+        """
         if name not in self.left:
-            raise CheckpointError(f"{self.where}: missing weight {name!r}; the config is of another model")
+            raise CheckpointError(f"{self.where}: weight {name!r} is missing; weights and config must be of one model")
         return self.left.pop(name)
 
     def move(self, ours: str, theirs: str) -> None:
-        """One weight as it is."""
+        """Use a published weight unchanged, under our name."""
         self.ours[ours] = self.take(theirs)
 
     def move_pair(self, ours: str, theirs: str) -> None:
-        """Weight and bias of a linear map or a norm."""
+        """Use the weight and bias of a linear map or a norm unchanged, under our names."""
         for part in ("weight", "bias"):
             self.move(f"{ours}.{part}", f"{theirs}.{part}")
 
     def done(self) -> dict[str, Tensor]:
-        """All weights. Raises CheckpointError: a published one is left over."""
+        """Return all weights by the names of the model.
+
+        Raises:
+            CheckpointError: a published weight was not used.
+        """
         if self.left:
             more = f" and {len(self.left) - 1} more" if len(self.left) > 1 else ""
             raise CheckpointError(
-                f"{self.where}: unexpected weight {min(self.left)!r}{more}; they belong to another model"
+                f"{self.where}: unexpected weight {min(self.left)!r}{more}; weights and config must be of one model"
             )
         return self.ours

@@ -1,4 +1,4 @@
-"""What transformers' Trainer needs to train mechanisms that change between steps, or have losses of their own."""
+"""Helpers for transformers' Trainer: updates between steps, and the auxiliary losses of mechanisms."""
 
 from typing import Any
 
@@ -19,20 +19,21 @@ from longspan.models.wrappers import unwrapped
 
 
 class AfterStep(TrainerCallback):
-    """Calls `after_step` behind each optimiser step: spans are clamped, projections redrawn, statistics applied.
+    """Trainer callback that calls `after_step` after each optimizer step: clamps spans, redraws projections, applies
+    statistics.
 
     `Trainer(..., callbacks=[AfterStep()])`, for converted models (inside PEFT too) and for the library's own.
 
     Args:
-        seed: of what is redrawn.
+        seed: of the random projections that are redrawn.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """See the class."""
-        # a function of the step, so that a resumed run draws what the stopped one would have drawn
+        """Update the mechanisms of the model after an optimizer step."""
+        # seeded by the step, so that a resumed run draws the same numbers
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.global_step)
         inner = unwrapped(model)
         if isinstance(inner, LongspanPreTrainedModel):
@@ -42,16 +43,18 @@ class AfterStep(TrainerCallback):
 
 
 class TrainerLoss:
-    """The loss of a model with the auxiliary losses of its mixers, where the Trainer makes it: for converted models,
-    whose own loss does not know of mixers, and for the library's own under label smoothing, where the Trainer takes
-    the labels away from the model.
+    """Loss function for the Trainer that includes the auxiliary losses of mixers.
 
-    `Trainer(model, ..., compute_loss_func=TrainerLoss(model))`. Losses are means over the labels of a whole optimiser
-    step, however many calls it has; an auxiliary loss takes the share of its call.
+    Needed for converted models, whose own loss ignores mixers, and for the library's own models with label smoothing,
+    where the Trainer does not pass the labels to the model.
+
+    `Trainer(model, ..., compute_loss_func=TrainerLoss(model))`. Losses are means over the labels of a whole optimizer
+    step, however many calls it has; an auxiliary loss is weighted by the share of its call.
 
     Args:
-        model: that is trained, perhaps inside PEFT or torch.compile.
-        label_smoothing: in place of the Trainer's `label_smoothing_factor`, which acts on losses of its own only.
+        model: the trained model, perhaps inside PEFT or torch.compile.
+        label_smoothing: replaces the Trainer's `label_smoothing_factor`, which has no effect with a custom loss
+            function.
 
     Raises:
         UnsupportedError: transformers has no loss function for the model's class.
@@ -67,13 +70,13 @@ class TrainerLoss:
             inner.auxiliary_is_read = True
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The loss of one call; arguments as the Trainer gives them."""
+        """Return the loss of one call; the Trainer passes the arguments."""
         inner, logits = unwrapped(self.model), outputs["logits"]
         scored = next_labels(labels, None) if self.kind == "ForCausalLM" else labels
         classifies = self.kind == "ForSequenceClassification"
         if self.label_smoothing:
             if classifies and (labels.is_floating_point() or labels.numel() != len(logits)):
-                raise DataError("label_smoothing: labels are smoothed where a row has one class; set it to 0")
+                raise DataError("label_smoothing: only works with one class label per row; set it to 0")
             wide = (logits[:, : scored.shape[1]] if scored is not labels else logits).flatten(0, -2).float()
             smoothing: dict[str, Any] = {"reduction": "sum", "label_smoothing": self.label_smoothing}
             loss = F.cross_entropy(wide, scored.flatten(), **smoothing)
@@ -91,7 +94,7 @@ class TrainerLoss:
 
 
 def _loss_kind(model: Any) -> str:
-    """The loss of a model by the name that transformers has for it; of some causal models (GPT-2) it knows none."""
+    """Return the name of a model's loss in transformers, which lacks one for some causal models (GPT-2)."""
     if model.loss_type in LOSS_MAPPING:
         return str(model.loss_type)
     name = type(model).__name__

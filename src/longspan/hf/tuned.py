@@ -1,9 +1,9 @@
-"""Pretrained models in training: what of them learns, and how runs keep them.
+"""Pretrained models in training: which of their parameters are trained, and how runs store them.
 
-A recipe names them by `kind = "pretrained"`: a folder that `longspan convert` wrote or, with a table `memory`, any
-causal model of transformers, made recurrent. New parameters (gates, projections, memory tokens) always learn; of the
-rest nothing, low-rank adapters (Hu et al. 2021, by the library peft), or everything. Importing this module makes the
-kind known to `longspan.models`.
+A recipe selects them by `kind = "pretrained"`: a folder that `longspan convert` wrote or, with a table `memory`, any
+causal model of transformers, made recurrent. New parameters (gates, projections, memory tokens) are always trained. Of
+the others nothing is trained, or low-rank adapters (Hu et al. 2021, by the library peft), or everything. Importing this
+module registers the kind with `longspan.models`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from longspan.config import check_least, to_dict
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.converted_config import CORE
 from longspan.hf.decoder import ConvertedDecoder, open_pretrained, open_tokenizer
-from longspan.hf.families import find
+from longspan.hf.families import attention_modules
 from longspan.hf.loading import load
 from longspan.models.io import is_converted
 from longspan.models.tables import register_kind
@@ -28,36 +28,36 @@ KIND = "pretrained"
 
 @dataclass(frozen=True, kw_only=True)
 class TunedConfig:
-    """Which pretrained model, and what of it learns; the `[model]` table of a recipe."""
+    """The `[model]` table of a recipe for a pretrained model: which one, and which parameters are trained."""
 
     source: str = ""
     """a folder that `longspan convert` wrote; with a table `memory`, any causal model of transformers"""
     tune: Literal["lora", "all", "new"] = "lora"
-    """lora: adapters beside the linear maps; all: every weight; new: only what the conversion or the memory added"""
+    """trained are: lora: adapters of the linear maps; all: every weight; new: only parameters of mixers and memory"""
     lora_rank: int = 16
     lora_alpha: float = 32.0
     """adapters are scaled by lora_alpha / lora_rank"""
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ()
-    """ends of the names of linear maps that get adapters, such as "q_proj"; empty: all in the layers"""
+    """suffixes of the names of linear maps that get adapters, such as "q_proj"; empty: all in the layers"""
     vocab_size: int = 0
-    """token ids of the task; the model's own number may be larger"""
+    """number of token ids of the task; the model may have more"""
 
     def __post_init__(self) -> None:
         check_least(self, "model", {"lora_rank": 1, "lora_alpha": 0, "lora_dropout": 0})
         if not self.source:
-            raise ConfigError("model.source: which pretrained model? A folder that `longspan convert` wrote")
+            raise ConfigError("model.source is empty; set it to a folder that `longspan convert` wrote")
 
 
 class TunedDecoder(ConvertedDecoder):
-    """A converted model of which a part learns; its `state_dict` holds that part only.
+    """A converted model of which only some parameters are trained; its `state_dict` contains only these.
 
     Args:
-        config: which model, and what of it learns.
+        config: which model, and which of its parameters are trained.
 
     Raises:
-        CheckpointError: the folder holds no converted model.
-        ConfigError: adapters for maps that are not there.
+        CheckpointError: the folder contains no converted model.
+        ConfigError: `lora_targets` matches no linear map, or the vocabulary is too small.
         UnsupportedError: a layer does not stream.
     """
 
@@ -67,35 +67,38 @@ class TunedDecoder(ConvertedDecoder):
         super().__init__(model)
         self.config = config
         if self.vocab_size < config.vocab_size:
-            raise ConfigError(f"{config.source}: knows {self.vocab_size} token ids, the task has {config.vocab_size}")
+            raise ConfigError(
+                f"{config.source}: has {self.vocab_size} token ids, but the task needs {config.vocab_size}; use the "
+                "tokenizer of the model"
+            )
 
     @staticmethod
     def backbone(config: TunedConfig) -> nn.Module:
-        """The model itself, for a recurrent memory around it."""
+        """Return the transformers model itself, to be wrapped in a recurrent memory."""
         model = load(config.source) if is_converted(config.source) else open_pretrained(config.source).model
         freeze(model, config)
         model.longspan_table = {"kind": KIND, **to_dict(config)}
         return cast(nn.Module, model)
 
     def describe(self) -> dict[str, Any]:
-        """The table of a recipe."""
+        """Return the model table of a recipe."""
         return {"kind": KIND, **to_dict(self.config)}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """What learns, and the buffers of the mechanisms; the rest stands in `source`."""
+        """Return the trained parameters and the buffers of the mechanisms; the other weights are in `source`."""
         learns = {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
         saved = {name for name in super().state_dict() if f".{CORE}." in name}
         return learns | {name: buffer for name, buffer in self.named_buffers() if name in saved}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` gave."""
+        """Load parameters and buffers that `state_dict` returned."""
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def export(self, folder: Path) -> None:
-        """Write a converted model that needs neither `source` nor peft: adapters become part of the weights.
+        """Write a converted model that needs neither `source` nor peft: adapters are merged into the weights.
 
         Args:
-            folder: to be filled, with the tokenizer of `source` too.
+            folder: is filled with the model and the tokenizer of `source`.
         """
         merge_adapters(self.inner)
         self.inner.save_pretrained(folder)
@@ -103,10 +106,10 @@ class TunedDecoder(ConvertedDecoder):
 
 
 def freeze(model: Any, config: TunedConfig) -> None:
-    """Let learn what `config.tune` says, in place.
+    """Make only the parameters selected by `config.tune` trainable, in place; adds adapters for "lora".
 
     Raises:
-        ConfigError: `lora_targets` that no map's name ends with.
+        ConfigError: `lora_targets` matches no linear map.
         UnsupportedError: the library peft is missing.
     """
     if config.tune == "lora":
@@ -117,7 +120,7 @@ def freeze(model: Any, config: TunedConfig) -> None:
 
 
 def add_adapters(model: Any, config: TunedConfig) -> None:
-    """Put adapters beside linear maps of the layers; raises as `freeze` does."""
+    """Add low-rank adapters to linear maps of the layers, in place; raises as `freeze` does."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -125,8 +128,8 @@ def add_adapters(model: Any, config: TunedConfig) -> None:
     from transformers.pytorch_utils import Conv1D
 
     prefixes = {id(layer): name for name, layer in model.named_modules()}
-    attentions = find(model).attentions
-    # the list of layers is what all attention modules have in common
+    attentions = attention_modules(model).attentions
+    # the common prefix of all attention modules is the list of layers
     layers = prefixes[id(attentions[0])].rsplit(".0.", 1)[0]
     maps = {
         name: module
@@ -137,7 +140,7 @@ def add_adapters(model: Any, config: TunedConfig) -> None:
     if not chosen:
         known = sorted({name.rsplit(".", 1)[-1] for name in maps})
         raise ConfigError(
-            f"model.lora_targets = {list(config.lora_targets)}: no map is called so; {', '.join(known)} are"
+            f"model.lora_targets = {list(config.lora_targets)}: matches no linear map; known: {', '.join(known)}"
         )
     settings = LoraConfig(
         r=config.lora_rank,
@@ -151,7 +154,7 @@ def add_adapters(model: Any, config: TunedConfig) -> None:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
-    """Add adapters to the weights they stand beside, and take them away, in place."""
+    """Merge adapters into the weights of their linear maps and remove them, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(model.named_modules()):

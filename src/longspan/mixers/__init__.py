@@ -1,4 +1,4 @@
-"""Mechanisms: each one a function of a sequence and a state, built by name."""
+"""Mechanisms as layers, built by name; each is a function of a sequence and a state."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,6 @@
-"""Which keys a query reads, measured on the mixer itself: one value at a time is changed, outputs are compared; and how
-many keys a layer of entmax gives a weight.
+"""Measure which keys each query reads, by changing one value at a time and comparing outputs.
+
+`support_sizes` also counts the keys to which an entmax layer gives a nonzero weight.
 """
 
 import copy
@@ -13,31 +14,30 @@ from longspan.contract.rows import BatchLayout
 from longspan.errors import ConfigError
 from longspan.mechanisms.entmax.layer import EntmaxMechanism
 
-# sequences that are run at once
+# number of sequences in one batch
 _ROWS = 32
-# keys whose weights are read off at once
+# number of keys whose weights are measured in one call
 _WIDTH = 256
 
 
 @torch.no_grad()
 def influence(mixer: Mixer, length: int, *, seed: int = 0) -> Tensor:
-    """How much the output of each query changes where the value of a key does; zero where it does not read that key.
+    """Return how much the output of each query changes with the value of each key; zero if the query does not read it.
 
-    The whole mixer runs, in fp64, on hidden states of normal numbers from an empty past. Queries and keys (and
-    gates and spans that read hidden states) are made blind to the last coordinate of the hidden states, so changing
-    that coordinate at position j changes the value there and nothing else, through whatever path values take: memories
-    are measured as attention is, and no mask of any mechanism is asked. Where the output is an attention map times the
-    values (`linear_in_values`) all other values are zero and the changed one is one: the result is the map, and a
-    weight is zero only if it is exactly zero. Else the other values are normal numbers too, and a change is one that
-    shows in fp64.
+    The whole mixer runs, in fp64, on standard normal hidden states from an empty past. Queries, keys, gates and spans
+    are made to ignore the last coordinate of the hidden states. Changing that coordinate at position j then changes the
+    value there and nothing else, through whatever path values take: memories are measured just as attention is, and no
+    mechanism's own mask is used. Where the output is an attention map times the values (`linear_in_values`), all other
+    values are zero and the changed one is one: the result is the map, and a weight is zero only if it is exactly zero.
+    Otherwise the other values are normal numbers too, and a change must be visible in fp64.
 
     Args:
-        mixer: as `longspan.mixers.build` makes them; it is copied and stays as it is.
+        mixer: as built by `longspan.mixers.build`; it is copied and not changed.
         length: tokens of the sequence.
-        seed: of the hidden states, which matter where what is seen depends on them.
+        seed: of the hidden states, which matter where visibility depends on data.
 
     Returns:
-        (heads, length, length) fp64: queries down, keys across.
+        (heads, length, length) fp64: queries in rows, keys in columns.
 
     Raises:
         ConfigError: a length below 1.
@@ -54,17 +54,17 @@ def influence(mixer: Mixer, length: int, *, seed: int = 0) -> Tensor:
     probed(x.expand(rows, -1, -1))
     for first in range(0, length, rows):
         changed = x.repeat(rows, 1, 1)
-        at = torch.arange(first, min(first + rows, length))
-        changed[at - first, at, -1] = 1
+        position = torch.arange(first, min(first + rows, length))
+        changed[position - first, position, -1] = 1
         probed(changed)
     hook.remove()
-    # rows of equal batches, so that the same sums are compared: a row without change gives the same bits
+    # all batches have the same size, so that sums are computed alike and a row without change has the same bits
     sums = torch.cat([(out - outs[0]).abs().amax(-1) for out in outs[1:]])[:length]
     return sums.permute(1, 2, 0).contiguous()
 
 
 def _blind(mixer: Mixer) -> Mixer:
-    """A copy in fp64 of which only the values read the last coordinate of the hidden states."""
+    """Return a copy in fp64 in which only the values read the last coordinate of the hidden states."""
     probed = copy.deepcopy(mixer).double().eval()
     projections, core = probed.projections, probed.core
     for projection in (projections.q_proj, projections.k_proj):
@@ -82,7 +82,10 @@ def _blind(mixer: Mixer) -> Mixer:
 
 
 def _blind_hidden(core: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Hidden states for gates and spans; a core that makes values of them has `no_conversion_reason`, and gets all."""
+    """Zero the last coordinate of the hidden states that a core receives for gates and spans (a forward pre-hook).
+
+    Cores that compute values from hidden states have a `no_conversion_reason` and are not hooked.
+    """
     x = keywords["hidden"].x.clone()
     x[..., -1] = 0
     return arguments, {**keywords, "hidden": keywords["hidden"]._replace(x=x)}
@@ -90,10 +93,10 @@ def _blind_hidden(core: nn.Module, arguments: Any, keywords: dict[str, Any]) -> 
 
 @torch.no_grad()
 def support_sizes(core: EntmaxMechanism, q: Tensor, k: Tensor, v: Tensor, state: Any, rows: BatchLayout) -> Tensor:
-    """(batch, heads, length) how many keys get a weight that is not zero, in one call of a layer of entmax.
+    """Return the number of keys (batch, heads, length) with a nonzero weight, in one call of an entmax layer.
 
-    The layer runs with unit vectors in the place of values, so that its outputs are its weights; arguments are those of
-    a call.
+    The layer runs with unit vectors instead of values, so that its outputs are its weights. The other arguments are
+    those of `Mechanism.forward`.
     """
     memory = 0 if state is None else state.v.shape[2]
     columns = memory + v.shape[2]
@@ -103,7 +106,7 @@ def support_sizes(core: EntmaxMechanism, q: Tensor, k: Tensor, v: Tensor, state:
         unit = v.new_zeros(*v.shape[:2], columns, width)
         unit[:, :, torch.arange(first, first + width), torch.arange(width)] = 1
         before = None if state is None else state._replace(v=unit[:, :, :memory])
-        # not the module's call, which is watched
+        # `forward` instead of a call, which would trigger the hooks of those who observe the layer
         weights, _ = core.forward(q, k, unit[:, :, memory:], before, rows)
         counts += (weights != 0).sum(-1)
     return counts

@@ -1,4 +1,4 @@
-"""The library's own models: one stack for all mixers."""
+"""The library's own models: decoders, encoders, masked LMs and recurrent memories of any mixers."""
 
 from typing import TYPE_CHECKING
 

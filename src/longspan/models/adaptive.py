@@ -1,13 +1,13 @@
-"""Adaptive embeddings and softmax: tokens in clusters by how often they are read, rarer ones in fewer dimensions.
+"""Adaptive embeddings and softmax: tokens in clusters by frequency, with narrower embeddings for rarer ones.
 
-Token ids are ranks of frequency (as those of `tokenizer = "word"` are). Cluster i holds the ids from one cutoff to the
+Token ids are frequency ranks (as those of `tokenizer = "word"` are). Cluster i contains the ids from one cutoff to the
 next, in tables of width `embedding_dim / adaptive_div^i`; a linear map takes each to `dim` (Baevski & Auli 2019,
 section 3). The output layer is the adaptive softmax of Grave et al. 2017 over the same clusters, with the tables of the
-embeddings and, turned round, their maps (Dai et al. 2019, section 4.1; tying: Inan et al. 2017).
+embeddings and their transposed maps (Dai et al. 2019, section 4.1; tying: Inan et al. 2017).
 
-torch has the softmax as `nn.AdaptiveLogSoftmaxWithLoss`. It does not serve here: its tables and maps cannot be those of
-embeddings, its first cluster has no map, its rarer clusters no biases, as those of Transformer-XL have, and it gives a
-loss or a distribution but takes no chunks. With copied weights the two give the same numbers, which a test holds.
+torch has the softmax as `nn.AdaptiveLogSoftmaxWithLoss`. It cannot be used here: its tables and maps cannot be shared
+with embeddings, its first cluster has no map and its rarer clusters no biases, as Transformer-XL has, and it computes a
+loss or a distribution but not in chunks. With copied weights both give the same numbers, which a test checks.
 """
 
 import itertools
@@ -23,57 +23,57 @@ from longspan.models.head import AdaptiveHead
 
 
 class Clusters:
-    """How a configuration cuts its vocabulary.
+    """How a configuration splits its vocabulary.
 
     Attributes:
         cuts: 0, the cutoffs, vocab_size.
-        sizes: tokens of each cluster.
-        widths: of the tables of each.
-        alike: all widths are one: one table and at most one map serve all.
-        mapped: there are maps to `dim`.
+        sizes: number of tokens of each cluster.
+        widths: width of the table of each cluster.
+        has_one_width: all widths are equal, so that one table and at most one map serve all clusters.
+        has_projections: there are maps to `dim`.
 
     Raises:
-        ConfigError: a cutoff that is no token id.
+        ConfigError: a cutoff is not below the vocabulary size.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         self.cuts = (0, *config.adaptive_cutoffs, config.vocab_size)
         if config.adaptive_cutoffs and config.adaptive_cutoffs[-1] >= config.vocab_size:
             raise ConfigError(
-                f"DecoderConfig.adaptive_cutoffs = {list(config.adaptive_cutoffs)}: must be below the vocabulary's "
-                f"size, {config.vocab_size}"
+                f"DecoderConfig.adaptive_cutoffs = {list(config.adaptive_cutoffs)}: must be below vocab_size = "
+                f"{config.vocab_size}"
             )
         self.sizes = [last - first for first, last in itertools.pairwise(self.cuts)]
         self.widths = config.cluster_widths
-        self.alike = len(set(self.widths)) == 1
-        self.mapped = config.embedding_dim is not None or not self.alike
+        self.has_one_width = len(set(self.widths)) == 1
+        self.has_projections = config.embedding_dim is not None or not self.has_one_width
 
 
 class AdaptiveEmbedding(nn.Module):
-    """Token ids (...) to embeddings (..., dim): every token by the table and the map of its cluster.
+    """Embeds token ids (...) as (..., dim): every token by the table and the map of its cluster.
 
-    No shape depends on which tokens are read: every table is asked for every token, with an entry that becomes zero
-    where the token is another cluster's. Tables are normal with the model's `init_std` and maps with
-    width^-1/2, so that embeddings of all clusters begin with `init_std`.
+    No shape depends on the tokens: every table is read for every token, and the entry is zeroed where the token belongs
+    to another cluster. Tables are initialized with the standard deviation `init_std` and maps with width^-1/2, so that
+    embeddings of all clusters start with `init_std`.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.clusters = clusters = Clusters(config)
         self.dim = config.dim
-        alike = clusters.alike
-        sizes = [config.vocab_size] if alike else clusters.sizes
-        widths = clusters.widths[:1] if alike else clusters.widths
+        has_one_width = clusters.has_one_width
+        sizes = [config.vocab_size] if has_one_width else clusters.sizes
+        widths = clusters.widths[:1] if has_one_width else clusters.widths
         self.tables = nn.ModuleList(nn.Embedding(*shape) for shape in zip(sizes, widths, strict=True))
         self.projections = nn.ModuleList(
-            nn.Linear(width, config.dim, bias=False) for width in (widths if clusters.mapped else ())
+            nn.Linear(width, config.dim, bias=False) for width in (widths if clusters.has_projections else ())
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """See the class."""
-        if self.clusters.alike:
+        """Embed token ids (...) as (..., dim)."""
+        if self.clusters.has_one_width:
             embedded: Tensor = self.tables[0](tokens)
-            return self.projections[0](embedded) if self.clusters.mapped else embedded
+            return self.projections[0](embedded) if self.clusters.has_projections else embedded
         parts = []
         cuts = self.clusters.cuts
         for index, (table, projection) in enumerate(zip(self.tables, self.projections, strict=True)):
@@ -84,25 +84,27 @@ class AdaptiveEmbedding(nn.Module):
         return torch.stack(parts).sum(0)
 
     def weights(self) -> list[Tensor]:
-        """The table (tokens, width) of each cluster."""
-        if self.clusters.alike:
+        """Return the table (tokens, width) of each cluster."""
+        if self.clusters.has_one_width:
             return list(table_of(self.tables[0], self.clusters.cuts[-1]).split(self.clusters.sizes))
         return [table_of(table, size) for table, size in zip(self.tables, self.clusters.sizes, strict=True)]
 
     def maps(self) -> list[Tensor | None]:
-        """The map of each cluster turned round: (width, dim) or None."""
+        """Return the transposed map (width, dim) of each cluster, or None where it has none."""
         transposed: list[Tensor | None] = [weight_of(projection).T for projection in self.projections]
-        return (transposed or [None]) * len(self.clusters.sizes) if self.clusters.alike else transposed
+        return (transposed or [None]) * len(self.clusters.sizes) if self.clusters.has_one_width else transposed
 
     def flops(self, positions: int) -> int:
-        """FLOPs of so many tokens."""
+        """Return the FLOPs of embedding `positions` tokens."""
         return 2 * positions * self.dim * sum(cast(nn.Linear, linear).in_features for linear in self.projections)
 
 
 class AdaptiveSoftmax(nn.Module):
-    """What the adaptive output layer has of its own beside the embedding's tables and maps: by the configuration,
-    `tie_embeddings` takes the tables; `tie_projections` the maps ("all"), all but the first cluster's ("rare":
-    Transformer-XL on WikiText-103), or none ("none"); `output_bias` adds a bias for every token and cluster.
+    """The adaptive output layer's own parameters, in addition to those of the embedding.
+
+    `tie_embeddings` shares the embedding's tables. `tie_projections` shares its maps: "all", all but the first
+    cluster's ("rare": Transformer-XL on WikiText-103), or "none". `output_bias` adds a bias for every token and
+    cluster.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -113,14 +115,15 @@ class AdaptiveSoftmax(nn.Module):
         own = () if config.tie_embeddings else range(count)
         self.tables = nn.ModuleList(nn.Linear(widths[index], clusters.sizes[index], bias=False) for index in own)
         tied = config.tie_projections if config.tie_embeddings else "none"
-        own = {"none": range(count), "rare": range(1), "all": range(0)}[tied if clusters.mapped else "all"]
+        own = {"none": range(count), "rare": range(1), "all": range(0)}[tied if clusters.has_projections else "all"]
         self.projections = nn.ModuleDict({str(i): nn.Linear(config.dim, widths[i], bias=False) for i in own})
         self.cluster = nn.Linear(widths[0], count - 1, bias=False) if count > 1 else None
         self.biases = CalledParameters(torch.zeros(size) for size in clusters.sizes if config.output_bias)
         self.cluster_bias = nn.Parameter(torch.zeros(count - 1)) if config.output_bias and count > 1 else None
-        self._initialise(config)
+        self._initialize(config)
 
-    def _initialise(self, config: DecoderConfig) -> None:
+    def _initialize(self, config: DecoderConfig) -> None:
+        """Initialize the weights: zero for init = "sparse", else normal; maps with width^-1/2."""
         for module in self.modules():
             if isinstance(module, nn.Linear) and config.init == "sparse":
                 nn.init.zeros_(module.weight)
@@ -131,7 +134,7 @@ class AdaptiveSoftmax(nn.Module):
             nn.init.normal_(narrow.weight, std=narrow.out_features**-0.5)
 
     def head(self, embedding: AdaptiveEmbedding) -> AdaptiveHead:
-        """The output layer, with what it takes of the embedding."""
+        """Return the output layer, with the tables and maps that it shares with the embedding."""
         weights = [weight_of(table) for table in self.tables] or embedding.weights()
         maps = embedding.maps()
         for index, projection in self.projections.items():
@@ -140,7 +143,7 @@ class AdaptiveSoftmax(nn.Module):
         return head
 
     def forward(self, weights: list[Tensor], maps: list[Tensor | None]) -> AdaptiveHead:
-        """The output layer of the weights and maps of all clusters."""
+        """Build the output layer from the weights and maps of all clusters."""
         return AdaptiveHead(
             self.clusters.cuts,
             tuple(weights),
@@ -151,13 +154,13 @@ class AdaptiveSoftmax(nn.Module):
         )
 
     def flops(self, positions: int) -> int:
-        """FLOPs of the whole distribution at so many positions."""
+        """Return the FLOPs of the full distribution at `positions` positions."""
         clusters = self.clusters
         total = sum(width * size for width, size in zip(clusters.widths, clusters.sizes, strict=True))
         total += clusters.widths[0] * (len(clusters.sizes) - 1)
-        if clusters.mapped:
-            # one map that all clusters share is applied once
-            shared = clusters.alike and len(self.projections) < len(clusters.sizes)
+        if clusters.has_projections:
+            # a map that all clusters share is applied once
+            shared = clusters.has_one_width and len(self.projections) < len(clusters.sizes)
             own = [clusters.widths[int(index)] for index in self.projections]
             total += self.dim * (sum(own) + clusters.widths[-1] if shared else sum(clusters.widths))
         return 2 * positions * total

@@ -1,4 +1,4 @@
-"""The block of every model: a mixer and a feed-forward, each with its norm and residual."""
+"""The block of every model: a mixer and a feed-forward network, each with its norm and residual."""
 
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from longspan.models.config import StackConfig
 
 
 def make_norm(config: StackConfig, dim: int | None = None) -> nn.Module:
-    """The configured norm over a last dimension of `dim`; None = the model's."""
+    """Return the configured norm over a last dimension of width `dim`; None = the model's width."""
     dim = config.dim if dim is None else dim
     if config.norm == "rmsnorm":
         return nn.RMSNorm(dim, eps=config.norm_eps)
@@ -22,11 +22,11 @@ def make_norm(config: StackConfig, dim: int | None = None) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """Position-wise feed-forward: swiglu (Shazeer 2020, section 2), gelu or relu.
+    """Position-wise feed-forward network: swiglu (Shazeer 2020, section 2), gelu or relu.
 
-    With `ffn_chunk` it takes that many tokens after another (Kitaev et al. 2020, section 3, "Chunking") and, where
-    gradients are wanted, computes each chunk again in the backward pass: the inner activations, the widest of a block,
-    then exist for one chunk at a time. Dropout is drawn for all tokens at once, as without chunks.
+    With `ffn_chunk` it processes that many tokens at a time (Kitaev et al. 2020, section 3, "Chunking") and, with
+    gradients, recomputes each chunk in the backward pass: the inner activations, the widest of a block, then exist for
+    one chunk at a time. Dropout is drawn for all tokens at once, as without chunks.
     """
 
     def __init__(self, config: StackConfig) -> None:
@@ -40,21 +40,23 @@ class FeedForward(nn.Module):
         self.chunk = config.ffn_chunk
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) to (..., dim)."""
+        """Map (..., dim) to (..., dim)."""
         return cast(
             Tensor, self.dropout(self._in_chunks(x) if 0 < self.chunk < x.shape[:-1].numel() else self._rows(x))
         )
 
     def _in_chunks(self, x: Tensor) -> Tensor:
+        """Map (..., dim) to (..., dim) chunk by chunk, recomputing each chunk in the backward pass."""
         parts = x.flatten(0, -2).split(self.chunk)
         if torch.is_grad_enabled():
-            # nothing is drawn inside, so there is no generator to put back
-            done = [checkpoint(self._rows, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+            # no random numbers are drawn inside, so the generator's state need not be saved
+            outputs = [checkpoint(self._rows, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         else:
-            done = [self._rows(part) for part in parts]
-        return torch.cat(done).view(*x.shape[:-1], -1)
+            outputs = [self._rows(part) for part in parts]
+        return torch.cat(outputs).view(*x.shape[:-1], -1)
 
     def _rows(self, x: Tensor) -> Tensor:
+        """Map (..., dim) to (..., dim) without chunks and dropout."""
         if self.gate_proj is not None:
             inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
         else:
@@ -62,13 +64,13 @@ class FeedForward(nn.Module):
         return cast(Tensor, self.down_proj(inner))
 
     def flops(self, length: int) -> int:
-        """FLOPs of the products for `length` tokens."""
+        """Return the FLOPs of the products for `length` tokens."""
         matrices = 2 if self.gate_proj is None else 3
         return 2 * length * matrices * self.up_proj.in_features * self.up_proj.out_features
 
 
 class Block(nn.Module):
-    """Mixer and feed-forward with residuals, pre-norm or post-norm."""
+    """A mixer and a feed-forward network with residuals, pre-norm or post-norm."""
 
     def __init__(self, config: StackConfig, index: int, causal: bool) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class Block(nn.Module):
     def forward(
         self, h: Tensor, state: Any, rows: BatchLayout, collect_aux_losses: bool = False
     ) -> tuple[Tensor, Any, list[Tensor]]:
-        """h (B, N, dim) and the layer's state to the next of both, and the auxiliary losses of the layer."""
+        """Map h (B, N, dim) and the layer's state to the next h and state, and the auxiliary losses of the layer."""
         aux_losses: list[Tensor] = []
         x = h if self.post else self.mixer_norm(h)
         y, state = self.mixer.mix(x, state, rows, aux_losses if collect_aux_losses else None)
@@ -110,11 +112,13 @@ class Block(nn.Module):
     def attend(
         self, h: Tensor, state: Any, rows: BatchLayout, collect_aux_losses: bool = False
     ) -> tuple[Tensor, Any, list[Tensor]]:
-        """What a pre-norm block's mixer adds to the residual, the layer's next state, and its auxiliary losses."""
+        """Return what the mixer of a pre-norm block adds to the residual (B, N, dim), the next state,
+        and auxiliary losses.
+        """
         aux_losses: list[Tensor] = []
         y, state = self.mixer.mix(self.mixer_norm(h), state, rows, aux_losses if collect_aux_losses else None)
         return y, state, aux_losses
 
     def feed(self, h: Tensor) -> Tensor:
-        """What a pre-norm block's feed-forward adds to the residual."""
+        """Return what the feed-forward of a pre-norm block adds to the residual (B, N, dim)."""
         return cast(Tensor, self.ffn(self.ffn_norm(h)))

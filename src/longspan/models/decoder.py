@@ -19,14 +19,14 @@ class Decoder(Stack):
 
     Args of a call:
         tokens: (batch, length) token ids.
-        state: what the last call returned; None = empty past.
+        state: the state that the previous call returned; None = empty past.
         mask: (batch, length) bool, True = real token.
         reset: (batch, length) bool, True = a new document starts here.
         aux_losses: a list to which auxiliary losses are appended.
-        inputs_embeds: (batch, length, dim) in place of tokens.
+        inputs_embeds: (batch, length, dim) instead of tokens.
 
     Returns of a call:
-        Logits (batch, length, vocab_size), zeros at padding, and the next state. Of an adaptive softmax they are
+        Logits (batch, length, vocab_size), zeros at padding, and the next state. With an adaptive softmax they are
         log-probabilities.
     """
 
@@ -34,7 +34,7 @@ class Decoder(Stack):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        # what the output layer has of its own, its bias aside; None: the embedding's weights
+        # the output layer without its bias; None: it uses the embedding's weights
         self.output: nn.Module | None = AdaptiveSoftmax(config) if config.adaptive else None
         if not (config.adaptive or config.tie_embeddings):
             self.output = output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
@@ -44,6 +44,7 @@ class Decoder(Stack):
         self.output_bias = None if bias is None else nn.Parameter(bias)
 
     def _make_embedding(self) -> nn.Module:
+        """Build the token embedding, an adaptive one if configured."""
         return AdaptiveEmbedding(self.config) if self.config.adaptive else super()._make_embedding()
 
     def forward(
@@ -57,7 +58,12 @@ class Decoder(Stack):
         inputs_embeds: Tensor | None = None,
         output: Literal["logits", "last", "hidden", "head"] = "logits",
     ) -> Any:
-        """See the class; `output` is for `last`, `hidden` and `head`, which are calls too so that hooks see them."""
+        """Return logits (batch, length, vocab_size) of tokens (batch, length), and the next state; see the class for
+        arguments.
+
+        `output` selects the result for `last`, `hidden` and `head`, which go through this call so that hooks are
+        triggered.
+        """
         if output == "head":
             return self._head()
         with all_or_nothing():
@@ -69,19 +75,20 @@ class Decoder(Stack):
             return rows.scatter(self._head().logits(h)), next_state
 
     def logits(self, h: Tensor) -> Tensor:
-        """Hidden states (..., hidden_dim) to logits (..., vocab_size)."""
+        """Map hidden states (..., hidden_dim) to logits (..., vocab_size)."""
         return self.head().logits(h)
 
     def head(self) -> Head | CalledHead | AdaptiveHead:
-        """The output layer: the embedding's weights where they are tied."""
+        """Return the output layer, which uses the embedding's weights if they are tied."""
         return cast("Head | CalledHead | AdaptiveHead", self(output="head")) if is_hooked(self) else self._head()
 
     def output_parameters(self) -> list[nn.Parameter]:
-        """See `Stack`."""
+        """Return the parameters that only logits use, not hidden states."""
         own = [] if self.output is None else list(self.output.parameters())
         return own if self.output_bias is None else [*own, self.output_bias]
 
     def _head(self) -> Head | CalledHead | AdaptiveHead:
+        """Build the output layer, without a module call."""
         if isinstance(self.output, AdaptiveSoftmax):
             return self.output.head(cast(AdaptiveEmbedding, self.embedding))
         if self.output is None:
@@ -89,28 +96,38 @@ class Decoder(Stack):
         return head_of(self.output, self.output_bias)
 
     def hidden(self, tokens: Tensor, state: StackState | None = None, **call: Any) -> tuple[Tensor, StackState | None]:
-        """Like a call, but what logits are made of: hidden states (batch, length, hidden_dim), zeros at padding."""
+        """Return the last hidden states (batch, length, hidden_dim), zeros at padding, and the next state.
+
+        Arguments are those of a call; `head` maps the hidden states to logits.
+        """
         return cast("tuple[Tensor, StackState | None]", self(tokens, state, output="hidden", **call))
 
     def last(self, tokens: Tensor, state: StackState | None = None, **call: Any) -> tuple[Tensor, StackState | None]:
-        """Like a call, but only the logits (batch, vocab_size) of each row's last real token: those of the others are
-        never computed. Zeros where a row has no real token in this call.
+        """Return only the logits (batch, vocab_size) of each row's last real token, and the next state.
+
+        The other logits are never computed. Zeros if a row has no real token in this call. Arguments are those of a
+        call.
         """
         return cast("tuple[Tensor, StackState | None]", self(tokens, state, output="last", **call))
 
     def embed_flops(self, positions: int) -> int:
-        """See `Stack`."""
+        """Return the FLOPs of embedding `positions` tokens: 0 unless the embedding is adaptive."""
         return self.embedding.flops(positions) if isinstance(self.embedding, AdaptiveEmbedding) else 0
 
     def output_flops(self, positions: int) -> int:
-        """See `Stack`."""
+        """Return the FLOPs of the output layer at `positions` positions."""
         if isinstance(self.output, AdaptiveSoftmax):
             return self.output.flops(positions)
         return 2 * positions * self.config.hidden_dim * self.config.vocab_size
 
 
 def last_of_each_row(h: Tensor, rows: BatchLayout) -> Tensor:
-    """h (B, N, dim) to (B, dim): the last real token of each row, zeros where there is none."""
+    """Return the hidden states (B, dim) of each row's last real token; zeros if there is none.
+
+    Args:
+        h: (B, N, dim) gathered hidden states.
+        rows: layout of the call.
+    """
     if not rows.length:
         return h.new_zeros(h.shape[0], h.shape[-1])
     count = rows.real_tokens()

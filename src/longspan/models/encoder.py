@@ -7,7 +7,7 @@ from longspan.models.stack import Stack
 
 
 class Encoder(Stack):
-    """An encoder in which every token sees both sides, of any mixers that have a bidirectional form.
+    """A bidirectional encoder of any mixers that have a bidirectional form.
 
     Args of a call:
         tokens, mask, reset, penalties, inputs_embeds: as of a `Decoder`; documents do not see each other.
@@ -28,6 +28,8 @@ class Encoder(Stack):
         aux_losses: list[Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """See the class."""
+        """Encode token ids (batch, length) as hidden states (batch, length, dim), zeros at padding;
+        see the class for arguments.
+        """
         h, _, rows = self.run(tokens, None, mask, reset, aux_losses, inputs_embeds)
         return rows.scatter(h)

@@ -1,4 +1,4 @@
-"""What makes logits of hidden states, and losses without them: the output layer of a language model."""
+"""Output heads of language models: logits, or losses without materializing logits."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -12,15 +12,15 @@ from longspan.errors import UnsupportedError
 
 
 class Softmax(NamedTuple):
-    """A softmax over `hidden @ weight.T + bias`, whose loss is a share of that of a head.
+    """One softmax over `hidden @ weight.T + bias`, whose loss is a part of the loss of a head.
 
     Attributes:
         hidden: (rows, width).
         weight: (classes, width).
         bias: (classes,) or None.
         targets: (rows,) int64, the class of each row.
-        rows: (rows,) int64, which rows of the head's hidden states these are; None: all, in order.
-        call: what makes logits of hidden states in the place of `weight` and `bias`, which are then None.
+        rows: (rows,) int64, indices of these rows among the head's hidden states; None = all, in order.
+        call: a function from hidden states to logits, used instead of `weight` and `bias`, which are then None.
     """
 
     hidden: Tensor
@@ -32,62 +32,75 @@ class Softmax(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What makes logits of the hidden states that a model's `hidden` gives: `hidden @ weight.T + bias`, with a weight
-    (vocab_size, dim) and a bias (vocab_size,) or None.
+    """A linear output head: maps the hidden states of a model's `hidden` to logits `hidden @ weight.T + bias`.
+
+    Attributes:
+        weight: (vocab_size, dim).
+        bias: (vocab_size,) or None.
     """
 
     weight: Tensor
     bias: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., dim) to logits (..., vocab_size)."""
+        """Map hidden states (..., dim) to logits (..., vocab_size)."""
         return F.linear(hidden, self.weight, self.bias)
 
     def softmaxes(self, hidden: Tensor, targets: Tensor) -> list[Softmax]:
-        """The softmaxes whose losses add up to that of targets (rows,) after hidden states (rows, dim): one."""
+        """Return the softmaxes whose losses add up to the loss of the targets: here a single one.
+
+        Args:
+            hidden: (rows, dim).
+            targets: (rows,) token ids.
+        """
         return [Softmax(hidden, self.weight, self.bias, targets)]
 
 
 class CalledHead:
-    """A `Head` whose linear map is called, as its weight is not all of it: adapters, hooks, quantized maps. A bias
-    (vocab_size,) may be added to what it gives.
+    """An output head whose linear map is called, because it is more than its weight (adapters, hooks, quantization).
+
+    A bias (vocab_size,) may be added to its output.
     """
 
     def __init__(self, linear: nn.Module, bias: Tensor | None = None) -> None:
         self.linear, self.bias = linear, bias
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., dim) to logits (..., vocab_size)."""
+        """Map hidden states (..., dim) to logits (..., vocab_size)."""
         logits: Tensor = self.linear(hidden)
         return logits if self.bias is None else logits + self.bias
 
     def softmaxes(self, hidden: Tensor, targets: Tensor) -> list[Softmax]:
-        """See `Head`."""
+        """Return the softmaxes whose losses add up to the loss of targets (rows,) for hidden (rows, dim):
+        a single one.
+        """
         return [Softmax(hidden, None, None, targets, call=self.logits)]
 
 
 def head_of(linear: nn.Module, bias: Tensor | None = None) -> "Head | CalledHead":
-    """The head of a linear map: its weight where that is all of it, so that products and losses may be fused."""
+    """Return the head of a linear map: a `Head` if it is a plain one, so that products and losses can be fused."""
     return Head(cast(Tensor, linear.weight), bias) if is_plain(linear) else CalledHead(linear, bias)
 
 
 class AdaptiveHead(NamedTuple):
-    """An adaptive softmax (Grave et al. 2017): frequent tokens and one class per cluster of rarer ones share a softmax,
-    and every cluster has one of its own over narrower hidden states::
+    """An adaptive softmax (Grave et al. 2017).
+
+    Frequent tokens and one class per cluster of rarer tokens share a first softmax, and every cluster has its own over
+    narrower hidden states::
 
         p(token) = softmax(first)[token]                                          in cluster 0
                    softmax(first)[cluster i] softmax(W_i M_i h + b_i)[token]      in cluster i > 0
         first    = [W_0 M_0 h + b_0, V M_0 h + c]
 
-    Its logits are these log-probabilities, so everything that takes logits takes them; what only needs the loss of
-    given tokens finds it by `softmaxes`, with the work of the clusters in which they lie.
+    Its logits are these log-probabilities, so they can be used wherever logits are. Losses of given tokens are computed
+    by `softmaxes`, which only does the work of the clusters of these tokens.
 
     Attributes:
-        cuts: 0, the first token of every cluster after the first, vocab_size.
+        cuts: 0, the first token of every cluster but the first, vocab_size.
         weights: W_i (tokens, width) of each cluster.
         biases: b_i (tokens,) or None.
-        maps: M_i (width, dim) from hidden states to the width of the cluster; None: no map.
-        cluster_weight: V (clusters - 1, width of the first); None where there is one cluster.
+        maps: M_i (width, dim) from hidden states to the width of the cluster; None = no map.
+        cluster_weight: V (clusters - 1, width of the first); None with a single cluster.
         cluster_bias: c (clusters - 1,) or None.
     """
 
@@ -99,11 +112,11 @@ class AdaptiveHead(NamedTuple):
     cluster_bias: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., dim) to log-probabilities (..., vocab_size), made in fp32 at least."""
+        """Map hidden states (..., dim) to log-probabilities (..., vocab_size), computed in fp32 at least."""
         narrow = self._narrowed(hidden)
         first = F.linear(narrow[0], self.weights[0], self.biases[0])
         if self.cluster_weight is not None:
-            # two products rather than one of joined weights, which would be copied for every token of a stream
+            # two products, because joining the weights would copy them for every token of a stream
             first = torch.cat([first, F.linear(narrow[0], self.cluster_weight, self.cluster_bias)], -1)
         first = _log_softmax(first)
         parts = [first[..., : self.cuts[1]]]
@@ -113,8 +126,13 @@ class AdaptiveHead(NamedTuple):
         return torch.cat(parts, -1).to(hidden.dtype)
 
     def softmaxes(self, hidden: Tensor, targets: Tensor) -> list[Softmax]:
-        """The softmaxes whose losses add up to that of targets (rows,) after hidden states (rows, dim): that of the
-        first cluster over all rows, and of every other over the rows whose target lies in it.
+        """Return the softmaxes whose losses add up to the loss of the targets.
+
+        The first softmax covers all rows, each cluster's softmax the rows whose target is in that cluster.
+
+        Args:
+            hidden: (rows, dim).
+            targets: (rows,) token ids.
         """
         inner = torch.tensor(self.cuts[1:-1], dtype=torch.int64, device=targets.device)
         cluster = torch.bucketize(targets, inner, right=True)
@@ -132,7 +150,7 @@ class AdaptiveHead(NamedTuple):
         return parts
 
     def _narrowed(self, hidden: Tensor) -> list[Tensor]:
-        """Hidden states in the width of every cluster; a map that clusters share is applied once."""
+        """Return hidden states in the width of every cluster; a map that clusters share is applied once."""
         narrow: dict[int, Tensor] = {}
         for weight in self.maps:
             if id(weight) not in narrow:
@@ -141,18 +159,24 @@ class AdaptiveHead(NamedTuple):
 
 
 def _mapped(hidden: Tensor, weight: Tensor | None) -> Tensor:
+    """Apply a map to hidden states; unchanged if it is None."""
     return hidden if weight is None else F.linear(hidden, weight)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
+    """Return log-softmax over the last dimension in fp32 at least."""
     return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def linear_head(module: Any) -> Head | CalledHead:
-    """The head of a foreign model, adapters and all; an UnsupportedError where it has none that is a linear map."""
+    """Return the head of a foreign model's output layer, adapters included.
+
+    Raises:
+        UnsupportedError: the layer is not a linear map.
+    """
     if not (isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")):
         layer = "no output layer" if module is None else f"an output layer of type {type(module).__name__}"
-        raise UnsupportedError(f"the loss in chunks needs a linear output layer; this model has {layer}")
+        raise UnsupportedError(f"computing the loss in chunks needs a linear output layer; this model has {layer}")
     return (
         Head(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
         if is_plain(module)

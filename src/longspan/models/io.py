@@ -12,8 +12,8 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.files import data_digest, read_json, read_object, read_tensors, write_json, write_tensors
 from longspan.models.tables import build_model, describe_model
 
-# fields that came after the first saved states, as they were before
-_LATER: dict[str, Any] = {
+# fields added after the first saved states, with the values that reproduce the earlier behavior
+_ADDED_FIELDS: dict[str, Any] = {
     "reversible": False,
     "streams": "mean",
     "final_norm": None,
@@ -25,14 +25,14 @@ _LATER: dict[str, Any] = {
     "tie_projections": "all",
     "position_dims": [],
 }
-_EARLIER = "_longspan_earlier_hash"
+_EARLIER_HASH = "_longspan_earlier_hash"
 
 
 def save_model(model: torch.nn.Module, folder: str | Path) -> Path:
     """Write a model's configuration and weights, each file atomically.
 
     Raises:
-        CheckpointError: not writable; earlier files still stand.
+        CheckpointError: not writable; earlier files are unchanged.
         UnsupportedError: a recurrent memory over a foreign backbone.
     """
     folder = Path(folder)
@@ -40,7 +40,7 @@ def save_model(model: torch.nn.Module, folder: str | Path) -> Path:
     header = {"kind": "model", "config": data_digest(described)}
     write_tensors(folder / "model.safetensors", model.state_dict(), header)
     write_json(folder / "config.json", described)
-    # of what stood here before
+    # written by earlier versions
     (folder / "digests.json").unlink(missing_ok=True)
     return folder
 
@@ -58,26 +58,26 @@ def load_model(folder: str | Path) -> Any:
         with renames.reading_saved():
             model = build_model(described, str(folder / "config.json"))
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: not a model's configuration: {error}") from None
+        raise CheckpointError(f"{folder / 'config.json'}: is not the configuration of a model: {error}") from None
     weights, header = read_tensors(folder / "model.safetensors")
     load_weights(model, weights, folder / "model.safetensors")
-    # earlier versions did not write it
+    # earlier versions did not write this digest
     if header.get("config", written) != written:
-        raise CheckpointError(f"{folder / 'config.json'}: damaged, or changed after the weights were saved with it")
+        raise CheckpointError(f"{folder / 'config.json'}: damaged, or changed after the weights were saved")
     return model.eval()
 
 
 def is_converted(folder: str | Path) -> bool:
-    """Whether a folder holds a pretrained model that `longspan.hf` converted; `longspan.hf.load` reads it."""
+    """Whether a folder contains a pretrained model that `longspan.hf` converted; load it with `longspan.hf.load`."""
     path = Path(folder) / "config.json"
     return path.is_file() and bool(read_object(path).get("longspan"))
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str | Path) -> None:
-    """Load weights, every one of them, in place.
+    """Load weights into a model, in place; names must match exactly.
 
     Raises:
-        CheckpointError: names or shapes differ; says which first.
+        CheckpointError: names or shapes differ; names the first one.
     """
     expected = model.state_dict()
     unused = {name: weights[name] for name in _unused(model) if name in weights}
@@ -85,49 +85,53 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             problem = "missing" if name not in weights else "unexpected"
-            raise CheckpointError(f"{where}: {problem} weight {name!r}; the file belongs to another configuration")
+            raise CheckpointError(f"{where}: {problem} weight {name!r}; weights and configuration must be of one model")
         if weights[name].shape != expected[name].shape:
             raise CheckpointError(
-                f"{where}: {name} is {tuple(weights[name].shape)}, the configuration says {tuple(expected[name].shape)}"
+                f"{where}: {name} has shape {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)} by "
+                "the configuration"
             )
-    # statistics in buffers stay wide in a narrow model
-    # a tuned model's weights are those that learn, without those of its source
+    # the dtype is that of parameters alone, because statistics in buffers stay in fp32
+    # the weights of a tuned model are only the trained ones, without those of its source
     named = [name for name, parameter in model.named_parameters() if parameter.is_floating_point() and name in weights]
     dtypes = {weights[name].dtype for name in named}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(weights)
     if unused:
-        setattr(model, _EARLIER, (model_hash(model), _digest(model, unused)))
+        setattr(model, _EARLIER_HASH, (model_hash(model), _digest(model, unused)))
 
 
 def _unused(model: torch.nn.Module) -> set[str]:
-    """Names of weights that earlier versions saved though nothing used them."""
+    """Return the names of weights that earlier versions saved although they were unused."""
     modules = [(name, module) for name, module in model.named_modules() if hasattr(module, "unused_weights")]
     return {f"{name}.{weight}".lstrip(".") for name, module in modules for weight in module.unused_weights()}
 
 
 def model_hash(model: torch.nn.Module) -> str:
-    """A digest of configuration and weights: which model a saved state belongs to.
+    """Return a digest of configuration and weights, which identifies the model that a saved state belongs to.
 
-    Fields that change how the model computes but not what (checkpointing, dropout) are left out; so is a field that
-    earlier versions did not have, where it says what they did.
+    Fields that change how the model computes but not its results (checkpointing, dropout) are left out; so are fields
+    that earlier versions did not have, if they have the value of the earlier behavior.
     """
     return _digest(model, {})
 
 
 def accepted_hashes(model: torch.nn.Module) -> tuple[str, ...]:
-    """The digests by which saved states may name this model: its own, and while its weights are those of a file with
-    weights that nothing uses any more, the one that earlier versions wrote, which counted them.
+    """Return the digests under which saved states may identify this model.
+
+    They are its own digest and, as long as its weights are those of a loaded file with unused weights, the digest of
+    earlier versions, which included these.
     """
     own = model_hash(model)
-    loaded, earlier = getattr(model, _EARLIER, ("", ""))
+    loaded, earlier = getattr(model, _EARLIER_HASH, ("", ""))
     return (own, earlier) if loaded == own else (own,)
 
 
 def _digest(model: torch.nn.Module, unused: dict[str, torch.Tensor]) -> str:
+    """Return the digest of a model's configuration and weights, and of unused weights of its file."""
     described = {k: v for k, v in describe_model(model).items() if k not in ("checkpoint", "dropout", "ffn_chunk")}
-    described = {k: v for k, v in described.items() if k not in _LATER or v != _LATER[k]}
+    described = {k: v for k, v in described.items() if k not in _ADDED_FIELDS or v != _ADDED_FIELDS[k]}
     digest = hashlib.sha256(json.dumps(renames.recorded(described), sort_keys=True).encode())
     for name, tensor in sorted({**model.state_dict(), **unused}.items()):
         digest.update(name.encode())

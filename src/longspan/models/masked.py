@@ -1,4 +1,4 @@
-"""The masked language model: tokens are hidden, and said from both sides."""
+"""Masked LM: predicts masked tokens from bidirectional context."""
 
 from typing import Any, Literal, cast
 
@@ -15,14 +15,15 @@ from longspan.models.stack import Stack, StackState
 
 
 class MaskedLM(Stack):
-    """An encoder with a head that says the token at each place (Devlin et al. 2019, section 3.1 and appendix A.1).
+    """An encoder with a head that predicts the token at each position (Devlin et al. 2019, section 3.1 and appendix
+    A.1).
 
     The head is a linear map, gelu, a norm, and the embedding's weights (or, with `tie_embeddings=False`, its own) with
-    a bias. Called as a `Decoder` is, so the trainer and evaluation take either; it sees both sides, so there is never a
-    state.
+    a bias. It is called like a `Decoder`, so that trainer and evaluation accept both; it is bidirectional, so there is
+    never a state.
 
     Args of a call:
-        tokens: (batch, length) token ids, some of them replaced; which, says the task.
+        tokens: (batch, length) token ids, some of them replaced, as the task decides.
         state: None.
         mask, reset, penalties, inputs_embeds: as of a `Decoder`; documents do not see each other.
 
@@ -30,7 +31,7 @@ class MaskedLM(Stack):
         Logits (batch, length, vocab_size), zeros at padding, and None.
 
     Raises of a call:
-        UnsupportedError: a state is given.
+        UnsupportedError: a state was passed.
     """
 
     causal = False
@@ -59,35 +60,43 @@ class MaskedLM(Stack):
         inputs_embeds: Tensor | None = None,
         output: Literal["logits", "hidden", "head"] = "logits",
     ) -> Any:
-        """See the class; `output` is for `hidden` and `head`, which are calls too so that hooks see them."""
+        """Return logits (batch, length, vocab_size) of masked tokens (batch, length), and None; see the class for
+        arguments.
+
+        `output` selects the result for `hidden` and `head`, which go through this call so that hooks are triggered.
+        """
         if output == "head":
             return self._head()
         if state is not None:
-            raise UnsupportedError("a masked language model sees the future and does not stream; call it without state")
+            raise UnsupportedError("a masked language model is bidirectional and does not stream; pass state=None")
         h, _, rows = self.run(tokens, None, mask, reset, aux_losses, inputs_embeds)
         h = self._transformed(h)
         return rows.scatter(h if output == "hidden" else self._head().logits(h)), None
 
     def logits(self, h: Tensor) -> Tensor:
-        """Hidden states (..., dim) to logits (..., vocab_size)."""
+        """Map hidden states (..., hidden_dim) of the last norm to logits (..., vocab_size)."""
         return self.head().logits(self._transformed(h))
 
     def _transformed(self, h: Tensor) -> Tensor:
+        """Apply the linear map, gelu and norm of the head."""
         return cast(Tensor, self.transform_norm(F.gelu(self.transform(h))))
 
     def head(self) -> Head | CalledHead:
-        """The output layer, behind the map, gelu and norm that `hidden` ends with."""
+        """Return the output layer, to be applied to what `hidden` returns."""
         return cast("Head | CalledHead", self(output="head")) if is_hooked(self) else self._head()
 
     def _head(self) -> Head | CalledHead:
+        """Build the output layer, without a module call."""
         if self.output is None:
             return Head(table_of(self.embedding, self.config.vocab_size), self.output_bias)
         return head_of(self.output, self.output_bias)
 
     def hidden(self, tokens: Tensor, state: StackState | None = None, **call: Any) -> tuple[Tensor, None]:
-        """Like a call, but what logits are made of: (batch, length, dim), zeros at padding."""
+        """Return the inputs (batch, length, dim) of the output layer, zeros at padding, and None;
+        arguments as in a call.
+        """
         return cast("tuple[Tensor, None]", self(tokens, state, output="hidden", **call))
 
     def output_flops(self, positions: int) -> int:
-        """See `Stack`."""
+        """Return the FLOPs of the head at `positions` positions."""
         return 2 * positions * self.config.dim * (self.config.hidden_dim + self.config.vocab_size)

@@ -1,4 +1,4 @@
-"""How a segment changes the memory: the paper's overwrite, and a gated update that does not forget."""
+"""Updates of the memory after a segment: the paper's overwrite, and a gated update that does not forget."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,13 @@ import torch
 from torch import Tensor, nn
 
 
-class Written(NamedTuple):
-    """The memory (B, memory tokens, dim) after a segment, the evidence (B, memory tokens) fp32 gathered so far, and the
-    logits (B, memory tokens) fp32 of the gate, above 0 where it writes; None where there is none.
+class UpdatedMemory(NamedTuple):
+    """Result of a memory update.
+
+    Attributes:
+        memory: (B, memory tokens, dim) after the segment.
+        mass: (B, memory tokens) fp32, accumulated evidence.
+        logits: (B, memory tokens) fp32 of the gate, which writes where they are above 0; None without a gate.
     """
 
     memory: Tensor
@@ -17,30 +21,33 @@ class Written(NamedTuple):
 
 
 class PaperUpdate(nn.Module):
-    """The memory becomes the model's output at the memory tokens (Bulatov et al. 2022, section 3; 2023, section 2)."""
+    """Overwrites the memory by the model's output at the memory tokens (Bulatov et al. 2022,
+    section 3; 2023, section 2).
+    """
 
-    def forward(self, old: Tensor, new: Tensor, mass: Tensor) -> Written:
-        """old and new memory (B, memory tokens, dim) and the mass so far to what is kept."""
-        return Written(new, mass, None)
+    def forward(self, old: Tensor, new: Tensor, mass: Tensor) -> UpdatedMemory:
+        """Return the new memory (B, memory tokens, dim) unchanged, with the old mass."""
+        return UpdatedMemory(new, mass, None)
 
 
 class GatedUpdate(nn.Module):
-    """Each memory token is a running mean of what segments offered, weighted by evidence; most segments offer none.
+    """Makes each memory token a running mean of the segments' outputs, weighted by evidence, which is 0 for most
+    segments.
 
-    With the offer c (the model's output at the memory token), its logit e = w . c + b and the mass W so far:
+    With c the model's output at the memory token, its logit e = w . c + b and the accumulated mass W:
 
         weight = exp(max(e, 0)) - 1,   W <- W + weight,   memory <- memory + weight / W * (c - memory)
 
     A segment with e <= 0 writes exactly nothing. One that writes by mistake, with little evidence, cannot displace what
-    was written with much: the paper's overwrite, and any gate that only asks how sure it is now, forgets over thousands
-    of segments because its mistakes add up; here they are outweighed. The first write after a reset replaces the
-    initial memory altogether.
+    was written with much evidence. The paper's overwrite, and any gate that only depends on the current segment, forget
+    over thousands of segments because mistakes add up; here they are outweighed. The first write after a reset replaces
+    the initial memory completely.
 
     Args:
         dim: width of the memory.
-        num_memory_tokens: tokens.
-        noise: scale of the logistic noise added to logits in training, so that gates become decided.
-        bias: initial b; positive, so that gates begin open and learn.
+        num_memory_tokens: number of memory tokens.
+        noise: scale of the logistic noise added to logits in training, so that gates become decisive.
+        bias: initial b; positive, so that gates start open and learn.
     """
 
     LARGEST = 20.0
@@ -52,14 +59,14 @@ class GatedUpdate(nn.Module):
         self.bias = nn.Parameter(torch.full((num_memory_tokens,), bias))
         self.noise = noise
 
-    def forward(self, old: Tensor, new: Tensor, mass: Tensor) -> Written:
-        """old and new memory (B, memory tokens, dim) and the mass so far to what is kept."""
+    def forward(self, old: Tensor, new: Tensor, mass: Tensor) -> UpdatedMemory:
+        """Update the old memory by the new one, both (B, memory tokens, dim), and the mass (B, memory tokens)."""
         logits = (self.norm(new) * self.gate).sum(-1).float() + self.bias.float()
-        drawn = logits
+        noisy = logits
         if self.training and self.noise:
             uniform = torch.rand_like(logits).clamp_(1e-6, 1 - 1e-6)
-            drawn = logits + self.noise * (uniform.log() - (-uniform).log1p())
-        weight = drawn.clamp(0, self.LARGEST).expm1()
+            noisy = logits + self.noise * (uniform.log() - (-uniform).log1p())
+        weight = noisy.clamp(0, self.LARGEST).expm1()
         total = mass + weight
         share = (weight / total.clamp(min=1e-30)).to(old.dtype)
-        return Written(old + share[..., None] * (new - old), total, logits)
+        return UpdatedMemory(old + share[..., None] * (new - old), total, logits)

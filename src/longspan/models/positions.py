@@ -9,28 +9,28 @@ from longspan.models.config import StackConfig
 
 
 class FactorizedPositions(nn.Module):
-    """A learned vector for each coordinate (row, column, channel): their sum, or all of them side by side.
+    """A learned vector for each coordinate of a position (row, column, channel): their sum, or concatenated.
 
-    Source: the sum, Child et al. 2019, section 5.3. Side by side they are the axial positions of Reformer (Kitaev et
-    al. 2020; its code, not its paper, has them): sum of size * width parameters, where sums take dim for every size.
+    Source: the sum, Child et al. 2019, section 5.3. Concatenated they are the axial positions of Reformer (Kitaev et
+    al. 2020; in its code, not its paper): sum of size * width parameters, where sums need `dim` for every size.
 
     Args:
-        shape: sizes of the coordinates; the last counts fastest, so position p has coordinate p % shape[-1] there.
+        shape: sizes of the coordinates; the last is fastest, so position p has coordinate p % shape[-1] there.
         dim: width of the vectors.
-        widths: of the part that each coordinate gives, dim together; () = sums.
+        widths: width of each coordinate's vector, with the sum dim; () = vectors of width dim are summed.
     """
 
     def __init__(self, shape: tuple[int, ...], dim: int, widths: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.shape, self.beside = shape, bool(widths)
+        self.shape, self.concatenates = shape, bool(widths)
         dims = widths or (dim,) * len(shape)
         self.tables = nn.ModuleList(nn.Embedding(size, width) for size, width in zip(shape, dims, strict=True))
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Positions (...) to vectors (..., dim)."""
+        """Map positions (...) to vectors (..., dim)."""
         coordinates = torch.unravel_index(positions, self.shape)
-        parts = [cast(Tensor, table(at)) for table, at in zip(self.tables, coordinates, strict=True)]
-        if self.beside:
+        parts = [cast(Tensor, table(index)) for table, index in zip(self.tables, coordinates, strict=True)]
+        if self.concatenates:
             return torch.cat(parts, -1)
         total = parts[0]
         for part in parts[1:]:
@@ -39,7 +39,7 @@ class FactorizedPositions(nn.Module):
 
 
 def make_positions(config: StackConfig) -> nn.Module | None:
-    """The configured table of positions, or None."""
+    """Return the configured module of learned positions, or None."""
     if config.positions == "learned":
         return nn.Embedding(config.max_positions, config.dim)
     if config.positions == "factorized":

@@ -1,4 +1,5 @@
-"""Recurrent memory: a model of short segments made endless by memory tokens that it reads and writes itself.
+"""Recurrent memory: a model of short segments reads texts of any length by memory tokens that it reads and writes
+itself.
 
 Encoder form (Bulatov et al. 2023, section 2), one block in front, read and written at once:
 
@@ -8,13 +9,13 @@ Decoder form (Bulatov et al. 2022, section 3), read block first, write block las
 
     [., hidden, memory'] = backbone([memory, segment, memory])
 
-The next memory is made of memory' by an update: the paper's overwrite, or a gate that does not forget
-(`longspan.models.memory_update`). With `accumulate` (AutoCompressor, Chevalier et al. 2023, section 3) every closed
-segment adds summary vectors, written from learned tokens, and the last `max_summaries` segments' are read. With
-`per_layer` (ARMT, Rodkin et al. 2024) every layer has a memory of its own (`longspan.models.layer_memory`).
+An update turns memory' into the next memory: the paper's overwrite, or a gate that does not forget
+(`longspan.models.memory_update`). With `accumulate` (AutoCompressor, Chevalier et al. 2023, section 3) every completed
+segment adds summary vectors, written from learned tokens, and those of the last `max_summaries` segments are read. With
+`per_layer` (ARMT, Rodkin et al. 2024) every layer has its own memory (`longspan.models.layer_memory`).
 
-Positions: to the backbone, memory and segment are one sequence. Read tokens take positions 0 .. m - 1, the real tokens
-of the segment follow from m on, and write tokens come right behind the last of them.
+Positions: for the backbone, memory and segment are one sequence. Read tokens have positions 0 .. m - 1, the real tokens
+of the segment follow from m on, and write tokens come right after the last of them.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from longspan import host
 from longspan import state as states
 from longspan.config import from_dict
 from longspan.contract.gradients import with_gradients
-from longspan.contract.maps import place_of, table_of
+from longspan.contract.maps import device_and_dtype, table_of
 from longspan.errors import UnsupportedError
 from longspan.mixers import BatchLayout, Traits
 from longspan.models.backbone import Backbone, wrap_backbone
@@ -39,23 +40,24 @@ from longspan.models.decoder import Decoder, last_of_each_row
 from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, CalledHead, Head
 from longspan.models.layer_memory import LayerMemory
-from longspan.models.segmenting import Segment, cut_segments, lay_out
-from longspan.models.token_memory import Carried, TokenMemory, Trace, cut_graph
+from longspan.models.segmenting import Segment, cut_segments, segment_layout
+from longspan.models.token_memory import CarriedMemory, TokenMemory, Trace, cut_graph
 from longspan.models.wrappers import unwrapped
 
 
 class RecurrentState(NamedTuple):
-    """What is carried between calls.
+    """State of a recurrent memory between calls.
 
     Attributes:
-        memory: (batch, columns, dim): the memory tokens; with `accumulate` all summaries, newest last; with
-            `per_layer` (batch, layers, features, dim).
-        mass: (batch, num_memory_tokens) fp32, the evidence behind each memory token; with `per_layer` the normalizers
+        memory: (batch, columns, dim): the memory tokens; with `accumulate` all summaries, newest last; with `per_layer`
+            (batch, layers, features, dim).
+        mass: (batch, num_memory_tokens) fp32, the evidence for each memory token; with `per_layer` the normalizers
             (batch, layers, features).
-        written: (batch,) int64, segments closed since the last reset.
-        tokens: (batch, segment_length - 1) int64, ids of the last tokens, newest last; the open segment is among them.
-        backbone: the backbone's state of the open segment (decoder form over a Decoder), else None.
-        live: (batch,) int64, live tokens.
+        written: (batch,) int64, segments completed since the last reset.
+        tokens: (batch, segment_length - 1) int64, ids of the last tokens, newest last; the last of them belong to the
+            current segment.
+        backbone: the backbone's state of the current segment (decoder form over a Decoder), else None.
+        live: (batch,) int64, live tokens (real tokens since the last reset).
     """
 
     memory: Tensor
@@ -66,12 +68,12 @@ class RecurrentState(NamedTuple):
     live: Tensor
 
     def accumulators(self) -> tuple[str, ...]:
-        """Fields that are fp32 at least: with `per_layer` the memories too."""
+        """Return the names of fields that stay in fp32 at least; with `per_layer` they include the memories."""
         return ("memory", "mass") if self.memory.ndim == 4 else ("mass",)
 
 
-def _reads(state: RecurrentState | None) -> dict[Hashable, Tensor]:
-    """Counts of a state that lay a call out."""
+def _layout_inputs(state: RecurrentState | None) -> dict[Hashable, Tensor]:
+    """Return the counts of a state that decide the layout of a call."""
     if state is None:
         return {}
     reads: dict[Hashable, Tensor] = {"written": state.written}
@@ -83,53 +85,53 @@ class RecurrentMemory(nn.Module):
 
     Args:
         backbone: a Decoder, an Encoder, or a Hugging Face model that takes `inputs_embeds`.
-        config: how; None takes `fields`.
+        config: the configuration; None = built from `fields`.
         fields: those of `RecurrentConfig`: num_memory_tokens, segment_length, bptt_segments, update, ...
 
     Args of a call:
         tokens: (batch, length) token ids.
-        state: what the last call returned; None = empty past.
+        state: the state that the previous call returned; None = empty past.
         mask, reset, penalties: as in a Decoder.
-        flush: show the outputs of the open segment as if it ended here (encoder form; the decoder form always does).
-            The returned state is the same with and without, so the stream may go on.
+        flush: return the outputs of an incomplete segment as if it ended here (encoder form; the decoder form always
+            does). The returned state is the same with and without, so the stream can continue.
         traces: a list to which a `Trace` of every segment is appended.
 
     Returns of a call:
-        What the backbone returns, logits or hidden states (batch, length, ...), and the next state. Zeros at padding,
-        and in the encoder form at tokens whose segment is still open: those are never shown later.
+        The backbone's outputs, logits or hidden states (batch, length, ...), and the next state. Zeros at padding, and
+        in the encoder form at tokens of an incomplete segment; later calls do not return these.
 
     Raises:
-        ConfigError: an unknown field or a value that does not fit; a module that is no backbone.
+        ConfigError: an unknown field or an invalid value; a module that is not a backbone.
     """
 
     def __init__(self, backbone: nn.Module, config: RecurrentConfig | None = None, **fields: Any) -> None:
         super().__init__()
         own = from_dict(RecurrentConfig, fields, "RecurrentMemory")
         self.config = own if config is None else replace(config, **fields)
-        # what stands around a model stays outside: its adapters act inside, its own face knows no segments
+        # wrappers (PEFT) are removed: their adapters act inside the model, and their own call has no segments
         backbone = unwrapped(backbone)
         inner = getattr(backbone, "model", None)
         backbone = self.backbone = inner if isinstance(inner, (Decoder, Encoder)) else backbone
-        self._adapter = [wrap_backbone(backbone)]  # in a list, so that it is no second owner of the parameters
+        self._adapter = [wrap_backbone(backbone)]  # in a list, so that parameters are not registered twice
         self.cell: TokenMemory | LayerMemory
         if self.config.per_layer:
             self.cell = LayerMemory(self.config, self.adapter)
         else:
             self.cell = TokenMemory(self.config, self.adapter.dim, self.adapter.embedding_std())
         like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
-        if like is not None:  # a memory is read as embeddings are
+        if like is not None:  # memory tokens are inputs of the backbone, as embeddings are
             self.cell.to(like.device, like.dtype)
 
     @property
     def adapter(self) -> Backbone:
-        """The backbone behind its interface."""
+        """The backbone behind a common interface."""
         if self._adapter[0].module is not self.backbone:  # copied, or replaced by a wrapper
             self._adapter = [wrap_backbone(self.backbone)]
         return self._adapter[0]
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it."""
+        """Number of token ids."""
         return self.adapter.vocab_size
 
     @property
@@ -139,12 +141,12 @@ class RecurrentMemory(nn.Module):
 
     @property
     def update(self) -> nn.Module:
-        """How a segment changes the memory."""
+        """The module that updates the memory after a segment."""
         return self.cell.update
 
     @property
     def traits(self) -> Traits:
-        """What this model promises; in the encoder form outputs appear when a segment closes."""
+        """Capability flags of this model; in the encoder form outputs appear when a segment is complete."""
         return Traits(
             causal=self.adapter.causal,
             bidirectional=False,
@@ -155,8 +157,12 @@ class RecurrentMemory(nn.Module):
         )
 
     def why_no_stream(self) -> str:
-        """Why this model does not stream, where it does not."""
-        return "" if self.traits.streams else "alignment = 'right' needs the whole text in one call; 'left' streams"
+        """Return the reason why this model does not stream; "" if it does."""
+        return (
+            ""
+            if self.traits.streams
+            else "alignment = 'right' needs the whole text in one call; use 'left' for streams"
+        )
 
     def forward(
         self,
@@ -169,22 +175,27 @@ class RecurrentMemory(nn.Module):
         flush: bool = False,
         traces: list[Trace] | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
-        """See the class."""
-        (hidden, seen), next_state, rows = self.run(
+        """Return logits or hidden states (batch, length, ...) of tokens (batch, length), and the next state; see the
+        class for arguments.
+        """
+        (hidden, shown), next_state, rows = self.run(
             tokens, state, mask=mask, reset=reset, aux_losses=aux_losses, flush=flush, traces=traces
         )
         out = self.adapter.output(hidden)
-        return rows.scatter(out if seen is None else out.masked_fill(~seen, 0)), next_state
+        return rows.scatter(out if shown is None else out.masked_fill(~shown, 0)), next_state
 
     def hidden(
         self, tokens: Tensor, state: RecurrentState | None = None, **call: Any
     ) -> tuple[Tensor, RecurrentState | None]:
-        """Like a call, but what logits are made of: hidden states (batch, length, dim), zeros where logits are."""
-        (h, seen), next_state, rows = self.run(tokens, state, **call)
-        return rows.scatter(h if seen is None else h.masked_fill(~seen, 0)), next_state
+        """Return the last hidden states (batch, length, dim), zeros where logits are zero, and the next state.
+
+        Arguments are those of a call.
+        """
+        (h, shown), next_state, rows = self.run(tokens, state, **call)
+        return rows.scatter(h if shown is None else h.masked_fill(~shown, 0)), next_state
 
     def head(self) -> Head | CalledHead | AdaptiveHead:
-        """The backbone's output layer; an UnsupportedError where it has none that is a linear map."""
+        """Return the backbone's output layer; raises UnsupportedError if it is not a linear map."""
         return self.adapter.head()
 
     @host.eager
@@ -199,44 +210,55 @@ class RecurrentMemory(nn.Module):
         flush: bool = False,
         traces: list[Trace] | None = None,
     ) -> tuple[tuple[Tensor, Tensor | None], RecurrentState | None, BatchLayout]:
-        """A call up to the hidden states: ((B, N, dim) hidden, (B, N, 1) bool shown), the next state, the rows."""
+        """Run a call up to the hidden states; arguments are those of a call.
+
+        Returns:
+            A pair of hidden states (B, N, dim) and a mask (B, N, 1) of tokens whose outputs are returned (None = all),
+            the next state, and the layout of the call.
+        """
         stream = self.config.alignment == "left"
         with states.all_or_nothing():
             size = self._size(state)
             offset = states.live(state, tokens.shape[0], tokens.device)
-            rows = BatchLayout(offset, tokens.shape[1], mask, reset, reads=_reads(state))
+            rows = BatchLayout(offset, tokens.shape[1], mask, reset, reads=_layout_inputs(state))
             ids = rows.gather(tokens)
-            layout = lay_out(rows, size, self.config.alignment)
+            layout = segment_layout(rows, size, self.config.alignment)
             old = None if state is None or not stream else state.tokens
             flushed = flush or self.adapter.causal
             segments = cut_segments(layout, rows, ids, old, stream=stream, flush=flushed, ended=self._varies)
-            shown, carried, new_traces = self._all(segments, self._carried(state, rows), aux_losses)
+            outputs, carried, new_traces = self._run_segments(segments, self._start(state, rows), aux_losses)
             if traces is not None:
                 traces += new_traces
-            self._penalise(new_traces, aux_losses)
-            next_state = self._next(state, carried, ids, rows)
+            self._add_gate_penalty(new_traces, aux_losses)
+            next_state = self._next_state(state, carried, ids, rows)
             if not segments:
-                hidden = carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype)
+                hidden = carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=device_and_dtype(self).dtype)
                 return (hidden, None), next_state, rows
-            # nothing is written where no segment closes, nor read in the first
-            laid = torch.cat(shown, 1) if len(shown) > 1 else shown[0]
-            hidden = with_gradients(layout.collect(laid), self.cell)
+            # the memory is not written if no segment is completed, and not read in the first segment
+            joined = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+            hidden = with_gradients(layout.collect(joined), self.cell)
             if all(segment.whole for segment in segments):
                 return (hidden, None), next_state, rows
-            seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
-            return (hidden, seen), next_state, rows
+            shown = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
+            return (hidden, shown), next_state, rows
 
     def last(
         self, tokens: Tensor, state: RecurrentState | None = None, **call: Any
     ) -> tuple[Tensor, RecurrentState | None]:
-        """Like a call of the decoder form, but only the logits (batch, vocab_size) of each row's last real token."""
+        """Return only the logits (batch, vocab_size) of each row's last real token,
+        and the next state (decoder form).
+        """
         (hidden, _), next_state, rows = self.run(tokens, state, flush=True, **call)
         return self.adapter.output(last_of_each_row(hidden, rows)), next_state
 
-    def _all(
-        self, segments: list[Segment], carried: Carried, aux_losses: list[Tensor] | None
-    ) -> tuple[list[Tensor], Carried, list[Trace]]:
-        """Segment after segment, or along diagonals: hidden states, what is carried on, what the memory did."""
+    def _run_segments(
+        self, segments: list[Segment], carried: CarriedMemory, aux_losses: list[Tensor] | None
+    ) -> tuple[list[Tensor], CarriedMemory, list[Trace]]:
+        """Run the segments one after another, or along diagonals.
+
+        Returns:
+            Hidden states of each segment, the memory afterwards, and a trace of each segment.
+        """
         if not segments:
             return [], carried, []
         active = np.stack([host.known(segment.fresh).any(1) | host.known(segment.closed) for segment in segments])
@@ -247,22 +269,25 @@ class RecurrentMemory(nn.Module):
             and isinstance(cell, LayerMemory)
             and cell.can_batch(self.adapter, segments, aux_losses is not None)
         ):
-            return cell.diagonals(self.adapter, segments, self._begin(segments[0], carried), left, horizon)
-        shown: list[Tensor] = []
+            return cell.diagonals(self.adapter, segments, self._reset_memory(segments[0], carried), left, horizon)
+        outputs: list[Tensor] = []
         traces: list[Trace] = []
         for index, segment in enumerate(segments):
-            carried = cut_graph(self._begin(segment, carried), left[index], horizon)
-            if not (segment.whole or host.some(segment.closed) or host.some(segment.shown)):
-                shown.append(carried.memory.new_zeros(*segment.ids.shape, self.adapter.dim, dtype=place_of(self).dtype))
+            carried = cut_graph(self._reset_memory(segment, carried), left[index], horizon)
+            if not (segment.whole or host.any_true(segment.closed) or host.any_true(segment.shown)):
+                outputs.append(
+                    carried.memory.new_zeros(*segment.ids.shape, self.adapter.dim, dtype=device_and_dtype(self).dtype)
+                )
                 continue
-            if not index and not host.some(segment.resumed):
-                carried = carried._replace(backbone=None)  # nothing of an open segment is in it
+            if not index and not host.any_true(segment.resumed):
+                carried = carried._replace(backbone=None)  # the state holds no tokens of a current segment
             hidden, carried, trace = cell.step(self.adapter, segment, carried, aux_losses)
-            shown.append(hidden)
+            outputs.append(hidden)
             traces.append(trace)
-        return shown, carried, traces
+        return outputs, carried, traces
 
-    def _penalise(self, traces: list[Trace], aux_losses: list[Tensor] | None) -> None:
+    def _add_gate_penalty(self, traces: list[Trace], aux_losses: list[Tensor] | None) -> None:
+        """Append the auxiliary loss on open gates to `aux_losses`, if it is configured."""
         if aux_losses is None or not self.config.gate_penalty:
             return
         for trace in traces:
@@ -272,7 +297,7 @@ class RecurrentMemory(nn.Module):
 
     @contextlib.contextmanager
     def segments_of(self, size: int) -> Iterator[None]:
-        """Segments of another length for a while, as a curriculum wants them; such a call takes no earlier state."""
+        """Context with another segment length, for a curriculum; calls inside it take no state from outside."""
         config, self.config = self.config, replace(self.config, segment_length=size)
         try:
             yield
@@ -281,41 +306,48 @@ class RecurrentMemory(nn.Module):
 
     @property
     def _varies(self) -> bool:
+        """Whether each call draws its segment length at random."""
         return self.training and self.config.vary > 0
 
     def _size(self, state: RecurrentState | None) -> int:
+        """Return the segment length of a call, drawn at random in training with `vary`.
+
+        Raises:
+            UnsupportedError: a state was passed, but segments are not at fixed positions.
+        """
         if state is not None and (self.config.alignment == "right" or self._varies):
-            right = "right alignment needs the whole text at once"
-            why = right if self.config.alignment == "right" else "vary is for whole texts"
-            raise UnsupportedError(f"RecurrentMemory: {why}, so it takes no state")
+            field = "alignment = 'right'" if self.config.alignment == "right" else "vary"
+            raise UnsupportedError(f"RecurrentMemory: {field} needs the whole text in one call; pass state=None")
         if not self._varies:
             return self.config.segment_length
         least = max(1, round((1 - self.config.vary) * self.config.segment_length))
         return int(torch.randint(least, self.config.segment_length + 1, ()))
 
-    def _begin(self, segment: Segment, carried: Carried) -> Carried:
+    def _reset_memory(self, segment: Segment, carried: CarriedMemory) -> CarriedMemory:
         """Empty the memory of rows in which a document begins with this segment."""
         begins = segment.begins
-        if not host.some(begins):
+        if not host.any_true(begins):
             return carried
         written = host.derive(lambda before, begin: before * ~begin, carried.written, begins)
         return carried.put(begins, *self.cell.empty(len(begins), carried.memory))._replace(written=written)
 
-    def _carried(self, state: RecurrentState | None, rows: BatchLayout) -> Carried:
-        """What the call begins with; its counts know their values."""
+    def _start(self, state: RecurrentState | None, rows: BatchLayout) -> CarriedMemory:
+        """Return the memory that a call starts with; its counts have host values."""
         if state is None:
             memory, mass = self.cell.empty(rows.batch)
-            return Carried(memory, mass, host.put(np.zeros(rows.batch, np.int64), memory.device), None)
+            return CarriedMemory(memory, mass, host.put(np.zeros(rows.batch, np.int64), memory.device), None)
         memory, mass = self.cell.fit(state.memory, state.mass)
-        read, backbone = rows.read(_reads(state)), state.backbone
+        read, backbone = rows.read(_layout_inputs(state)), state.backbone
         if backbone is not None:
             backbone = backbone._replace(live=host.remember(backbone.live.view_as(backbone.live), read["backbone"]))
-        return Carried(memory, mass, host.remember(state.written.view_as(state.written), read["written"]), backbone)
+        return CarriedMemory(
+            memory, mass, host.remember(state.written.view_as(state.written), read["written"]), backbone
+        )
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> RecurrentState:
-        """The state of an empty past; device and dtype default to those of the parameters."""
+        """Return the state of an empty past; device and dtype default to those of the parameters."""
         weight = table_of(self.memory, self.config.num_memory_tokens)
         memory, mass = self.cell.empty(batch_size, weight.to(device=device, dtype=dtype))
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device or weight.device)
@@ -323,9 +355,10 @@ class RecurrentMemory(nn.Module):
         backbone = self.adapter.init_state(batch_size, device=device, dtype=dtype)
         return RecurrentState(memory.to(zeros.device), mass.to(zeros.device), zeros, tokens, backbone, zeros.clone())
 
-    def _next(
-        self, state: RecurrentState | None, carried: Carried, ids: Tensor, rows: BatchLayout
+    def _next_state(
+        self, state: RecurrentState | None, carried: CarriedMemory, ids: Tensor, rows: BatchLayout
     ) -> RecurrentState | None:
+        """Return the state after a call; None if calls take whole texts."""
         if self.config.alignment == "right" or self._varies:
             return None
         width = self.config.segment_length - 1
@@ -336,12 +369,12 @@ class RecurrentMemory(nn.Module):
         memory, mass, written, backbone = carried
         if self.adapter.streams and backbone is None:
             backbone = self.adapter.init_state(rows.batch)
-        if backbone is not None:  # of their own, as nothing outside a call knows its values
+        if backbone is not None:  # new tensor objects, as host values are only valid within a call
             backbone = backbone._replace(live=backbone.live.view_as(backbone.live))
         return RecurrentState(memory, mass, written.view_as(written), tokens[..., 0], backbone, rows.live)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
-        """Exact bytes of the state after `length` live tokens in every row, counts included."""
+        """Return the exact bytes of the state after `length` live tokens in every row, counts included."""
         size = self.config.segment_length
         own = self.cell.state_nbytes(batch_size, dtype.itemsize) + batch_size * 8 * (2 + size - 1)
         front, _ = self.cell.widths(self.adapter.causal, length // size)
@@ -349,33 +382,38 @@ class RecurrentMemory(nn.Module):
         return own + self.adapter.state_nbytes(batch_size, inside, dtype)
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
-        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, with `flush`.
+        """Return the FLOPs (2 per multiply-add) of one forward pass of `length` tokens from an empty past, with
+        `flush`.
 
         Raises:
-            UnsupportedError: the backbone is not of this library.
+            UnsupportedError: the backbone is not a model of this library.
         """
         positions, size = batch_size * length, self.config.segment_length
-        # an open segment is embedded as wide as a whole one
+        # an incomplete segment is embedded in full width
         embedded = batch_size * -(-length // size) * size
         adapter, cell = self.adapter, self.cell
-        total = self._sum(length, lambda width: adapter.flops(width, batch_size) + cell.flops(width, batch_size))
+        total = self._sum_segments(
+            length, lambda width: adapter.flops(width, batch_size) + cell.flops(width, batch_size)
+        )
         assert isinstance(self.backbone, (Decoder, Encoder))
         return total + self.backbone.embed_flops(embedded) + self.backbone.output_flops(positions)
 
     def pairs(self, length: int) -> int:
-        """Attended (query, key) pairs of one row: those of the backbone over its segments with their memory tokens."""
-        return self._sum(length, self.adapter.pairs)
+        """Return the attended (query, key) pairs of one row:
+        those of the backbone in all segments, memory tokens included.
+        """
+        return self._sum_segments(length, self.adapter.pairs)
 
-    def _sum(self, length: int, cost: Callable[[int], int]) -> int:
-        """The cost of all segments, given that of a run over so many columns."""
+    def _sum_segments(self, length: int, cost: Callable[[int], int]) -> int:
+        """Sum the cost of all segments of a text, where `cost(columns)` is that of one run over that many columns."""
         count, rest = divmod(length, self.config.segment_length)
         causal, size = self.adapter.causal, self.config.segment_length
         total = opened = 0
         if rest and self.config.alignment == "right":
-            # the remainder comes first, and closes as the others do
+            # the remainder comes first, and is completed like the others
             total, opened = cost(sum(self.cell.widths(causal, 0)) + rest), 1
         last = opened + count
-        # accumulated summaries are read as they come; from `steady` on every segment is alike
+        # the number of accumulated summaries grows; from `steady` on every segment costs the same
         steady = max(opened, min(last, self.config.max_summaries if self.config.accumulate else 0))
         total += sum(cost(sum(self.cell.widths(causal, index)) + size) for index in range(opened, steady))
         if last > steady:
@@ -386,20 +424,20 @@ class RecurrentMemory(nn.Module):
         return total
 
     def num_parameters(self) -> int:
-        """Parameters, shared ones once."""
+        """Return the number of parameters, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Call after each optimiser step (1, 2, ...): what the backbone does between steps."""
+        """Apply clamps, redraws and statistics of the backbone after optimizer step `step` (1, 2, ...)."""
         self.adapter.after_step(step, generator)
 
     @property
     def redraw_count(self) -> int:
-        """Changes whenever the backbone redraws its random projections, which voids carried states."""
+        """A number that changes whenever the backbone redraws its random projections, which invalidates states."""
         return self.adapter.redraw_count
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for a torch optimiser: the backbone's, and the memory's without weight decay."""
+        """Return parameter groups for a torch optimizer: the backbone's, and the memory's without weight decay."""
         groups = self.adapter.parameter_groups(lr=lr, weight_decay=weight_decay)
         own = [parameter for parameter in self.cell.parameters() if parameter.requires_grad]
         return [*groups, {"name": "memory", "params": own, "lr": lr, "weight_decay": 0.0}]

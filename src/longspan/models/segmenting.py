@@ -1,4 +1,4 @@
-"""Rows of tokens cut into the segments that recurrent memory goes over."""
+"""Split rows of tokens into the segments that a recurrent memory processes one after another."""
 
 from typing import NamedTuple
 
@@ -13,18 +13,19 @@ from longspan.mixers import BatchLayout, SegmentLayout
 
 
 class Segment(NamedTuple):
-    """One segment of every row, as the loop goes over them; all tensors lead with the batch, and but for ids they know
-    their values (`longspan.host`).
+    """One segment of every row; batch is the first dimension, and all tensors but `ids` have host values
+    (`longspan.host`).
 
     Attributes:
         ids: (B, size) token ids.
-        real: (B, size) bool, tokens of the segment, those of earlier calls included.
+        real: (B, size) bool, tokens of the segment, including those of earlier calls.
         fresh: (B, size) bool, tokens of this call.
         begins: (B,) bool, a document begins with this segment.
-        closed: (B,) bool, the segment is complete and writes.
-        shown: (B,) bool, outputs are wanted.
-        resumed: (B,) bool, the backbone's state already holds the start of this segment.
-        whole: every row is full, closed, and all of this call: what streams are made of, and needs no masks.
+        closed: (B,) bool, the segment is complete and writes the memory.
+        shown: (B,) bool, outputs are needed.
+        resumed: (B,) bool, the backbone's state already contains the start of this segment.
+        whole: every row is full, complete, and entirely from this call, so that no masks are needed (the common case in
+            streams).
     """
 
     ids: Tensor
@@ -37,8 +38,14 @@ class Segment(NamedTuple):
     whole: bool
 
 
-def lay_out(rows: BatchLayout, size: int, alignment: str) -> SegmentLayout:
-    """Places of a call's tokens in whole segments: a document's first (or, aligned right, last) token is at a border.
+def segment_layout(rows: BatchLayout, size: int, alignment: str) -> SegmentLayout:
+    """Arrange a call's tokens over whole segments; a document's first (or, aligned right, last) token is at a segment's
+    end.
+
+    Args:
+        rows: layout of the call.
+        size: positions per segment.
+        alignment: "left" or "right".
 
     Raises:
         UnsupportedError: right alignment with several documents in a row.
@@ -46,7 +53,9 @@ def lay_out(rows: BatchLayout, size: int, alignment: str) -> SegmentLayout:
     if alignment == "left":
         return rows.segments(size)
     if rows.origin is not None:
-        raise UnsupportedError("RecurrentMemory: right alignment takes one text a row; resets need alignment='left'")
+        raise UnsupportedError(
+            "RecurrentMemory: alignment = 'right' supports one text per row, without resets; use alignment = 'left'"
+        )
     real = host.put(np.arange(rows.length) < rows.lengths_read[:, None], rows.device)
     return SegmentLayout(BatchLayout(host.put(-rows.lengths_read % size, rows.device), rows.length, real), size)
 
@@ -54,19 +63,19 @@ def lay_out(rows: BatchLayout, size: int, alignment: str) -> SegmentLayout:
 def cut_segments(
     layout: SegmentLayout, rows: BatchLayout, ids: Tensor, old: Tensor | None, *, stream: bool, flush: bool, ended: bool
 ) -> list[Segment]:
-    """The segments of a call.
+    """Return the segments of a call.
 
     Args:
-        layout: of `lay_out`.
-        rows: of the call.
+        layout: from `segment_layout`.
+        rows: layout of the call.
         ids: (B, N) gathered token ids.
         old: (B, segment_length - 1) ids of the tokens before, newest last; None = none.
-        stream: aligned left, so the last segment may stay open.
-        flush: show the outputs of open segments.
+        stream: aligned left, so that the last segment may stay incomplete.
+        flush: return the outputs of incomplete segments.
         ended: every text ends with this call, so that its last segment writes too.
     """
     size = layout.size
-    laid = layout.spread(ids[..., None], None if old is None else old[..., None])[..., 0]
+    arranged = layout.spread(ids[..., None], None if old is None else old[..., None])[..., 0]
     inside = np.arange(rows.length) < rows.lengths_read[:, None]
     fresh = layout.spread_read(inside.astype(np.int64)) > 0
     real = layout.real_read if stream else fresh
@@ -84,12 +93,12 @@ def cut_segments(
         resumed[:, :1] = (rows.offsets % size > 0)[:, None]
     known = (real, fresh, first == 1, closed, any_real & (closed | flush), resumed)
     parts = [_segments_of(array, rows.device) for array in known]
-    ids_of = laid.unflatten(1, shape[1:]).unbind(1) if shape[1] else ()
+    ids_of = arranged.unflatten(1, shape[1:]).unbind(1) if shape[1] else ()
     whole = [bool(fresh[:, index].all()) for index in range(shape[1])]
     return [Segment(*fields) for fields in zip(ids_of, *parts, whole, strict=True)]
 
 
 def _segments_of(array: Array, device: torch.device) -> list[Tensor]:
-    """(B, segments, ...) to a tensor of each segment, which knows its values."""
+    """Split a host array (B, segments, ...) into one tensor per segment, with host values attached."""
     tensor = torch.tensor(array, device=device)
     return [host.remember(tensor[:, index], array[:, index]) for index in range(array.shape[1])]

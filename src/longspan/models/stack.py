@@ -1,4 +1,4 @@
-"""What Decoder and Encoder share: embeddings, positions, blocks, cost, initialisation, parameter groups."""
+"""Base of decoders and encoders: embeddings, positions, blocks, cost, initialization, parameter groups."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple, Protocol, cast
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from longspan import host
 from longspan import state as states
 from longspan.contract.base import merge_traits, optimizer_groups, why_no_stream
-from longspan.contract.maps import place_of
+from longspan.contract.maps import device_and_dtype
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.mixers import BatchLayout, Mechanism, Traits
 from longspan.models.blocks import Block, make_norm
@@ -20,30 +20,32 @@ from longspan.models.reversible import run_reversible
 
 
 class StackState(NamedTuple):
-    """The state of a model: one mixer state a layer, and the live tokens (batch,) int64 of each row."""
+    """State of a model: one mixer state per layer,
+    and the live tokens (batch,) int64 (real tokens since the last reset).
+    """
 
     layers: tuple[Any, ...]
     live: Tensor
 
 
-class Around(Protocol):
-    """What a memory in every layer does around it."""
+class LayerHooks(Protocol):
+    """Hooks of a per-layer memory, which run before and after each layer."""
 
     def before(self, index: int, h: Tensor) -> Tensor:
-        """The input of layer `index` (B, N, dim), token by token, to what takes its place."""
+        """Return what replaces the input h (B, N, dim) of layer `index`, token by token."""
 
     def after(self, index: int, h: Tensor) -> None:
-        """The output of layer `index` (B, columns, dim) in the order of the call, zeros at padding."""
+        """Receive the output h (B, columns, dim) of layer `index` in the column order of the call, zeros at padding."""
 
 
 class Stack(nn.Module):
-    """Embeddings and blocks. The base of Decoder and Encoder.
+    """Embeddings and blocks; the base of Decoder and Encoder.
 
-    Rows are gathered once, before the embedding, so that no layer works on padding between tokens.
+    Real tokens are gathered once, before the embedding, so that no layer computes padding between tokens.
 
-    Initialisation: weights of linear maps and embeddings are normal with standard deviation `init_std`, those that
-    write into the residual stream (o_proj, down_proj) smaller by sqrt(2 num_layers); biases 0, norms 1. `init` has
-    another.
+    Initialization: weights of linear maps and embeddings are normal with standard deviation `init_std`, those that
+    write into the residual stream (o_proj, down_proj) smaller by sqrt(2 num_layers); biases 0, norms 1. The field
+    `init` selects another scheme.
     """
 
     causal: bool = True
@@ -57,19 +59,20 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index, self.causal) for index in range(config.num_layers))
         last_norm = config.norm_position == "pre" if config.final_norm is None else config.final_norm
         self.norm = make_norm(config, config.hidden_dim) if last_norm else nn.Identity()
-        self._initialise()
+        self._initialize()
 
     def _make_embedding(self) -> nn.Module:
-        """Token ids (...) to (..., dim)."""
+        """Build the token embedding, from ids (...) to (..., dim)."""
         return nn.Embedding(self.config.vocab_size, self.config.dim)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
+        """Initialize all weights as the configuration says."""
         config, deep = self.config, (2 * self.config.num_layers) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = 0.125 / module.in_features**0.5 if config.init == "sparse" else config.init_std
                 if name.startswith("embedding."):
-                    std = module.in_features**-0.5  # what it takes to `dim` keeps its size
+                    std = module.in_features**-0.5  # keeps the scale of the embeddings that it maps to `dim`
                 nn.init.normal_(module.weight, std=std / deep if name.endswith(("o_proj", "down_proj")) else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -81,7 +84,7 @@ class Stack(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it."""
+        """Number of token ids."""
         return self.config.vocab_size
 
     @property
@@ -91,27 +94,27 @@ class Stack(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        """What all layers promise."""
+        """The combined capability flags of all layers."""
         return merge_traits([block.mixer.traits for block in self.layers])
 
     def why_no_stream(self) -> str:
-        """Which layer is the first that does not stream, and why; "" where all of them do."""
+        """Name the first layer that does not stream, with the reason; "" if all layers stream."""
         return why_no_stream(self.cores())
 
     def embed(self, tokens: Tensor, rows: BatchLayout) -> Tensor:
-        """Token ids (B, N), gathered, to embeddings (B, N, dim) with learned positions where the model has them."""
-        return self.place(self.embedding(tokens), rows)
+        """Embed gathered token ids (B, N) as (B, N, dim), with learned positions if the model has them."""
+        return self.add_positions(self.embedding(tokens), rows)
 
-    def place(self, h: Tensor, rows: BatchLayout) -> Tensor:
-        """Embeddings (B, N, dim) scaled, with learned positions where the model has them."""
+    def add_positions(self, h: Tensor, rows: BatchLayout) -> Tensor:
+        """Scale embeddings (B, N, dim), add learned positions and apply dropout, as configured."""
         if self.config.scale_embeddings:
             h = h * self.config.dim**0.5
         if self.position_embedding is not None:
             largest, maximum = rows.largest_position, self.config.num_positions - 1
             if largest > maximum:
                 raise UnsupportedError(
-                    f"position {largest} is past the learned positions, whose maximum is {maximum}; reset at documents "
-                    "or use positions = 'rope' or 'none'"
+                    f"position {largest} exceeds the largest learned position, {maximum}; reset at documents, raise "
+                    "max_positions, or use positions = 'rope' or 'none'"
                 )
             h = h + self.position_embedding(rows.positions.clamp(0, maximum))
         return cast(Tensor, self.dropout(h))
@@ -124,42 +127,49 @@ class Stack(nn.Module):
         reset: Tensor | None,
         aux_losses: list[Tensor] | None,
         inputs_embeds: Tensor | None = None,
-        around: "Around | None" = None,
+        hooks: "LayerHooks | None" = None,
         inputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, StackState | None, BatchLayout]:
-        """All layers on gathered rows; `around` acts before and after each. The input of each layer (B, N, dim),
-        gathered, is appended to `inputs`, where there is such a list.
+        """Run all layers on gathered rows.
+
+        Args:
+            tokens: (B, columns) token ids, or None with inputs_embeds.
+            state, mask, reset, penalties: as in a call of a `Decoder`.
+            inputs_embeds: (B, columns, dim) instead of tokens.
+            hooks: run before and after each layer; None = none.
+            inputs: a list to which the input (B, N, dim) of each layer is appended.
 
         Returns:
-            Hidden states (B, N, hidden_dim) after the last norm, the next state, and the rows that scatter them back.
+            Hidden states (B, N, hidden_dim) after the last norm, the next state, and the layout that scatters them
+            back.
         """
         streams = all(core.traits.streams for core in self.cores())
         layers = None if state is None else state.layers
         if state is not None and not streams:
             raise UnsupportedError(f"{self.why_no_stream()}; call the model with state=None")
-        h, rows = self._begin(tokens, state, mask, reset, inputs_embeds)
+        h, rows = self._embed_call(tokens, state, mask, reset, inputs_embeds)
         if self.config.reversible:
-            if around is not None:
-                raise UnsupportedError("a memory in every layer (per_layer) does not go around reversible blocks")
+            if hooks is not None:
+                raise UnsupportedError("per_layer memory does not support reversible blocks; set reversible = false")
             h, next_states = run_reversible(self.layers, h, layers, rows, aux_losses, self.config.streams, inputs)
         else:
             next_states = []
             recomputes = self.config.checkpoint and self.training and torch.is_grad_enabled()
             for index, block in enumerate(self.blocks):
-                if around is not None:
-                    h = around.before(index, h)
+                if hooks is not None:
+                    h = hooks.before(index, h)
                 if inputs is not None:
                     inputs.append(h)
                 call = h, None if layers is None else layers[index], rows, aux_losses is not None
                 h, after, losses = checkpoint(block, *call, use_reentrant=False) if recomputes else block(*call)
-                if around is not None:
-                    around.after(index, rows.scatter(h))
+                if hooks is not None:
+                    hooks.after(index, rows.scatter(h))
                 next_states.append(after)
                 if aux_losses is not None:
                     aux_losses.extend(losses)
         return self.norm(h), StackState(tuple(next_states), rows.live) if streams else None, rows
 
-    def _begin(
+    def _embed_call(
         self,
         tokens: Tensor | None,
         state: StackState | None,
@@ -167,29 +177,29 @@ class Stack(nn.Module):
         reset: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> tuple[Tensor, BatchLayout]:
-        """What enters the first layer, gathered, and the layout of the call."""
+        """Return the gathered input (B, N, dim) of the first layer, and the layout of the call."""
         inputs = tokens if inputs_embeds is None else inputs_embeds
         if inputs is None or (tokens is not None and inputs_embeds is not None):
-            raise ConfigError("give either tokens or inputs_embeds")
+            raise ConfigError("pass either tokens or inputs_embeds, not both or neither")
         if tokens is not None and tokens.ndim != 2:
-            raise ConfigError(f"tokens are {tuple(tokens.shape)}, expected (batch, length)")
+            raise ConfigError(f"tokens have shape {tuple(tokens.shape)}, expected (batch, length)")
         offset = states.live(state, inputs.shape[0], inputs.device)
         if offset.shape[0] != inputs.shape[0]:
-            raise ConfigError(f"tokens have {inputs.shape[0]} rows, the state {offset.shape[0]}")
+            raise ConfigError(f"tokens have {inputs.shape[0]} rows, but the state has {offset.shape[0]}")
         reads: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores()):
             reads |= core.layout_inputs(None if state is None else state.layers[index])
         rows = BatchLayout(offset, inputs.shape[1], mask, reset, reads=reads)
         gathered = rows.gather(inputs)
         if tokens is None:
-            return self.place(gathered, rows), rows
+            return self.add_positions(gathered, rows), rows
         self.check_tokens(gathered)
         return self.embed(gathered, rows), rows
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Refuse what is no token id of this model, with a `DataError`."""
+        """Raise a DataError if tokens are not integers or, on the CPU, not ids of the vocabulary."""
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise DataError(f"tokens are {tokens.dtype}, expected whole numbers")
+            raise DataError(f"tokens are {tokens.dtype}, expected integers")
         if tokens.device.type == "cpu" and tokens.numel():
             read = host.values(tokens)
             if read is None:
@@ -199,72 +209,77 @@ class Stack(nn.Module):
                 bad = low if low < 0 else high
                 raise DataError(
                     f"token id {bad} is outside the model's vocabulary of {self.config.vocab_size}; "
-                    "was the text encoded with another tokenizer?"
+                    "encode the text with the model's tokenizer"
                 )
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> StackState:
-        """The state of an empty past; device and dtype default to those of the parameters."""
+        """Return the state of an empty past; device and dtype default to those of the parameters."""
         layers = tuple(block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.layers)
-        where = device or place_of(self).device
+        where = device or device_and_dtype(self).device
         return StackState(layers, torch.zeros(batch_size, dtype=torch.int64, device=where))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
-        """Exact bytes of the state after `length` live tokens, counts included."""
+        """Return the exact bytes of the state after `length` live tokens, counts included."""
         return 8 * batch_size + sum(block.mixer.state_nbytes(batch_size, length, dtype) for block in self.layers)
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
-        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included (of an
-        adaptive softmax the whole distribution, of which losses need less).
+        """Return the FLOPs (2 per multiply-add) of one forward pass of `length` tokens from an empty past, with logits.
+
+        For an adaptive softmax the full distribution is counted, though losses need less.
         """
         positions = batch_size * length
         return self.block_flops(length, batch_size) + self.embed_flops(positions) + self.output_flops(positions)
 
     def block_flops(self, length: int, batch_size: int) -> int:
-        """FLOPs of the layers alone."""
+        """Return the FLOPs of the layers alone."""
         return sum(
             block.mixer.flops(length, batch_size=batch_size) + block.ffn.flops(batch_size * length)
             for block in self.layers
         )
 
     def embed_flops(self, positions: int) -> int:
-        """FLOPs of the embeddings of so many tokens: none where they are looked up."""
+        """Return the FLOPs of embedding `positions` tokens: 0 for a table lookup."""
         return 0
 
     def output_flops(self, positions: int) -> int:
-        """FLOPs of what follows the last norm at so many places."""
+        """Return the FLOPs of everything after the last norm at `positions` positions."""
         return 0
 
     def output_parameters(self) -> list[nn.Parameter]:
-        """What logits need and hidden states do not; none where the embedding's weights are all."""
+        """Return the parameters that only logits use, not hidden states;
+        none if the output layer has only tied weights.
+        """
         return []
 
     def pairs(self, length: int) -> int:
-        """Attended (query, key) pairs of one row of `length` tokens, summed over heads and layers."""
+        """Return the attended (query, key) pairs of one row of `length` tokens, summed over heads and layers."""
         return sum(block.mixer.pairs(length) for block in self.layers)
 
     def num_parameters(self) -> int:
-        """Parameters, shared ones once."""
+        """Return the number of parameters, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every layer."""
+        """Apply clamps, redraws and statistics of every layer after optimizer step `step` (1, 2, ...)."""
         for block in self.layers:
             block.mixer.after_step(step, generator)
 
     @property
     def redraw_count(self) -> int:
-        """Changes whenever a layer redraws its random projections, which voids carried states."""
+        """A number that changes whenever a layer redraws its random projections, which invalidates states."""
         return sum(block.mixer.redraw_count for block in self.layers)
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for a torch optimiser: weights of linear maps decay; embeddings, norms and vectors do not; groups that
-        a mechanism declares (gates, compressors) follow with their own settings.
+        """Return parameter groups for a torch optimizer.
+
+        Weights of linear maps decay; embeddings, norms and vectors do not; groups that a mechanism declares (gates,
+        compressors) follow with their own settings.
         """
         linear = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
         return optimizer_groups(self.parameters(), linear, self.cores(), lr=lr, weight_decay=weight_decay)
 
     def cores(self) -> list[Mechanism]:
-        """The mechanisms of all layers."""
+        """Return the mechanisms of all layers."""
         return [block.mixer.core for block in self.layers]

@@ -1,8 +1,8 @@
-"""Models from plain data and back: what recipes and saved models say of them.
+"""Convert models to plain data and back, as in recipes and saved models.
 
-A table has a `kind` ("decoder", "encoder" or "masked_lm"; a recipe may leave it out: decoder; `longspan.hf.tuned` adds
-"pretrained"), the fields of that model's configuration, and optionally a table `memory` of `RecurrentConfig` (then it
-is a RecurrentMemory over that model) and `classes` (then a RecurrentClassifier).
+A table has a `kind` ("decoder", "encoder" or "masked_lm"; default: decoder; `longspan.hf.tuned` adds "pretrained"), the
+fields of that model's configuration, and optionally a table `memory` of `RecurrentConfig` (for a RecurrentMemory over
+that model) and `classes` (for a RecurrentClassifier).
 """
 
 import dataclasses
@@ -29,22 +29,27 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 
 
 def register_kind(name: str, model_class: Any, config_class: Any) -> None:
-    """Make another kind of model known: a class made of a configuration (a dataclass, `vocab_size` among its fields),
-    with a method `describe` that gives its table. A static method `backbone(config)` gives what a table `memory` goes
-    around, where that is not the model itself; such a backbone has its table as `longspan_table`.
+    """Add a kind of model.
+
+    Args:
+        name: value of `kind` in a table.
+        model_class: built from a configuration; has a method `describe` that returns its table. An optional static
+            method `backbone(config)` returns the model to wrap if there is a table `memory`; such a backbone has its
+            table as an attribute `longspan_table`.
+        config_class: a dataclass with a field `vocab_size`.
     """
     _KINDS[name] = (model_class, config_class)
 
 
 def resolve_model(table: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
-    """A table with every default filled in; `vocab_size` only where it is given, as it follows the task.
+    """Return a model table with all defaults filled in; `vocab_size` only if it is set, because it follows the task.
 
     Raises:
-        ConfigError: an unknown kind or field, with the nearest name, or a value that does not fit.
+        ConfigError: an unknown kind or field, with the nearest name, or an invalid value.
     """
     kind = table.get("kind", "decoder")
     if kind not in _KINDS:
-        raise ConfigError(f"{where}.kind = {kind!r} is no kind of model{nearest(str(kind), _KINDS)}")
+        raise ConfigError(f"{where}.kind = {kind!r}: unknown kind of model{nearest(str(kind), _KINDS)}")
     fields = {key: value for key, value in table.items() if key not in ("kind", "memory", "classes")}
     fields = renames.model(fields)
     resolved: dict[str, Any] = {"kind": kind, **to_dict(from_dict(_KINDS[kind][1], fields, where))}
@@ -52,17 +57,19 @@ def resolve_model(table: Mapping[str, Any], where: str = "model") -> dict[str, A
         del resolved["vocab_size"]
     if "memory" in table:
         if kind == "masked_lm":
-            raise ConfigError(f"{where}.memory: a masked language model carries none; kind is decoder or encoder")
+            raise ConfigError(f"{where}.memory: not supported with kind = 'masked_lm'; use kind decoder or encoder")
         resolved["memory"] = to_dict(from_dict(RecurrentConfig, table["memory"], f"{where}.memory"))
     if "classes" in table:
         if "memory" not in table:
-            raise ConfigError(f"{where}.classes: a classifier needs a table {where}.memory")
+            raise ConfigError(f"{where}.classes: a classifier needs a table {where}.memory; add one")
         resolved["classes"] = int(table["classes"])
     return resolved
 
 
 def as_kind(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """A resolved table as that of another kind; fields that the other lacks are left out where they are as default."""
+    """Convert a resolved table to another kind;
+    fields that the other kind lacks are dropped if they have their default.
+    """
     before = to_dict(_KINDS[table["kind"]][1]())
     known = {field.name for field in dataclasses.fields(_KINDS[kind][1])} | {"memory", "classes"}
     fields = {name: value for name, value in table.items() if name in known or value != before.get(name)}
@@ -70,7 +77,7 @@ def as_kind(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def build_model(table: Mapping[str, Any], where: str = "model") -> Any:
-    """The model of a table; raises as `resolve_model` does."""
+    """Build the model of a table; raises as `resolve_model` does."""
     resolved = resolve_model(table, where)
     model_class, config_class = _KINDS[resolved.pop("kind")]
     memory, classes = resolved.pop("memory", None), resolved.pop("classes", None)
@@ -83,14 +90,14 @@ def build_model(table: Mapping[str, Any], where: str = "model") -> Any:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """The table of a model.
+    """Return the table of a model.
 
     Raises:
         UnsupportedError: a recurrent memory over a foreign backbone.
     """
     describe = getattr(model, "describe", None)
     if callable(describe):
-        # a foreign model that says itself what it is made of
+        # a registered kind, which describes itself
         described: dict[str, Any] = describe()
         return described
     if isinstance(model, RecurrentClassifier):

@@ -18,15 +18,15 @@ from longspan.models.segmenting import Segment
 
 
 class Trace(NamedTuple):
-    """What the memory tokens did in one segment.
+    """Record of what the memory tokens did in one segment.
 
     Attributes:
-        offered: (batch, num_memory_tokens, dim), the backbone's output at the memory tokens: what the segment, seen
-            with all that is remembered, has to say.
+        offered: (batch, num_memory_tokens, dim), the backbone's output at the memory tokens, which the update may
+            write.
         last: (batch, dim), hidden states at the last real token of the segment.
-        logits: (batch, num_memory_tokens) fp32 of the gate, above 0 where it writes; None where there is no gate.
-        closed: (batch,) bool, rows whose segment is complete, so that it writes.
-        shown: (batch,) bool, rows that ran this segment at all.
+        logits: (batch, num_memory_tokens) fp32 of the gate, which writes where they are above 0; None without a gate.
+        closed: (batch,) bool, rows whose segment is complete, so that it writes the memory.
+        shown: (batch,) bool, rows whose outputs in this segment are returned.
     """
 
     offered: Tensor
@@ -36,14 +36,14 @@ class Trace(NamedTuple):
     shown: Tensor
 
 
-class Carried(NamedTuple):
-    """What goes from segment to segment; the first four fields of `RecurrentState` that memories own.
+class CarriedMemory(NamedTuple):
+    """The memory passed from segment to segment.
 
     Attributes:
-        memory: (batch, ...) what is remembered.
-        mass: (batch, ...) fp32, the evidence (token memory) or normalizer (layer memory) behind it.
-        written: (batch,) int64, segments closed since the last reset.
-        backbone: the backbone's state of the open segment, else None.
+        memory: (batch, ...) the memory itself.
+        mass: (batch, ...) fp32, its evidence (token memory) or normalizer (layer memory).
+        written: (batch,) int64, segments completed since the last reset.
+        backbone: the backbone's state of the current segment, else None.
     """
 
     memory: Tensor
@@ -51,32 +51,37 @@ class Carried(NamedTuple):
     written: Tensor
     backbone: Any
 
-    def put(self, rows: Tensor, memory: Tensor, mass: Tensor) -> "Carried":
-        """The same with another memory and mass in the rows (batch,) that are True."""
+    def put(self, rows: Tensor, memory: Tensor, mass: Tensor) -> "CarriedMemory":
+        """Return a copy with another memory and mass in the rows (batch,) that are True."""
         return self._replace(memory=where_rows(rows, memory, self.memory), mass=where_rows(rows, mass, self.mass))
 
 
-class Stepped(NamedTuple):
-    """A segment done: hidden states (batch, size, dim), what is carried on, what the memory did."""
+class SegmentOutput(NamedTuple):
+    """Output of one segment: hidden states (batch, size, dim), the memory afterwards, and a trace."""
 
     hidden: Tensor
-    carried: Carried
+    carried: CarriedMemory
     trace: Trace
 
 
 def where_rows(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """`yes` in the rows (batch,) that are True, `no` in the others."""
+    """Return `yes` in the rows (batch,) that are True, `no` in the others."""
     return torch.where(rows.view(-1, *(1,) * (no.ndim - 1)), yes, no)
 
 
-def counted(written: Tensor, segment: Segment) -> Tensor:
-    """(batch,) segments closed, this one included; it knows its values where it did."""
+def count_closed(written: Tensor, segment: Segment) -> Tensor:
+    """Return the number (batch,) of completed segments, this one included, keeping host values."""
     return host.derive(lambda before, closed: before + closed, written, segment.closed)
 
 
-def cut_graph(carried: Carried, left: Array, horizon: int | None) -> Carried:
-    """What a segment finds, with memory and mass detached where (batch,) `left` segments to the row's end, this one
-    included, are a multiple of the horizon (None = never).
+def cut_graph(carried: CarriedMemory, left: Array, horizon: int | None) -> CarriedMemory:
+    """Detach the memory before a segment from the graph, where gradients should end.
+
+    Args:
+        carried: the memory before the segment.
+        left: (batch,) number of segments up to the row's end, this one included; detached where it is a multiple of
+            `horizon`.
+        horizon: segments that gradients reach; None = never detach.
     """
     if horizon is None or not carried.memory.requires_grad:
         return carried
@@ -89,7 +94,7 @@ def cut_graph(carried: Carried, left: Array, horizon: int | None) -> Carried:
 
 
 def last_real(hidden: Tensor, segment: Segment) -> Tensor:
-    """Hidden states (batch, size, dim) to those at each row's last real token (batch, dim)."""
+    """Return the hidden states (batch, dim) at each row's last real token, of hidden (batch, size, dim)."""
     if segment.whole:
         return hidden[:, -1]
     column = torch.arange(hidden.shape[1], device=hidden.device)
@@ -100,27 +105,31 @@ def last_real(hidden: Tensor, segment: Segment) -> Tensor:
 def assemble(
     backbone: Backbone, segment: Segment, front: list[tuple[Tensor, Array]], text: Tensor, back: Tensor, before: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Inputs, mask and resets of a backbone's run: what is read, the segment, what stands behind it.
+    """Build the inputs, mask and resets of a backbone's run: memory to read, the segment, memory to write.
 
     Args:
-        backbone: asked whether it carries the open segment.
-        segment: at hand.
-        front: (embeddings (B, m, dim), readable (B, m)) in front of the text.
+        backbone: determines whether the start of the segment is in its state.
+        segment: the segment to run.
+        front: pairs of embeddings (B, m, dim) and a mask (B, m), to be read before the text.
         text: (B, size, dim) embeddings of the segment.
-        back: (B, m, dim) embeddings of memory tokens: in the decoder form they only write, where a segment closes.
-        before: the backbone's state of the open segment.
+        back: (B, m, dim) embeddings of memory tokens after the text: in the decoder form they only write, and only
+            where a segment is complete.
+        before: the backbone's state of the current segment.
+
+    Returns:
+        Inputs (B, columns, dim), and mask and resets (B, columns) or None if not needed.
     """
     inputs = [*(embeddings for embeddings, _ in front), text, back]
-    if segment.whole and before is None and all(readable.all() for _, readable in front):
+    if segment.whole and before is None and all(is_visible.all() for _, is_visible in front):
         return torch.cat(inputs, 1), None, None
     carries = backbone.streams and before is not None
     closed, resumed = host.known(segment.closed), host.known(segment.resumed)
     active = closed | host.known(segment.shown)
     used = active & ~resumed if carries else active
-    parts = [readable & used[:, None] for _, readable in front]
+    parts = [is_visible & used[:, None] for _, is_visible in front]
     parts.append(host.known(segment.fresh if carries else segment.real) & active[:, None])
     parts.append((closed if backbone.causal else active)[:, None].repeat(back.shape[1], 1))
-    # one padded place behind the rest, whose reset empties the state of rows that closed their segment
+    # one column of padding at the end, whose reset empties the state of rows that completed their segment
     emptied = backbone.streams and not closed.all()
     if emptied:
         parts.append(np.zeros_like(closed[:, None]))
@@ -136,8 +145,9 @@ def assemble(
 
 
 class TokenMemory(nn.Module):
-    """The memory of RMT and, with `accumulate`, of AutoCompressor; equations in `longspan.models.recurrent`. It is as
-    wide as the backbone (`dim`) and begins with a standard deviation of `std`.
+    """The memory of RMT and, with `accumulate`, of AutoCompressor; for equations see `longspan.models.recurrent`.
+
+    Its tokens have the backbone's width `dim` and are initialized with standard deviation `std`.
     """
 
     def __init__(self, config: RecurrentConfig, dim: int, std: float) -> None:
@@ -150,31 +160,33 @@ class TokenMemory(nn.Module):
 
     @property
     def columns(self) -> int:
-        """Memory vectors that are carried."""
+        """Number of memory vectors that are carried."""
         many = self.config.max_summaries if self.config.accumulate else 1
         return many * self.config.num_memory_tokens
 
     def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Memory and mass of an empty past: the learned initial memory, or room for summaries."""
+        """Return memory (batch, columns, dim) and mass of an empty past:
+        the learned initial memory, or zeros for summaries.
+        """
         weight = table_of(self.tokens, self.config.num_memory_tokens)
         dtype = weight.dtype if like is None else like.dtype
         mass = torch.zeros(batch, self.config.num_memory_tokens, device=weight.device)
         if self.config.accumulate:
             return weight.new_zeros(batch, self.columns, self.dim, dtype=dtype), mass
         memory = weight.to(dtype).expand(batch, -1, -1)
-        # without a graph a view of a parameter claims to have one, which hooks (torch's counter of FLOPs) stumble over
+        # without gradients a view of a parameter still requires them, which breaks hooks (torch's counter of FLOPs)
         return memory if torch.is_grad_enabled() else memory.detach(), mass
 
     def fit(self, memory: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-        """Both in the types of the parameters, whatever precision has left them behind."""
+        """Cast memory and mass to the dtypes of the parameters, after a call in another precision."""
         return memory.to(self.tokens.weight.dtype), mass.float()
 
     def state_nbytes(self, batch_size: int, itemsize: int) -> int:
-        """Bytes of memory and mass."""
+        """Return the bytes of memory and mass."""
         return batch_size * (self.columns * self.dim * itemsize + 4 * self.config.num_memory_tokens)
 
     def widths(self, causal: bool, written: int) -> tuple[int, int]:
-        """Columns in front of a segment before which `written` were closed, and columns behind it."""
+        """Return the number of memory columns before a segment, when `written` segments are complete, and after it."""
         tokens = self.config.num_memory_tokens
         read = min(written, self.config.max_summaries) * tokens if self.config.accumulate else tokens
         if causal:
@@ -182,13 +194,18 @@ class TokenMemory(nn.Module):
         return read + (tokens if self.config.accumulate else 0), 0
 
     def flops(self, width: int, batch_size: int) -> int:
-        """Of the memory itself: it has no matrix products of its own."""
+        """Return 0: the memory itself has no matrix products."""
         return 0
 
-    def step(self, backbone: Backbone, segment: Segment, carried: Carried, aux_losses: list[Tensor] | None) -> Stepped:
-        """Read, run and write one segment."""
+    def step(
+        self, backbone: Backbone, segment: Segment, carried: CarriedMemory, aux_losses: list[Tensor] | None
+    ) -> SegmentOutput:
+        """Run one segment: read the memory, run the backbone and update the memory."""
 
         def run(memory: Tensor) -> tuple[Tensor, Tensor, Any, list[Tensor]]:
+            """Run the backbone; return its results and the auxiliary losses (a function of the memory,
+            for checkpointing).
+            """
             losses: list[Tensor] = []
             before = carried._replace(memory=memory)
             return *self._run(backbone, segment, before, None if aux_losses is None else losses), losses
@@ -206,29 +223,31 @@ class TokenMemory(nn.Module):
         else:
             memory, mass, logits = self.update(carried.memory, new, carried.mass)
         trace = Trace(new, last_real(hidden, segment), logits, segment.closed, segment.shown)
-        after = carried._replace(written=counted(carried.written, segment), backbone=state)
-        if segment.whole or host.every(segment.closed):
-            return Stepped(hidden, after._replace(memory=memory, mass=mass), trace)
-        return Stepped(hidden, after.put(segment.closed, memory, mass), trace)
+        after = carried._replace(written=count_closed(carried.written, segment), backbone=state)
+        if segment.whole or host.all_true(segment.closed):
+            return SegmentOutput(hidden, after._replace(memory=memory, mass=mass), trace)
+        return SegmentOutput(hidden, after.put(segment.closed, memory, mass), trace)
 
     def _run(
-        self, backbone: Backbone, segment: Segment, carried: Carried, aux_losses: list[Tensor] | None
+        self, backbone: Backbone, segment: Segment, carried: CarriedMemory, aux_losses: list[Tensor] | None
     ) -> tuple[Tensor, Tensor, Any]:
-        """Hidden states of the segment (B, size, dim), the new memory (B, memory tokens, dim), the backbone's state."""
+        """Return hidden states (B, size, dim) of the segment, new memory (B, memory tokens, dim)
+        and the backbone's state.
+        """
         memory, tokens = carried.memory, self.config.num_memory_tokens
         batch, columns = memory.shape[:2]
         text, write = backbone.embed(segment.ids).to(memory.dtype), memory
-        seen = np.ones((batch, columns), bool)
+        is_written = np.ones((batch, columns), bool)
         if self.config.accumulate:
-            seen = np.arange(columns) >= columns - tokens * host.known(carried.written)[:, None]
+            is_written = np.arange(columns) >= columns - tokens * host.known(carried.written)[:, None]
             write = table_of(self.tokens, tokens).to(memory.dtype).expand(batch, -1, -1)
-        front, back = [(memory, seen)], write if backbone.causal else write[:, :0]
+        front, back = [(memory, is_written)], write if backbone.causal else write[:, :0]
         if self.config.accumulate and not backbone.causal:
             front.append((write, np.ones(write.shape[:2], bool)))
         inputs, mask, reset = assemble(backbone, segment, front, text, back, carried.backbone)
-        ran = backbone.run(inputs, carried.backbone, mask, reset, aux_losses)
+        output = backbone.run(inputs, carried.backbone, mask, reset, aux_losses)
         first = sum(embeddings.shape[1] for embeddings, _ in front)
         last = first + text.shape[1]
-        new = ran.hidden[:, last : last + tokens] if backbone.causal else ran.hidden[:, first - tokens : first]
-        state = None if segment.whole or host.every(segment.closed) else ran.state
-        return ran.hidden[:, first:last], new, state
+        new = output.hidden[:, last : last + tokens] if backbone.causal else output.hidden[:, first - tokens : first]
+        state = None if segment.whole or host.all_true(segment.closed) else output.state
+        return output.hidden[:, first:last], new, state

@@ -1,25 +1,25 @@
-"""What stands around a model: PEFT, torch.compile, data parallelism, and this library's own faces."""
+"""Remove wrappers around models: PEFT, torch.compile, data parallelism, and this library's own."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-# turn models of other libraries into what a session calls as it calls a `Decoder`; None where they know none
+# functions that turn a model of another library into one with the interface of a `Decoder`, or return None
 OPENERS: list[Callable[[Any], Any]] = []
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside all that stands around it; a model that nothing stands around is itself."""
+    """Return the innermost model without any wrapper; a model without wrappers is returned unchanged."""
     while True:
-        within = inside(model)
+        within = unwrap_once(model)
         if within is None or within is model:
             return model
         model = within
 
 
-def inside(model: Any) -> Any:
-    """The model one layer further inside, None where there is none."""
+def unwrap_once(model: Any) -> Any:
+    """Return the model inside the outermost wrapper; None if there is no wrapper."""
     own: dict[str, Any] = getattr(model, "_modules", {})
     if isinstance(own.get("_orig_mod"), nn.Module):  # torch.compile
         return own["_orig_mod"]

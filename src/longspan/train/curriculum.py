@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from longspan.config import check_least, check_shares
-from longspan.contract.maps import place_of
+from longspan.contract.maps import device_and_dtype
 from longspan.train.config import RunConfig
 from longspan.train.distributed import Group
 from longspan.train.loop import TrainingLoop
@@ -151,7 +151,7 @@ class CurriculumTrainer(TrainingLoop):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return place_of(self.model).device
+        return device_and_dtype(self.model).device
 
     def first_stage(self) -> Stages:
         """The curriculum, at its start."""

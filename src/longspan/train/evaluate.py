@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan import state as states
-from longspan.contract.maps import place_of
+from longspan.contract.maps import device_and_dtype
 from longspan.errors import DataError, UnsupportedError
 from longspan.models import AdaptiveHead
 from longspan.tasks import Document, Documents
@@ -140,7 +140,7 @@ def evaluate_text(
     """
     if memory and not model.traits.streams:
         raise UnsupportedError("this model does not stream; evaluate it with memory=False")
-    group = group or Group(device=place_of(model).device)
+    group = group or Group(device=device_and_dtype(model).device)
     restart = None if memory else segment_length or chunk
     totals, head = np.zeros((4, len(documents))), adaptive_head(model)
     read, total, going = 0, -(-int(documents.lengths.sum()) // group.world_size), True

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from longspan.contract.maps import place_of
+from longspan.contract.maps import device_and_dtype
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.tasks import Document, Documents, Piece
 from longspan.tasks.base import Array, Head
@@ -83,7 +83,7 @@ def place_nats(
     if window is not None and not model.traits.streams:
         # such a model sees a window as a whole
         chunk, batch = window.context, max(batch * chunk // window.context, 1)
-    group = Group(device=place_of(model).device)
+    group = Group(device=device_and_dtype(model).device)
     # the loss of an adaptive softmax needs no whole distribution
     head = adaptive_head(model)
     for out, part in read_documents(model, read, chunk=chunk, batch=batch, group=group, hidden=head is not None):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.contract.maps import place_of
+from longspan.contract.maps import device_and_dtype
 from longspan.models import RecurrentClassifier, Trace
 from longspan.process import resident_bytes
 from longspan.tasks import MemoryTask
@@ -151,7 +151,7 @@ def _read(
     count = samples[0].segments
     streams, state = [iter(sample) for sample in samples], None
     cut = [False] * len(samples)
-    logits, device = None, place_of(model).device
+    logits, device = None, device_and_dtype(model).device
     for index in range(count):
         parts = [next(stream) for stream in streams]
         traces: list[Trace] = []

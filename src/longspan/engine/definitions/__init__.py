@@ -1,1 +1,1 @@
-"""Dense definitions that those of several mechanisms share: softmax over visible keys, sums of features, RoPE."""
+"""Dense definitions that several mechanisms share: softmax over visible keys, sums of features, RoPE."""

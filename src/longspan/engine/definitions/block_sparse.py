@@ -21,21 +21,21 @@ def block_sparse_attention(
     memory_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Query i sees key column j where j // key_block is in the list of tile i // query_block.
+    """Softmax attention where query i sees key column j if j // key_block is in the list of tile i // query_block.
 
     Args:
         q: (batch, heads, length, head_dim).
         k: (batch, kv_heads, memory + length, head_dim).
         v: like k; its width may differ.
-        blocks: (batch or 1, kv_heads or heads or 1, tiles, list length); what names no block is left out.
-        query_block: queries of a tile.
-        key_block: keys of a block.
+        blocks: (batch or 1, kv_heads or heads or 1, tiles, list length); indices that are not blocks are ignored.
+        query_block: queries per tile.
+        key_block: keys per block.
         causal: see `visible_keys`.
         scale: default head_dim ** -0.5.
         lengths: see `visible_keys`.
         start: see `visible_keys`; causal only.
         memory_lengths: see `visible_keys`.
-        return_lse: whether to return log sum_j exp(scale * q_i . k_j) too, -inf where a query sees nothing.
+        return_lse: also return log sum_j exp(scale * q_i . k_j), -inf where a query sees nothing.
     """
     heads = q.shape[1]
     blocks = blocks.repeat_interleave(heads // blocks.shape[1], 1)

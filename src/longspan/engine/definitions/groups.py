@@ -1,4 +1,4 @@
-"""Dense definition of attention inside groups of tokens: the family of hash buckets, clusters and columns."""
+"""Dense definition of attention inside groups of tokens, such as hash buckets, clusters and columns."""
 
 import torch
 from torch import Tensor
@@ -24,15 +24,15 @@ def group_attention(
     """Attention to the last `window` members of the query's own group.
 
     With the rank of a column among the real columns of its group: causal, rank_i - window < rank_j <= rank_i; without
-    `include_self` rank_i - window <= rank_j < rank_i. Not causal: |rank_i - rank_j| < window, without `include_self`
-    but not 0.
+    `include_self` rank_i - window <= rank_j < rank_i. Bidirectional: |rank_i - rank_j| < window, without
+    `include_self` but not 0.
 
     Args:
         q: (batch, heads, length, head_dim).
         k: (batch, kv_heads, memory + length, head_dim).
         v: like k.
         groups: (batch or 1, heads or 1, memory + length) the group of each key column; query i's is column memory + i.
-        num_groups: ids are below it.
+        num_groups: number of group ids.
         window: see above.
         causal: see above.
         include_self: whether a query sees its own key.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LinearSums(NamedTuple):
-    """Sums over the keys so far, as `longspan.ops.LinearSums`."""
+    """Sums over the keys so far; fields as in `longspan.ops.LinearSums`."""
 
     values: Tensor
     keys: Tensor
@@ -25,9 +25,11 @@ def linear_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
-    """o_i = sum_j a_ij v_j / sum_j a_ij with a_ij = phi_q_i . phi_k_j exp(log_scale_j), over the keys j that i sees.
+    """Linear attention: o_i = sum_j a_ij v_j / sum_j a_ij with a_ij = phi_q_i . phi_k_j exp(log_scale_j), over visible
+    keys j.
 
     The keys of a state count as one more column: phi_q_i S and phi_q_i . z. (Katharopoulos et al. 2020, section 3.2.)
+    Arguments are those of `longspan.ops.linear_attention`.
     """
     batch, heads, length, _ = phi_q.shape
     group = heads // phi_k.shape[1]
@@ -50,22 +52,24 @@ def linear_attention(
 def visibility(
     batch: int, length: int, causal: bool, lengths: Tensor | None, start: Tensor | None, device: Any
 ) -> tuple[Tensor, Tensor]:
-    """(batch, query, key) who sees whom, and (batch, query) who sees what was before the call."""
-    place = torch.arange(length, device=device)
-    real = (place < lengths[:, None]) if lengths is not None else place.expand(batch, -1) >= 0
+    """Return which keys each query sees (batch, query, key),
+    and which queries see the state before the call (batch, query).
+    """
+    position = torch.arange(length, device=device)
+    real = (position < lengths[:, None]) if lengths is not None else position.expand(batch, -1) >= 0
     begin = torch.full((batch, length), -1, device=device) if start is None else start
     # with and without a document before the call, column 0 opens the first one
     same = begin.clamp(min=0)[:, :, None] == begin.clamp(min=0)[:, None]
     seen = same & real[:, None] & real[:, :, None]
     if causal:
-        seen = seen & (place[:, None] >= place)
+        seen = seen & (position[:, None] >= position)
     return seen, (begin < 0) & real
 
 
 def sums_after(
     phi_k: Tensor, v: Tensor, scale: Tensor, seen: Tensor, before: Tensor, state: Any, scaled: bool
 ) -> LinearSums:
-    """The sums over the keys that a token behind the last real one would see, token by token."""
+    """Return the sums over the keys that a token after the last real one would see, computed token by token."""
     batch, kv_heads, length, features = phi_k.shape
     rows = []
     for row in range(batch):
@@ -84,10 +88,10 @@ def sums_after(
             values = values * old_unit[:, None, None] + phi[:, :, None] * v[row, :, i, None]
             keys, most = keys * old_unit[:, None] + phi, new
         rows.append((values, keys, most if scaled else torch.zeros_like(most)))
-    parts = [torch.stack(each) for each in zip(*rows, strict=True)]
+    parts = [torch.stack(of_rows) for of_rows in zip(*rows, strict=True)]
     return LinearSums(*parts)
 
 
 def elu_features(x: Tensor) -> Tensor:
-    """elu(x) + 1 (Katharopoulos et al. 2020, section 3.2.1)."""
+    """Return the features elu(x) + 1 (Katharopoulos et al. 2020, section 3.2.1)."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())

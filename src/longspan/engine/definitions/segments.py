@@ -1,4 +1,4 @@
-"""Attention inside segments beside a memory of those before: the loop that its definitions share, row by row."""
+"""Attention within segments plus a memory of earlier segments: the loop that its definitions share, row by row."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from longspan.engine.definitions.softmax import full_attention
 
 
 class SegmentMemory(NamedTuple):
-    """What closed segments leave behind, as `longspan.ops.SegmentMemory`; or the part of one row, without a batch."""
+    """Memory of completed segments, as `longspan.ops.SegmentMemory`; or that of one row, without a batch dimension."""
 
     values: Tensor
     keys: Tensor
@@ -36,12 +36,13 @@ def attend_segments(
     begins: Tensor | None,
     bptt_segments: int | None,
 ) -> tuple[Tensor, SegmentMemory]:
-    """Read the memory, mix, write the segment, one segment of one row after the other.
+    """Attend segment by segment and row by row: read the memory, mix, write the segment.
 
     Args:
         q, k, v, segment, state, local, real, begins, bptt_segments: as of `longspan.ops.infini_attention`.
-        read: queries (heads, n, head_dim), memory, and local attention (heads, n, head_dim), to the output.
-        write: keys and values (kv_heads, segment, head_dim) of a full segment, and memory, to its new values and keys.
+        read: maps queries (heads, n, head_dim), memory, and local attention (heads, n, head_dim) to the output.
+        write: maps keys and values (kv_heads, segment, head_dim) of a full segment, and memory, to its new values and
+            keys.
         features: rows of the memory.
     """
     local_q, local_k = (q, k) if local is None else local
@@ -69,7 +70,7 @@ def attend_segments(
 
 
 def memory_of(state: Any, row: int, k: Tensor, v: Tensor, features: int) -> SegmentMemory:
-    """The memory of one row; empty where the state is None."""
+    """Return the memory of one row; empty if the state is None."""
     if state is not None:
         return SegmentMemory(state.values[row], state.keys[row], state.written[row])
     values = k.new_zeros(k.shape[1], features, v.shape[3])
@@ -77,5 +78,5 @@ def memory_of(state: Any, row: int, k: Tensor, v: Tensor, features: int) -> Segm
 
 
 def stacked(memories: list[SegmentMemory]) -> SegmentMemory:
-    """The memories of all rows as one."""
+    """Stack the memories of all rows into one."""
     return SegmentMemory(*(torch.stack(parts) for parts in zip(*memories, strict=True)))

@@ -1,10 +1,10 @@
 """Dense definitions of the softmax family: full, window, block-window and Transformer-XL's relative attention.
 
-Every function builds the whole (query, key) matrix, so it is slow and short. It is the oracle of the tests, and each
-one has a fast twin of the same name and signature in `longspan.ops`.
+Every function builds the whole (query, key) matrix, so it is slow and short. It is the reference in tests; the fast
+operation in `longspan.ops` has the same name and signature.
 
 Shapes: q (batch, heads, length, head_dim); k, v (batch, kv_heads, memory + length, head_dim) with kv_heads dividing
-heads. The first `memory` key columns are older keys; query i stands at key column memory + i.
+heads. The first `memory` key columns are older keys; query i is at key column memory + i.
 """
 
 import torch
@@ -20,15 +20,16 @@ def visible_keys(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Which keys a query may see before a mechanism narrows it: (batch, length, memory + length), True = visible.
+    """Return which keys a query may see before a mechanism narrows it: (batch, length, memory + length), True =
+    visible.
 
     Args:
         q: queries, only their shape is used.
         k: keys, only their shape is used.
         causal: a query sees no key column after its own.
         lengths: (batch,) real tokens of each row, at the front; None = all. Later queries see nothing, and later keys
-            are seen by nobody.
-        start: (batch, length) first visible key column of each query; where not causal, the column at which a token's
+            are hidden from all queries.
+        start: (batch, length) first visible key column of each query; if not causal, the column at which a token's
             document starts, and two tokens see each other only within one document.
         memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
     """
@@ -52,18 +53,18 @@ def visible_keys(
 
 
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over the visible keys; a query that sees none has weight zero everywhere."""
-    nothing = ~visible.any(-1, keepdim=True)
-    weights = scores.masked_fill(~(visible | nothing), float("-inf")).softmax(-1)
+    """Return the softmax over the visible keys; a query that sees none has weight zero everywhere."""
+    sees_none = ~visible.any(-1, keepdim=True)
+    weights = scores.masked_fill(~(visible | sees_none), float("-inf")).softmax(-1)
     return weights.masked_fill(~visible, 0.0)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale * q k^T + bias) v over the visible keys, kv heads repeated for grouped queries.
+    """Compute softmax(scale * q k^T + bias) v over the visible keys, repeating kv heads for grouped queries.
 
-    visible is (batch, length, columns), or (batch, heads, length, columns) where heads differ.
+    visible is (batch, length, columns), or (batch, heads, length, columns) if heads differ.
     """
     visible = visible if visible.ndim == 4 else visible[:, None]
     group = q.shape[1] // k.shape[1]
@@ -85,7 +86,9 @@ def full_attention(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention over every visible key (Vaswani et al. 2017, equation 1)."""
+    """Scaled dot-product attention over every visible key (Vaswani et al. 2017, equation 1);
+    arguments as in `visible_keys`.
+    """
     visible = visible_keys(q, k, causal=causal, lengths=lengths, start=start, memory_lengths=memory_lengths)
     return attend(q, k, v, visible, scale)
 
@@ -105,9 +108,9 @@ def window_attention(
 ) -> Tensor:
     """Attention to the nearest keys.
 
-    Causal: 0 <= i - j < window; else |i - j| < window. With `blocks`, i and j count from query column 0, which is a
-    block border (older keys have negative j): j <= i and i // window - j // window <= 1; not causal:
-    |i // window - j // window| <= 1.
+    Causal: 0 <= i - j < window; else |i - j| < window. With `blocks`, i and j count from query column 0, which starts a
+    block (older keys have negative j): j <= i and i // window - j // window <= 1; not causal: |i // window - j //
+    window| <= 1.
     """
     visible = visible_keys(q, k, causal=causal, lengths=lengths, start=start, memory_lengths=memory_lengths)
     memory = k.shape[2] - q.shape[2]
@@ -150,16 +153,15 @@ def relative_attention(
         content_bias: (heads, head_dim), the paper's u.
         position_bias: (heads, head_dim), the paper's v.
         window: without `segment`: 0 <= i - j < window. With it: j >= (i // segment) * segment - window. None: no limit.
-        segment: see `window`; i and j count from query column 0, which is a segment border; older keys have negative j.
+        segment: see `window`; i and j count from query column 0, which starts a segment; older keys have negative j.
         scale: default head_dim ** -0.5.
         lengths: see `visible_keys`.
         start: see `visible_keys`.
         memory_lengths: see `visible_keys`.
         segment_start: where the segment of a query begins: an int S (query column i // S * S), or (batch, length) key
             columns.
-        detached_kv: (k, v) of the same values as k and v. Pairs whose key lies before `segment_start` of their query
-            send their
-            gradients here and not to k and v: memory across a segment border is read, not trained through.
+        detached_kv: (k, v) with the same values as k and v. Pairs whose key is before the segment of their query send
+            their gradients here and not to k and v, so that the memory is read but not trained through.
     """
     visible = visible_keys(q, k, lengths=lengths, start=start, memory_lengths=memory_lengths)
     group = q.shape[1] // k.shape[1]
@@ -175,6 +177,7 @@ def relative_attention(
     term_d = torch.einsum("hd,hijd->hij", position_bias, relative)
 
     def content(keys: Tensor) -> Tensor:
+        """Return the scores of content: q_i . k_j + content_bias . k_j."""
         return torch.einsum("bhid,bhjd->bhij", q, keys) + torch.einsum("hd,bhjd->bhj", content_bias, keys)[:, :, None]
 
     if detached_kv is None or segment_start is None:
@@ -202,13 +205,13 @@ def relative_decode(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """`relative_attention` of one query a row, the terms with r_{i-j} given: position[t] = (q + position_bias) . r_t.
+    """Relative attention of one query per row, with given position scores: position[t] = (q + position_bias) . r_t.
 
     Args:
         q: (batch, heads, 1, head_dim).
         k: (batch, kv_heads, memory + 1, head_dim).
         v: like k.
-        position: (batch, heads, 1, distances) by distance, before `scale`; beyond the last one it repeats.
+        position: (batch, heads, 1, distances) by distance, before `scale`; its last entry repeats for larger distances.
         content_bias: (heads, head_dim).
         window: see `relative_attention`.
         segment: see `relative_attention`.
@@ -223,7 +226,7 @@ def relative_decode(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     distance = torch.arange(k.shape[2] - 1, -1, -1, device=q.device)  # of each key to the query, the newest key's 0
     if window is not None:
-        # with segments the query is the first of one: it sees `window` older keys and itself
+        # with segments the query is the first of one, so it sees `window` older keys and itself
         visible = visible & (distance < (window if segment is None else window + 1))
     content = torch.einsum("bhid,bhjd->bhij", q + content_bias[:, None], k)
     scores = scale * (content + position[..., distance.clamp(max=position.shape[-1] - 1)])

@@ -24,7 +24,7 @@ def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
     stack = recurrent.backbone
     x = torch.cat([memory, stack.embedding(tokens)], 1)
     rows = BatchLayout(torch.zeros(1, dtype=torch.int64), x.shape[1])
-    h = stack.place(x, rows)
+    h = stack.add_positions(x, rows)
     for block in stack.layers[:-1]:
         h, _, _ = block(h, None, rows, False)
     last = stack.layers[-1]

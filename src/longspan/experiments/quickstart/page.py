@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longspan.contract.maps import place_of
+from longspan.contract.maps import device_and_dtype
 from longspan.experiments.checks import Check, check_table
 from longspan.experiments.figures import interval_series, picture_of
 from longspan.experiments.quickstart.measure import SURE, Reading
@@ -116,7 +116,7 @@ def _example(model: Any, task: MemoryTask, readings: list[Reading]) -> list[Pass
     text = task.tokenizer.decode(segment.tokens).decode("utf-8", "replace")
     model.eval()
     with torch.no_grad():
-        logits, _ = model(torch.from_numpy(segment.tokens)[None].to(place_of(model).device), None)
+        logits, _ = model(torch.from_numpy(segment.tokens)[None].to(device_and_dtype(model).device), None)
     chosen = PLACES[int(logits[0].argmax())]
     return [
         Text(

@@ -155,7 +155,7 @@ def _blind_queries(
     own_column = torch.arange(call.memory, call.memory + length, device=call.q.device)
     if persistent:
         return None if lengths is None else (own_column >= (call.memory + lengths)[:, None])[:, None]
-    blind_queries = None if call.dead is None else call.dead[:, None]
+    blind_queries = None if call.fully_masked is None else call.fully_masked[:, None]
     if nearest:
         first = torch.zeros_like(own_column)[None, None] if call.visibility is None else call.visibility.query[..., 0]
         no_earlier_key = own_column - nearest < first

@@ -179,8 +179,8 @@ class CompressiveMechanism(RelativeMechanism):
         assert hidden is not None, "compressive projects hidden states"
         distances = self._distances(rows)
         one_segment = rows.inside(self.config.segment) or not rows.batch
-        folds = one_segment and not self.counts_usage and self.folds(q, distances, k, v)
-        r = None if folds else self.relative(distances, rows)
+        projects_queries = one_segment and not self.counts_usage and self.projects_queries(q, distances, k, v)
+        r = None if projects_queries else self.relative(distances, rows)
         inputs = Inputs(q, k, v, hidden.x, hidden.project, r, aux_losses if self._learns(rows) else None)
         if state is None:
             state = self.init_state(rows.batch, q.device, hidden.x.dtype)

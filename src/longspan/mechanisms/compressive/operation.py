@@ -312,8 +312,8 @@ def attention_usage(
                 query = run.queries_of(content, block).reshape(block.rows, k.shape[1], -1, q.shape[3])
                 weights = (query @ run.keys_of(k, block).mT).view(bias.shape).add_(bias).softmax(-1)
                 here = slice(block.row, block.row + block.rows)
-                if call.dead is not None:
-                    weights.masked_fill_(call.dead[here, None, run.start : run.start + run.queries, None], 0.0)
+                if call.fully_masked is not None:
+                    weights.masked_fill_(call.fully_masked[here, None, run.start : run.start + run.queries, None], 0.0)
                 total[here, : run.keys] += weights.mean(1).sum(1)
     return total
 

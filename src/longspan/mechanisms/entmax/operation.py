@@ -147,8 +147,8 @@ def entmax_attention(
     layout = Layout(plan, scale, call.visibility)
     tensors = (call.q, call.k, call.v, alpha)
     if needs_grad(*tensors):
-        return call.finish(entmax_tiles(*tensors, layout))
-    return call.finish(entmax_forward(*tensors, layout)[0])
+        return call.zero_masked(entmax_tiles(*tensors, layout))
+    return call.zero_masked(entmax_forward(*tensors, layout)[0])
 
 
 def entmax_cost(length: int, *, causal: bool = True, window: int | None = None) -> int:
@@ -196,4 +196,4 @@ def _decode(call: Call, alpha: Tensor, scale: float, largest_a: float) -> Tensor
             scores = scores.masked_fill(~(key == query if equal else key >= query), float("-inf"))
         a = (alpha - 1).to(dtype).view(kv_heads, heads // kv_heads, 1)
         out = dense_weights(scores, a, largest_a) @ v.to(dtype)
-    return call.finish(out.reshape(batch, heads, 1, v.shape[-1]).to(call.q.dtype))
+    return call.zero_masked(out.reshape(batch, heads, 1, v.shape[-1]).to(call.q.dtype))

@@ -12,7 +12,7 @@ from longspan.engine.arguments import check_floating, check_positive
 from longspan.engine.block_sparse import ABSENT, BlockSchedule, ChunkPair, KeyRange, attend_blocks, inverse, sees_none
 from longspan.engine.groups import (
     TILE,
-    Reach,
+    MemberRange,
     by_heads,
     check_streams,
     count_documents,
@@ -267,9 +267,9 @@ def _sorted_round(
     return schedule, pairs
 
 
-def _strict_reach(bucket_size: int, causal: bool) -> Reach:
+def _strict_reach(bucket_size: int, causal: bool) -> MemberRange:
     """Return how many keys of its bucket a query sees in "strict", before and after it."""
-    return Reach(2 * bucket_size) if causal else Reach(bucket_size, bucket_size)
+    return MemberRange(2 * bucket_size) if causal else MemberRange(bucket_size, bucket_size)
 
 
 def chunks_of(length: int, documents: int, size: int) -> int:

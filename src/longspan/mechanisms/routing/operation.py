@@ -12,7 +12,7 @@ from longspan.engine.arguments import check_floating, check_positive, check_shap
 from longspan.engine.block_sparse import attend_blocks, sees_none
 from longspan.engine.flash import default_scale
 from longspan.engine.groups import (
-    Reach,
+    MemberRange,
     by_heads,
     check_streams,
     nearest_entries,
@@ -172,13 +172,13 @@ def _attend_strict(
     return torch.where(sees_none(lse)[..., None], own_value, out)
 
 
-def strict_reach(window: int, *, causal: bool, include_self: bool, shared: bool) -> Reach:
+def strict_reach(window: int, *, causal: bool, include_self: bool, shared: bool) -> MemberRange:
     """Return how many keys of its cluster a query sees in "strict", before and after it.
 
     Its own key is included only if it is certainly in the query's cluster (`shared` clusters).
     """
     before = window - 1 if include_self else window
-    return Reach(before, None if causal else before, include_self and shared)
+    return MemberRange(before, None if causal else before, include_self and shared)
 
 
 def _nearness(routes: tuple[Tensor, Tensor], centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

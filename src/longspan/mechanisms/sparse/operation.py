@@ -171,7 +171,7 @@ def _attend_strided(call: Call, stride: int, part: str, scale: float) -> Tensor:
 
 def _run_schedule(call: Call, scale: float, *rounds: Round) -> Tensor:
     """Run block-sparse attention over one or two rounds of tiles, and zero the queries that see no key."""
-    return call.finish(attention(call.q, call.k, call.v, Schedule(rounds, scale))[0])
+    return call.zero_masked(attention(call.q, call.k, call.v, Schedule(rounds, scale))[0])
 
 
 def _select_strided_keys(call: Call, stride: int, union: bool) -> Call:
@@ -228,7 +228,7 @@ def _attend_open_block(call: Call, open_block: int | Tensor, pattern: Fixed, par
         last = last.repeat_interleave(call.q.shape[1] // len(last))[:, None, None]
         is_self = in_block == in_block[..., memory:].mT
         seen = (in_block < 0) | ((in_block >= last - pattern.summary) & (in_block < last)) | is_self
-    return call.finish(_attend_masked(call, seen, scale))
+    return call.zero_masked(_attend_masked(call, seen, scale))
 
 
 def _attend_masked(call: Call, seen: Tensor, scale: float) -> Tensor:
@@ -238,8 +238,8 @@ def _attend_masked(call: Call, seen: Tensor, scale: float) -> Tensor:
     seen = seen & (column <= column[call.memory :, None])
     if call.visibility is not None:
         seen = seen & (call.visibility.key.mT >= call.visibility.query)
-    if call.dead is not None:
-        seen = seen | call.dead[:, None, :, None]
+    if call.fully_masked is not None:
+        seen = seen | call.fully_masked[:, None, :, None]
     dtype = flash.working_dtype(q, k, v)
     with flash.full_precision(q.device):
         out = scaled_dot_product_attention(

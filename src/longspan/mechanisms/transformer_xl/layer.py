@@ -131,7 +131,7 @@ class TransformerXLMechanism(RelativeMechanism):
             )
         distances = max(1, min(self.reach, memory + rows.length))
         seen = {"lengths": rows.lengths, "memory_lengths": rows.memory_lengths(memory), **self._visible(rows, memory)}
-        if self.folds(q, distances, all_k, all_v):
+        if self.projects_queries(q, distances, all_k, all_v):
             scores = self.position_scores(q, distances, rows)
             out = ops.relative_decode(q, all_k, all_v, scores, self.content_bias, **seen)
         else:
