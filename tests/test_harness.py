@@ -155,5 +155,5 @@ def test_a_converted_model_is_evaluated_too(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     from longspan.harness import LongspanLM
 
-    with pytest.raises(CheckpointError, match="no run here"):
+    with pytest.raises(CheckpointError, match="not a run"):
         LongspanLM(tmp_path)

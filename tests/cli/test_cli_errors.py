@@ -25,9 +25,9 @@ from longspan.errors import ConfigError
         (["generate", "r", "--prompt", "x", "--tokens", "none"], "--tokens"),
         (["train"], "longspan train RECIPE"),
         (["train", "nowhere.toml"], "nowhere.toml: no such file"),
-        (["stream", "nowhere", "file"], "nowhere: no run here"),
-        (["eval", "nowhere"], "nowhere: no run here"),
-        (["generate", "nowhere", "--prompt", "x"], "nowhere: no run here"),
+        (["stream", "nowhere", "file"], "nowhere: not a run"),
+        (["eval", "nowhere"], "nowhere: not a run"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere: not a run"),
         (["generate", "nowhere"], "--prompt-file"),
         (["generate", "nowhere", "--prompt", "x", "--prompt-file", "y"], "not both"),
         (["generate", "nowhere", "--prompt", "x", "--top-p", "0"], "--temperature 0"),
@@ -69,7 +69,7 @@ def test_a_recipe_that_is_not_toml(longspan: Command, tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_overwritten(longspan: Command, folder: Path, byte_run: Path) -> None:
-    assert "holds a run already" in longspan("train", folder / "bytes.toml", "-o", byte_run).error
+    assert "contains a run already" in longspan("train", folder / "bytes.toml", "-o", byte_run).error
 
 
 def test_a_missing_text(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_tokenizer_the_model_does_not_know(
     recipe = json.loads((copied_run / "recipe.json").read_text())
     recipe["task"]["tokenizer"] = "subword"
     (copied_run / "recipe.json").write_text(json.dumps(recipe))
-    assert "the model knows 256 token ids, the tokenizer has" in longspan("eval", copied_run).error
+    assert "token ids, but the model only 256" in longspan("eval", copied_run).error
 
 
 def test_text_that_subwords_cannot_read(longspan: Command, subword_run: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_log_that_cannot_be_written(longspan: Command, byte_run: Path, folder:
 
 def test_settings_that_do_not_fit_the_weights(longspan: Command, byte_run: Path, folder: Path) -> None:
     text = folder / "long.txt"
-    assert "only the model" in longspan("stream", byte_run, text, "--set", "train.steps=3").error
+    assert "only fields of the model" in longspan("stream", byte_run, text, "--set", "train.steps=3").error
     assert "by the configuration" in longspan("stream", byte_run, text, "--set", "model.dim=32").error
     assert "did you mean 'mem_len'" in longspan("eval", byte_run, "--set", "model.mixers.0.memlen=3").error
 

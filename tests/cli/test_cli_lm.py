@@ -33,7 +33,7 @@ def test_the_figures_agree_with_the_usual_ones(longspan: Command, byte_run: Path
         assert readings[name]["bits_per_byte"]["low"] == pytest.approx(usual[usual_name]["interval"]["low"], rel=1e-6)
     assert (readings["context 64:16"]["context"], readings["context 64:16"]["stride"]) == (64, 16)
     assert "the last 16 scored: a token sees 49 to 64 tokens" in readings["context 64:16"]["read"]
-    assert evaluation["text"]["words_by"] == "counted between white space"
+    assert evaluation["text"]["words_by"] == "separated by white space"
     assert sum(band["amount"] for band in evaluation["by_frequency"]) == evaluation["text"]["words"]
     assert sum(band["amount"] for band in evaluation["by_place"]) == evaluation["text"]["bytes"] == 3000
     # the state of this model reaches no further than its layers x memory, so a long window is as good as carrying
@@ -59,7 +59,7 @@ def test_other_files_have_no_training_text(longspan: Command, byte_run: Path, fo
 def test_the_page(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
     outcome = longspan("eval", byte_run, "--task", "lm", "--contexts", "64,256", "-o", tmp_path / "page")
     assert outcome.code == 0, outcome
-    for words in ("perplexity", "carried", "segments of 16", "times in the training text", "report.html"):
+    for words in ("perplexity", "carried", "segments of 16", "count in the training text", "report.html"):
         assert words in outcome.out
     assert {path.name for path in (tmp_path / "page/figures").iterdir()} == {
         "along.png",
@@ -70,7 +70,7 @@ def test_the_page(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
     }
     assert json.loads((tmp_path / "page/report.json").read_text())["readings"]["carried"]["context"] is None
     html = (tmp_path / "page/report.html").read_text()
-    assert "How much context" in html
+    assert "Loss by context length" in html
     assert "1,500 bytes" not in html
 
 
@@ -117,7 +117,7 @@ def test_the_test_split_and_the_official_count_of_words(
     assert len(list((word_run / "cache").iterdir())) == 2
     evaluation = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
     assert (evaluation["text"]["documents"], evaluation["text"]["words"]) == (2, 5 * 41)
-    assert evaluation["text"]["words_by"] == "counted between white space"
+    assert evaluation["text"]["words_by"] == "separated by white space"
     assert [band["first"] for band in evaluation["by_frequency"]] == [0, 10, 100]
     assert len(list((word_run / "cache").iterdir())) == 3
     monkeypatch.setitem(counts, "test", Official(2, 206))
@@ -129,18 +129,18 @@ def test_the_test_split_and_the_official_count_of_words(
     # as many documents, but not those
     monkeypatch.setitem(counts, "test", Official(2, 210))
     recounted = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
-    assert (recounted["text"]["words"], recounted["text"]["words_by"]) == (205, "counted between white space")
+    assert (recounted["text"]["words"], recounted["text"]["words_by"]) == (205, "separated by white space")
     assert "the official count of 210 words is not used: this text has 205" in recounted["notes"][0]
     # a part of the split is divided by its own words
     part = figures(longspan, word_run / "run", "--split", "test", "--head", 6, "--contexts", "")
-    assert (part["text"]["words"], part["text"]["words_by"]) == (10, "counted between white space")
+    assert (part["text"]["words"], part["text"]["words_by"]) == (10, "separated by white space")
 
 
 def test_windows_as_they_are_given() -> None:
     assert windows_of("256, 1024:128 ,4096") == [Window(256, 128), Window(1024, 128), Window(4096, 2048)]
     assert windows_of("") == []
     for wrong in ("x", "0", "8:9", "8:0", "8:", "8:x", "²", "8:²", "1 2"):
-        with pytest.raises(ConfigError, match="tokens, or tokens:stride with a stride of 1 to as many"):
+        with pytest.raises(ConfigError, match="expected N or N:STRIDE with a stride from 1 to N tokens"):
             windows_of(wrong)
 
 
@@ -150,7 +150,7 @@ def test_every_window_is_read_or_named(longspan: Command, byte_run: Path) -> Non
     assert list(readings)[2:] == ["context 32:8", "context 64:32", "context 64:8"]
     assert readings["context 64:32"]["bits_per_byte"] != readings["context 64:8"]["bits_per_byte"]
     (note,) = json.loads(outcome.out)["notes"]
-    assert note == "contexts left out: 1,500, 4,096; the longest document has 1,500 tokens"
+    assert note == "contexts skipped: 1,500, 4,096; the longest document has only 1,500 tokens"
     assert outcome.err == note + "\n"
 
 
@@ -179,13 +179,13 @@ def test_long_segments_are_read_in_calls_of_bounded_size(
 
 
 def test_mistaken_arguments(longspan: Command, byte_run: Path) -> None:
-    assert "only lm, the figures of a language model" in longspan("eval", byte_run, "--task", "copy").error
-    assert longspan("eval", byte_run, "-o", "out").error == "-o: with --task lm only"
-    assert longspan("eval", byte_run, "--contexts", "64").error == "--contexts: with --task lm only"
+    assert "--task 'copy': the only value is lm" in longspan("eval", byte_run, "--task", "copy").error
+    assert longspan("eval", byte_run, "-o", "out").error.startswith("-o: works with --task lm only")
+    assert longspan("eval", byte_run, "--contexts", "64").error.startswith("--contexts: works with --task lm only")
     both = longspan("eval", byte_run, "kjv", "--split", "test").error
-    assert both == "--split 'test': of the run's own text; leave it out, or the files"
-    assert longspan("eval", byte_run, "--split", "dev").error == "--split 'dev': train, validation or test"
-    assert "no test split; task.test_source names one" in longspan("eval", byte_run, "--split", "test").error
+    assert both == "--split 'test': selects the run's own text; give a split or files, not both"
+    assert longspan("eval", byte_run, "--split", "dev").error == "--split 'dev': must be train, validation or test"
+    assert "has no test split; set task.test_source" in longspan("eval", byte_run, "--split", "test").error
 
 
 def test_without_the_training_text_a_line_says_what_is_missing(
@@ -197,8 +197,8 @@ def test_without_the_training_text_a_line_says_what_is_missing(
     monkeypatch.setattr(TextTask, "texts", gone)
     outcome = longspan("eval", byte_run, "--task", "lm", "--contexts", "")
     assert outcome.code == 0
-    assert "times in the training text" not in outcome.out
-    line = "no figures by frequency of words, as the training text cannot be read: books: no such file or folder\n"
+    assert "count in the training text" not in outcome.out
+    line = "no figures by word frequency, because the training text cannot be read: books: no such file or folder\n"
     assert outcome.err == line
 
 

@@ -125,7 +125,7 @@ def test_the_first_byte_is_predicted_too(longspan: Command, byte_run: Path, tmp_
 def test_an_empty_text(longspan: Command, byte_run: Path) -> None:
     outcome = longspan("stream", byte_run, "-", stdin=b"")
     assert outcome.code == 0
-    assert "nothing to read" in outcome.err
+    assert "the input is empty" in outcome.err
 
 
 def test_the_log_holds_every_block(longspan: Command, byte_run: Path, folder: Path, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_run_of_pass_keys_is_evaluated_by_length(longspan: Command, tmp_path: 
     for options in (["--task", "lm"], ["--split", "test"], ["--tokens", 9], ["--head", 9], ["--segment", 9]):
         refused = longspan("eval", folder, *options).error
         assert refused.endswith(
-            f"a run of pass keys makes its own texts; give --lengths, --count and --set only, not {options[0]}"
+            f"generates its own texts and takes --lengths, --count and --set only; leave out {options[0]}"
         )
     changed = longspan("eval", folder, "--lengths", "300", "--json", "--set", "model.mixers.0.segment=16")
     assert json.loads(changed.out)[0]["length"] == 300

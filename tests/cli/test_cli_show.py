@@ -11,7 +11,7 @@ from tests.cli.command import Command
 
 import longspan as ls
 from longspan.cli.app import run
-from longspan.cli.show.heads import find
+from longspan.cli.show.heads import find_mechanisms
 from longspan.cli.show.scaling import joint_law, read_run
 from longspan.contract.registry import mechanism_class
 from longspan.cost.scaling import Fit
@@ -98,8 +98,8 @@ def test_bidirectional_patterns(longspan: Command, tmp_path: Path, monkeypatch: 
     ("arguments", "expected"),
     [
         (["spars"], "unknown mixer 'spars'; did you mean 'sparse'?"),
-        (["sparse", "bp", "--set", "stride=3"], "name the one mechanism"),
-        (["--set", "stride=3"], "name the one mechanism"),
+        (["sparse", "bp", "--set", "stride=3"], "applies to one mechanism; give exactly one NAME"),
+        (["--set", "stride=3"], "applies to one mechanism; give exactly one NAME"),
         (["sparse", "--set", "strid=3"], "did you mean 'stride'?"),
         (["infini", "--bidirectional"], "leave --bidirectional out"),
         (["full", "--length", "100000"], "--length"),
@@ -144,10 +144,10 @@ def test_support_of_a_run(longspan: Command, looking_run: Path, tmp_path: Path) 
 @pytest.mark.parametrize("verb", ["spans", "support"])
 def test_a_run_without_such_layers(longspan: Command, byte_run: Path, tmp_path: Path, verb: str) -> None:
     error = longspan("show", verb, byte_run, "-o", tmp_path / "out").error
-    assert f"no layer of this run is {'adaptive_span' if verb == 'spans' else 'entmax'}" in error
+    assert f"this run has no layer of {'adaptive_span' if verb == 'spans' else 'entmax'}" in error
     assert "TransformerXL" in error
     assert not (tmp_path / "out").exists()
-    assert "no run here" in longspan("show", verb, tmp_path).error
+    assert "not a run" in longspan("show", verb, tmp_path).error
 
 
 @pytest.mark.parametrize("fields", [{}, {"window": 5}])
@@ -171,10 +171,13 @@ def test_layers_are_found_in_any_model() -> None:
     parts = [{"name": "full", "num_heads": 1}, {"name": "entmax", "num_heads": 1}]
     config = ls.DecoderConfig(**table, mixers=({"name": "adaptive_span"}, {"name": "mixed_heads", "mixers": parts}))
     model = ls.RecurrentMemory(ls.Decoder(config), num_memory_tokens=2, segment_length=8)
-    assert [(heads.layer, heads.first) for heads in find(model, AdaptiveSpanMechanism, "r", "a")] == [(1, 1), (3, 1)]
-    assert [(heads.layer, heads.first) for heads in find(model, EntmaxMechanism, "r", "e")] == [(2, 2)]
-    with pytest.raises(ConfigError, match="r: no layer of this run is lsh; its layers are AdaptiveSpan, Entmax, Full"):
-        find(model, mechanism_class("lsh"), "r", "lsh")
+    assert [(heads.layer, heads.first) for heads in find_mechanisms(model, AdaptiveSpanMechanism, "r", "a")] == [
+        (1, 1),
+        (3, 1),
+    ]
+    assert [(heads.layer, heads.first) for heads in find_mechanisms(model, EntmaxMechanism, "r", "e")] == [(2, 2)]
+    with pytest.raises(ConfigError, match="r: this run has no layer of lsh, only of AdaptiveSpan, Entmax, Full"):
+        find_mechanisms(model, mechanism_class("lsh"), "r", "lsh")
 
 
 def test_scaling_laws_of_runs(longspan: Command, folder: Path, tmp_path: Path) -> None:
@@ -198,7 +201,7 @@ def test_scaling_laws_of_runs(longspan: Command, folder: Path, tmp_path: Path) -
     assert wrong.code == 2
     assert "chinchilla, kaplan or none" in wrong.err
     without_runs = longspan("show", "scaling", tmp_path)
-    assert "no run here" in without_runs.err
+    assert "not a run" in without_runs.err
 
 
 @pytest.mark.long
@@ -222,14 +225,14 @@ def test_the_joint_law_is_reported_with_intervals_and_its_budget() -> None:
     for name, (low, high) in data["laws"]["chinchilla"]["intervals"].items():
         assert f" {name} = {data['laws']['chinchilla']['parameters'][name]:.4g} [{low:.4g}, {high:.4g}]" in text
     assert len(data["laws"]["chinchilla"]["intervals"]) == 5
-    assert "spent as 6 N D, without the term of the context, which is 9% to 33% of these runs' FLOPs" in text
+    assert "counts 6 N D, without attention to the context, which is 9% to 33% of these runs' FLOPs" in text
     joint_law("chinchilla", [{**row, "N": 1e6} for row in rows], 1e18, blocks, data)
     assert "No law in parameters and tokens: runs with 1 distinct values of N cannot determine" in blocks[-1].text
     tied = [{**row, "N": row["D"] / 20 * (1 + index % 2 * 1e-9)} for index, row in enumerate(rows)]
     tied += [{**row, "N": row["N"] * 7, "D": row["D"] * 7} for row in tied]
     joint_law("chinchilla", tied, 1e18, blocks, data)
     assert "(not determined)" in blocks[-1].text
-    assert "No budget can be spent by it" in blocks[-1].text
+    assert "It cannot tell the best model for a budget" in blocks[-1].text
 
 
 def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan: Command, folder: Path, tmp_path: Path) -> None:
@@ -262,19 +265,19 @@ def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan: Command, folde
     cut(next(index for index, line in enumerate(lines) if "validation" in line) + 2)
     assert read_run(str(tmp_path / "run"))["D"] == 4 * 4 * 16
     cut(-1, without=("tokens",))
-    assert "holds no step at or before its evaluation" in longspan("show", "scaling", tmp_path / "run").error
+    assert "has no step line before the evaluation" in longspan("show", "scaling", tmp_path / "run").error
     cut(2)
-    assert "was never evaluated on held-back documents" in longspan("show", "scaling", tmp_path / "run").error
+    assert "was never evaluated on held-out documents" in longspan("show", "scaling", tmp_path / "run").error
 
 
 def test_laws_are_fitted_to_one_text_and_one_tokenizer(
     longspan: Command, byte_run: Path, subword_run: Path, copied_run: Path
 ) -> None:
     outcome = longspan("show", "scaling", byte_run, copied_run, subword_run)
-    assert "task.tokenizer = 'subword', of" in outcome.error
+    assert "task.tokenizer = 'subword', but 'bytes' in" in outcome.error
     (copied_run / "tokenizer.json").write_text('{"longspan": "bytes" }')
     (copied_run / "digests.json").unlink()
-    assert "another tokenizer than that of" in longspan("show", "scaling", byte_run, copied_run).error
+    assert "its tokenizer differs from that of" in longspan("show", "scaling", byte_run, copied_run).error
 
 
 def test_the_old_name_of_an_option_warns(longspan: Command, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_eval_answers_questions_of_a_memory_task(finished: tuple[Path, int], lon
     shown = longspan("eval", run, "--segments", "2", "--count", "2").out
     assert "of 2" in shown
     assert "whole numbers" in longspan("eval", run, "--segments", "a").error
-    assert "makes its own questions" in longspan("eval", run, "kjv").error
+    assert "generates its own questions" in longspan("eval", run, "kjv").error
 
 
 def test_the_quickstart_rejects_other_recipes(longspan: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def readme_commands() -> list[str]:
 
 def help_commands() -> list[str]:
     """The examples of the application and of its verbs, each verb's behind those before it."""
-    verbs = {**app.VERBS, **app.SHOWN}
+    verbs = {**app.VERBS, **app.SHOW_VERBS}
     texts = [app.HELP, *(inspect.cleandoc(verb.__doc__ or "") for verb in verbs.values())]
     lines = [line.strip() for text in texts for line in text.splitlines()]
     commands = [line.split("| ")[-1] for line in lines if line.startswith(("longspan ", "tail "))]

@@ -155,7 +155,7 @@ def test_a_flipped_byte_in_the_files_of_a_run(folder: Path, tmp_path: Path, file
 
 def test_a_flipped_byte_anywhere_in_what_a_checkpoint_says_of_itself(folder: Path, tmp_path: Path) -> None:
     run(recipe_of(folder), tmp_path, progress="none")
-    (newest,) = checkpoints.found(tmp_path / "checkpoints")
+    (newest,) = checkpoints.list_checkpoints(tmp_path / "checkpoints")
     path = newest / "meta.json"
     written = path.read_bytes()
     expected = checkpoints.check(newest)

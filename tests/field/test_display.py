@@ -171,7 +171,7 @@ def test_the_final_evaluation_says_how_far_it_is(folder: Path, tmp_path: Path) -
 def test_plain_lines_tell_of_a_long_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     plain = progress.PlainDisplay(interval=0.0)
     plain.evaluating(50, 200)
-    assert capsys.readouterr().err == "evaluating  25% of 200 held-back tokens\n"
+    assert capsys.readouterr().err == "evaluating  25% of 200 held-out tokens\n"
 
 
 @pytest.mark.parametrize("arguments", [["eval", "{run}"], ["eval", "{run}", "--task", "lm", "--contexts", "64"]])

@@ -119,6 +119,6 @@ def test_text_that_is_not_utf8(
     else:
         outcome, *_ = call(bad)
         assert outcome.code == 2
-        assert f"bad.txt: not UTF-8 at byte 11, and this run reads {kind}s; --errors replace" in outcome.error
+        assert f"bad.txt: not UTF-8 at byte 11, but this run reads {kind}s; use --errors replace" in outcome.error
         assert call(bad, "--errors", "replace")[1:] == call(replaced)[1:]
     assert "strict or replace" in call(bad, "--errors", "ignore")[0].error

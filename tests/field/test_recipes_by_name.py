@@ -46,8 +46,8 @@ def test_a_file_goes_before_a_recipe_of_its_name(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("recipes/tiny.toml", "the recipe of this name is called 'tiny'"),
-        ("tiny.toml", "the recipe of this name is called 'tiny'"),
+        ("recipes/tiny.toml", "for the bundled recipe give its name, 'tiny'"),
+        ("tiny.toml", "for the bundled recipe give its name, 'tiny'"),
         ("tinny", "did you mean 'tiny'"),
         ("lm/windw", "did you mean 'lm/window'"),
         ("nothing-alike-at-all", "`longspan recipes` lists them"),
@@ -75,7 +75,7 @@ def test_recipes_are_listed_shown_and_copied(
     assert run(["recipes", "--new", "lm/window"]) == 0
     assert (tmp_path / "window.toml").read_bytes() == find_recipe("lm/window").read_bytes()
     assert run(["recipes", "--new", "lm/window"]) == 2
-    assert "window.toml exists" in capfd.readouterr().err
+    assert "window.toml: already exists" in capfd.readouterr().err
     assert run(["recipes", "--new", "tiny", "-o", "no/such/folder.toml"]) == 2
     assert not (tmp_path / "no").exists()
 
@@ -107,4 +107,4 @@ def test_resume_without_a_checkpoint_says_that_it_begins(tmp_path: Path, capfd: 
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/recipe.json").write_text(json.dumps(resolve(recipe)))
     assert run(["train", "--resume", "-o", str(tmp_path / "run")]) == 0
-    assert "no checkpoint to resume; training begins at step 0" in "".join(capfd.readouterr())
+    assert "there is no checkpoint to resume from; training starts at step 0" in "".join(capfd.readouterr())

@@ -93,7 +93,7 @@ def test_a_trained_model_without_checkpoints_is_not_trained_over(folder: Path, t
     for path in (tmp_path / "checkpoints").iterdir():
         path.rename(tmp_path.with_name(f"{tmp_path.name}-{path.name}"))
     before = listing(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a run already"):
+    with pytest.raises(CheckpointError, match="contains a run already"):
         run(recipe_of(folder), tmp_path, progress="none")
     assert listing(tmp_path) == before
 
@@ -118,7 +118,9 @@ def test_a_folder_is_trained_in_once_at_a_time(folder: Path, tmp_path: Path, sta
     try:
         assert waiting.begun.wait(60)
         for resume in (False, True):
-            with pytest.raises(CheckpointError, match=rf"another process trains here \(process {os.getpid()} on "):
+            with pytest.raises(
+                CheckpointError, match=rf"another process is training in this folder \(process {os.getpid()} on "
+            ):
                 run(recipe, tmp_path, resume=resume, progress="none")
     finally:
         waiting.go.set()
@@ -151,7 +153,9 @@ def test_a_kill_releases_the_lock(folder: Path, tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"1\n"
-        with pytest.raises(CheckpointError, match=rf"another process trains here \(process {process.pid} on "):
+        with pytest.raises(
+            CheckpointError, match=rf"another process is training in this folder \(process {process.pid} on "
+        ):
             run(recipe, tmp_path, progress="none")
         process.send_signal(signal.SIGKILL)
         process.wait()

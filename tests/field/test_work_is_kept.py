@@ -69,7 +69,7 @@ def test_a_signal_in_the_final_evaluation_loses_no_training(folder: Path, tmp_pa
     outcome = run(recipe_of(folder), tmp_path / "run", progress=display)
     assert (outcome.interrupted, outcome.step, outcome.evaluation) == (True, 4, None)
     assert "saved" in display.messages[0]
-    (newest,) = checkpoints.found(tmp_path / "run" / "checkpoints")
+    (newest,) = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")
     assert checkpoints.check(newest)["position"]["step"] == 4
     assert load_run(tmp_path / "run")[0].config.dim == 16
     assert run(None, tmp_path / "run", resume=True, progress="none").evaluation == whole.evaluation
@@ -135,7 +135,7 @@ def test_a_curriculum_is_saved_when_the_terminal_is_closed(tmp_path: Path) -> No
     }
     outcome = run(recipe, tmp_path, progress=Closed())
     assert (outcome.interrupted, outcome.step) == (True, 2)
-    assert [path.name for path in checkpoints.found(tmp_path / "checkpoints")] == ["step-00000002"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(folder: Path, tmp_path: Path) -> None:
@@ -360,4 +360,4 @@ def test_a_state_is_saved_through_a_link_and_into_a_pipe(
     broken = tmp_path / "broken"
     broken.symlink_to(tmp_path / "nowhere" / "state")
     outcome = longspan("stream", byte_run, folder / "long.txt", "--save-state", broken)
-    assert "there is no folder" in outcome.error
+    assert "does not exist; create it first" in outcome.error

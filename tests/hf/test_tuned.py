@@ -153,7 +153,7 @@ def test_gpt2_takes_adapters_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": "nowhere"}, "no folder that `longspan convert` wrote"),
+        ({"source": "nowhere"}, "is not a folder that `longspan convert` wrote"),
         ({"source": ""}, "model.source is empty"),
         ({"lora_targets": ["k_porj"]}, "k_proj"),
         ({"tune": "lra"}, "lora"),

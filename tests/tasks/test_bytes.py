@@ -16,7 +16,7 @@ from longspan.config import read_toml
 from longspan.errors import ConfigError, DataError
 from longspan.tasks import Documents, MusicConfig, MusicTask, TilesConfig, TilesTask
 from longspan.tasks.bytes import abc_tunes, families, tune_keys
-from longspan.tasks.groups import held_back
+from longspan.tasks.groups import held_out_documents
 from longspan.train import find_recipe, load_run, run
 
 HEAD = "X:{number}\nT:{title}\nM:6/8\nK:G\n"
@@ -151,17 +151,17 @@ def test_families_are_linked_through_others() -> None:
 def test_held_out_groups_fit_into_the_fraction() -> None:
     group = np.array([0] * 50 + [1] * 5 + [2] * 4 + [7] * 41)
     for seed in range(6):
-        held_out = held_back(group, 0.1, seed)
+        held_out = held_out_documents(group, 0.1, seed)
         assert set(group[held_out]) == {1, 2}
-    assert set(group[held_back(group, 0.01, 0)]) == {2}, "the smallest, where none fits"
+    assert set(group[held_out_documents(group, 0.01, 0)]) == {2}, "the smallest, where none fits"
 
 
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ({"name": "tiles", "source": "{images}", "tile": 100}, "set task.tile lower"),
-        ({"name": "tiles", "source": "{images}/notes.txt"}, "no image in it"),
-        ({"name": "tiles", "source": "{images}/4.png", "tile": 8}, "cannot be parted"),
+        ({"name": "tiles", "source": "{images}", "tile": 100}, "lower task.tile"),
+        ({"name": "tiles", "source": "{images}/notes.txt"}, "has no image files"),
+        ({"name": "tiles", "source": "{images}/4.png", "tile": 8}, "cannot be split"),
         ({"name": "tiles", "source": "{images}/nowhere.png"}, "no such file"),
         ({"name": "music", "source": "{tunes}", "max_bytes": 10}, "no tune of at most 10 bytes"),
         ({"name": "music", "source": "{images}"}, "matches '*.abc'"),
@@ -217,7 +217,7 @@ def test_the_recipe_trains_on_small_tiles(images: Path, tmp_path: Path, capsys: 
     assert cli(["eval", str(tmp_path / "run"), str(images / "0.png"), "--tokens", "192"]) == 0
     assert "192 bytes, 192 tokens" in capsys.readouterr().out
     assert cli(["stream", str(tmp_path / "run"), str(images / "notes.txt")]) == 2
-    assert "a run of the task TilesTask, not of text" in capsys.readouterr().err
+    assert "this is a run of TilesTask, but the command needs one of the task text" in capsys.readouterr().err
 
 
 def test_the_full_recipe_fits_itself() -> None:

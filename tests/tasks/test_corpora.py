@@ -36,9 +36,13 @@ def test_splits_are_the_first_90_next_5_and_last_5_percent(
 
 def test_another_size_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "enwik8.zip").write_bytes(b"PK12")
-    with pytest.raises(DataError, match=r"enwik8.zip: 4 bytes, packed; unpack it; enwik8 has 100,000,000, which"):
+    with pytest.raises(
+        DataError, match=r"enwik8.zip: has 4 bytes and is compressed; unpack it; enwik8 must have 100,000,000"
+    ):
         texts("enwik8", tmp_path / "enwik8.zip")
-    with pytest.raises(DataError, match=r"enwik8: no such file; task.source is the path of enwik8, or of the folder"):
+    with pytest.raises(
+        DataError, match=r"enwik8: no such file; set task.source to the path of enwik8, or to its folder"
+    ):
         texts("enwik8", tmp_path)
 
 
@@ -87,9 +91,7 @@ def test_pg19_is_a_folder_of_books(tmp_path: Path) -> None:
     assert official is not None
     assert official["test"] == (100, 6_966_499)
     (tmp_path / "validation/5.txt").unlink()
-    with pytest.raises(
-        DataError, match=r"no validation/\*.txt; PG-19 is a folder that holds train, validation and test"
-    ):
+    with pytest.raises(DataError, match=r"has no validation/\*.txt; give the PG-19 folder"):
         texts("pg19", tmp_path)
 
 
@@ -114,7 +116,9 @@ def test_a_dataset_saved_by_the_library_is_read(tmp_path: Path) -> None:
     parts["train"].save_to_disk(tmp_path / "one")
     task = TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "one"), validation_every=2))
     assert [data.tobytes() for _, data in task.texts("validation")] == [b"one", b"three"]
-    with pytest.raises(DataError, match=r"no test split; task.test_source names one, and so do the corpora enwik8"):
+    with pytest.raises(
+        DataError, match=r"has no test split; set task.test_source, or use a corpus that has one: enwik8"
+    ):
         task.documents("test")
 
 
@@ -133,7 +137,7 @@ def test_files_of_rows_are_read(tmp_path: Path) -> None:
     (tmp_path / "rows/train.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"train.jsonl: line 1 is not JSON"):
         texts("dataset", tmp_path / "rows")
-    with pytest.raises(DataError, match=r"not a file of .parquet or .jsonl"):
+    with pytest.raises(DataError, match=r"is not a .parquet or .jsonl file"):
         texts("dataset", tmp_path / "absent")
 
 
@@ -155,11 +159,11 @@ def test_a_split_is_named_by_any_word_of_a_file_name(tmp_path: Path) -> None:
         split: {f"{split} of {name}" for name in files} for split, files in names.items()
     }
     rows(tmp_path / "testament.jsonl", "no test")
-    with pytest.raises(DataError, match=r": testament.jsonl: named after no split, as others are"):
+    with pytest.raises(DataError, match=r": testament.jsonl: not named after a split, although others are"):
         texts("dataset", tmp_path)
     (tmp_path / "testament.jsonl").unlink()
     rows(tmp_path / "train_test.jsonl", "which")
-    with pytest.raises(DataError, match=r"train_test.jsonl: named after two splits, train and test"):
+    with pytest.raises(DataError, match=r"train_test.jsonl: is named after two splits, train and test"):
         texts("dataset", tmp_path)
     # where no split is named, all files are split as any text
     for index in range(4):
@@ -175,21 +179,21 @@ def test_splits_of_a_saved_dataset_are_not_dropped(tmp_path: Path) -> None:
     task = TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "two")))
     assert task.documents("validation").names == [f"eval:{index}" for index in range(4)]
     datasets.DatasetDict({"train": train, "more": evaluation}).save_to_disk(tmp_path / "more")
-    with pytest.raises(DataError, match="more: named after no split"):
+    with pytest.raises(DataError, match="more: not named after a split"):
         TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "more"))).documents("train")
     datasets.Dataset.from_dict({"text": [1, 2, 3]}).save_to_disk(tmp_path / "numbers")
-    with pytest.raises(DataError, match="numbers: train, from row 0 on: column 'text' holds int64, not text"):
+    with pytest.raises(DataError, match="numbers: train, row 0: column 'text' has type int64, not text"):
         TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "numbers"))).documents("train")
 
 
 @pytest.mark.parametrize(("value", "kind"), [(5, "int"), (0, "int"), (0.5, "float"), (["a"], "list"), (False, "bool")])
 def test_cells_that_are_not_text_are_refused(tmp_path: Path, value: Any, kind: str) -> None:
     rows(tmp_path / "rows.jsonl", "text", None, value)
-    with pytest.raises(DataError, match=f"rows.jsonl: line 3: 'text' is of type {kind}, not text; set task.field"):
+    with pytest.raises(DataError, match=f"rows.jsonl: line 3: 'text' has type {kind}, not text; set task.field"):
         texts("dataset", tmp_path / "rows.jsonl")
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": [value]}), tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=f"rows.parquet: row 0: 'text' is of type {kind}, not text"):
+    with pytest.raises(DataError, match=f"rows.parquet: row 0: 'text' has type {kind}, not text"):
         texts("dataset", tmp_path / "rows.parquet")
 
 
@@ -198,23 +202,23 @@ def test_rows_that_are_not_unicode_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"latin.jsonl: line 2 is not UTF-8 at its byte 10"):
         texts("dataset", tmp_path / "latin.jsonl")
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n')
-    with pytest.raises(DataError, match=r"half.jsonl: line 1: 'text' holds half a surrogate pair"):
+    with pytest.raises(DataError, match=r"half.jsonl: line 1: 'text' has an unpaired surrogate"):
         texts("dataset", tmp_path / "half.jsonl")
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "state.json").touch()
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"needs the library datasets: pip install 'longspan\[data\]'"):
+    with pytest.raises(DataError, match=r"needs the library datasets; run pip install 'longspan\[data\]'"):
         texts("dataset", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"corpus": "pg19"}, "task.source = 'sotu': the one path where pg19 lies"),
-        ({"corpus": "text8", "source": ("a", "b")}, "the one path where text8 lies"),
-        ({"corpus": "text8", "source": "a", "test_source": "b"}, "text8 has splits of its own"),
+        ({"corpus": "pg19"}, "task.source = 'sotu': must be the one path of pg19"),
+        ({"corpus": "text8", "source": ("a", "b")}, "must be the one path of text8"),
+        ({"corpus": "text8", "source": "a", "test_source": "b"}, "text8 has its own splits"),
     ],
 )
 def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str) -> None:

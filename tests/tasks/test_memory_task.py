@@ -106,7 +106,8 @@ def test_as_documents_only_the_answer_is_graded(task: MemoryTask, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"), [({"segment_length": 20}, "48 at least"), ({"hard": 0.9, "decoys": 0.2}, "below 1")]
+    ("fields", "said"),
+    [({"segment_length": 20}, "must be at least 48"), ({"hard": 0.9, "decoys": 0.2}, "must sum to less than 1")],
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -146,7 +146,7 @@ def test_other_sequences_are_masked_as_held_out_ones(fasta: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"family": 13}, "task.family = 13: 0, or residues in a row, up to 12"),
+        ({"family": 13}, "task.family = 13: must be from 0 to 12 consecutive residues"),
         ({"share": 0.0}, "task.share = 0.0: must be greater than 0 and less than 1"),
         ({"validation_fraction": 1.0}, "task.validation_fraction = 1.0: must be greater than 0 and less than 1"),
         ({"copies": 0}, "task.copies = 0: must be at least 1"),
@@ -159,7 +159,7 @@ def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.fasta").write_text(">a\nMKTAYIAKQR\n>b\nMKTAYIAKQR\n>c\nXMKTAYIAKQRX\n")
-    with pytest.raises(DataError, match=r"2 different sequence\(s\) of 1 families leave nothing to validate on"):
+    with pytest.raises(DataError, match=r"2 different sequence\(s\) in 1 families leave none to validate on"):
         task_of(tmp_path / "one.fasta", validation_fraction=0.5).documents("train")
 
 

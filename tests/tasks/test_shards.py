@@ -139,7 +139,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     else:
         before, after = {"index": ('"dtype"', '"type"'), "format": ('"format": 1', '"format": 0')}[damage]
         index.write_text(index.read_text().replace(before, after))
-    with pytest.raises(CheckpointError, match=r"train: damaged tokens.*delete the folder"):
+    with pytest.raises(CheckpointError, match=r"train: damaged token shards.*delete the folder"):
         Shards(folder)
 
 

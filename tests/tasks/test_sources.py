@@ -58,11 +58,11 @@ def test_standard_input_is_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "absent.txt",
-            r"absent.txt: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv', 'proteins' or '-'$",
+            r"absent.txt: no such file or folder; give a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'$",
         ),
-        (".", r"no file in it matches '\*.txt'; set task.pattern$"),
-        ("empty.md", r"empty.md: no text in it, every file is empty$"),
-        ([], r"task.source is an empty list: name a file"),
+        (".", r"no file in this folder matches '\*.txt'; set task.pattern$"),
+        ("empty.md", r"empty.md: all files are empty"),
+        ([], r"task.source is an empty list; give a file"),
     ],
 )
 def test_errors_say_what_and_what_to_do(
@@ -105,9 +105,9 @@ def test_each_sequence_of_a_fasta_file_is_a_document(tmp_path: Path, packed: boo
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("text.fasta", b"To be, or not to be", r"text.fasta: not a FASTA file: it does not begin with '>'$"),
-        ("cut.fasta.gz", gzip.compress(FASTA.encode())[:-20], r"cut.fasta.gz: cannot be unpacked"),
-        ("plain.fasta.gz", FASTA.encode(), r"plain.fasta.gz: cannot be unpacked"),
+        ("text.fasta", b"To be, or not to be", r"text.fasta: is not a FASTA file, which begins with '>'"),
+        ("cut.fasta.gz", gzip.compress(FASTA.encode())[:-20], r"cut.fasta.gz: is not a valid gzip file"),
+        ("plain.fasta.gz", FASTA.encode(), r"plain.fasta.gz: is not a valid gzip file"),
     ],
 )
 def test_files_that_are_not_fasta_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -118,7 +118,7 @@ def test_files_that_are_not_fasta_are_refused(tmp_path: Path, name: str, data: b
 
 def test_missing_proteins_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("longspan.tasks.sources.PROTEINS", (tmp_path / "absent.fasta.gz",))
-    with pytest.raises(DataError, match=r"give any FASTA file as task.source.*apt-get install mmseqs2-examples"):
+    with pytest.raises(DataError, match=r"apt-get install mmseqs2-examples.*or give any FASTA file as task.source"):
         read_source("proteins")
 
 

@@ -84,7 +84,7 @@ def test_prepare_writes_the_tokenizer_once_and_loads_it(folder: Path, tmp_path: 
     assert 257 < reader.vocab_size <= 300
     (tmp_path / "new.txt").write_text("document 1")
     assert len(reader.read(str(tmp_path / "new.txt"))[0]) < 10
-    with pytest.raises(ConfigError, match=r"not the tokenizer that task.tokenizer = 'bytes' names"):
+    with pytest.raises(ConfigError, match=r"is not the tokenizer of task.tokenizer = 'bytes'"):
         TextTask(TextConfig()).prepare(tmp_path)
 
 
@@ -107,7 +107,7 @@ def test_the_task_is_built_by_name(folder: Path) -> None:
     assert isinstance(task, TextTask)
     assert task.unit == "byte"
     assert tasks.resolve({"source": ["a", "b"]})["source"] == ["a", "b"]
-    with pytest.raises(ConfigError, match=r"task.name = 'txt' is no task; did you mean 'text'"):
+    with pytest.raises(ConfigError, match=r"task.name = 'txt': unknown task; did you mean 'text'"):
         tasks.build({"name": "txt"})
     with pytest.raises(ConfigError, match=r"task: unknown field 'tokeniser'; did you mean 'tokenizer'"):
         tasks.build({"name": "text", "tokeniser": "bytes"})
@@ -116,8 +116,8 @@ def test_the_task_is_built_by_name(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokenizer": "subword", "vocab_size": 256}, "subwords need 257 at least"),
-        ({"validation_every": 1}, "from 2 on something is left"),
+        ({"tokenizer": "subword", "vocab_size": 256}, "must be at least 257 for subwords"),
+        ({"validation_every": 1}, "must be at least 2, to leave documents to train on"),
         ({"validation_fraction": 1.0}, "must be greater than 0 and less than 1"),
     ],
 )

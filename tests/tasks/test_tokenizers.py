@@ -71,7 +71,9 @@ def test_the_file_is_that_of_the_tokenizers_library(subword: Subword, tmp_path: 
 
 
 def test_text_that_is_not_utf8_is_refused_with_the_place(subword: Subword) -> None:
-    with pytest.raises(DataError, match=r'speech.txt: not UTF-8 at byte 2; task.tokenizer = "bytes" reads anything'):
+    with pytest.raises(
+        DataError, match=r'speech.txt: not UTF-8 at byte 2; convert it to UTF-8, or set task.tokenizer = "bytes"'
+    ):
         subword.encode(b"ab\xff", "speech.txt")
 
 

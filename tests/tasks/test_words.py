@@ -73,7 +73,7 @@ def test_a_vocabulary_is_read_from_a_file(tmp_path: Path) -> None:
     assert vocabulary.vocab_size == 5
     assert vocabulary.decode(vocabulary.encode(b"the state union")) == b"the <unk> union "
     (tmp_path / "vocabulary.txt").write_text("\n")
-    with pytest.raises(DataError, match=r"a vocabulary without a word$"):
+    with pytest.raises(DataError, match=r"has no words; task.vocabulary must be"):
         Words.read(tmp_path / "vocabulary.txt")
     with pytest.raises(DataError, match=r"absent: the vocabulary cannot be read"):
         Words.read(tmp_path / "absent")
@@ -88,15 +88,15 @@ def test_words_are_a_tokenizer_of_the_text_task(tmp_path: Path) -> None:
     reader = TextTask(TextConfig(source="nowhere", tokenizer="word"))
     reader.prepare(tmp_path / "run", main=False)
     assert reader.vocab_size == 6
-    with pytest.raises(ConfigError, match=r"not the tokenizer that task.tokenizer = .subword. names"):
+    with pytest.raises(ConfigError, match=r"is not the tokenizer of task.tokenizer = .subword."):
         TextTask(TextConfig(tokenizer="subword")).prepare(tmp_path / "run", main=False)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokenizer": "word", "vocab_size": 3}, "3 special words and one more"),
-        ({"vocabulary": "words.txt"}, 'task.vocabulary: of task.tokenizer = "word"'),
+        ({"tokenizer": "word", "vocab_size": 3}, "must be at least 4 for words"),
+        ({"vocabulary": "words.txt"}, 'task.vocabulary: works with task.tokenizer = "word" only'),
     ],
 )
 def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str) -> None:

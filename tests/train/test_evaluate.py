@@ -66,7 +66,7 @@ def test_two_evaluations_are_compared_by_document(model: Decoder, documents: Doc
     low, high = with_memory.interval()[1:]
     assert low < with_memory.bits_per_unit < high
     some = Documents(documents.items[:3], documents.names[:3])
-    with pytest.raises(DataError, match="both are of the same documents"):
+    with pytest.raises(DataError, match="compare evaluations of the same documents"):
         without.minus(evaluate_text(model, some))
 
 
@@ -85,7 +85,7 @@ def test_a_model_that_does_not_stream_is_evaluated_without_memory(
 ) -> None:
     traits = type(model.traits)(streams=False)
     monkeypatch.setattr(type(model), "traits", traits)
-    with pytest.raises(UnsupportedError, match="does not stream; evaluate it with memory=False"):
+    with pytest.raises(UnsupportedError, match="does not stream; call it with memory=False"):
         evaluate_text(model, documents)
 
 

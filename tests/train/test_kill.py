@@ -91,9 +91,9 @@ def test_a_kill_at_any_instant_of_saving_leaves_sound_checkpoints(
         folder = tmp_path / str(instant)
         with pytest.raises(Killed):
             run_until(folder, instant)
-        for path in checkpoints.found(folder / "checkpoints"):
+        for path in checkpoints.list_checkpoints(folder / "checkpoints"):
             assert checkpoints.check(path)["position"]["step"] in (2, 4, 6)
-        seen.add(len(checkpoints.found(folder / "checkpoints")))
+        seen.add(len(checkpoints.list_checkpoints(folder / "checkpoints")))
         if instant % 4 == 1:
             run(recipe, folder, resume=True, progress="none")
             assert losses(folder) == losses(tmp_path / "whole")
@@ -131,11 +131,11 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(
     message = str(caught.value)
     assert "\n" not in message
     assert "No space left on device" in message
-    assert message.endswith("; make room and resume")
+    assert message.endswith("; free disk space and resume")
     if where != "log":
         assert "step-00000010" in message
         assert "the last good checkpoint is" in message
-        assert "step-00000005; make" in message
+        assert "step-00000005; free" in message
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-00000005"]
     assert load_run(tmp_path / "parts")
     run(recipe, tmp_path / "parts", resume=True, progress="none")

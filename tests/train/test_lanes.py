@@ -158,13 +158,13 @@ def test_lanes_can_read_the_longest_documents_first() -> None:
 
 def test_invalid_lanes_and_foreign_states_are_refused() -> None:
     documents = make([9, 9])
-    with pytest.raises(ConfigError, match=r"train.lanes = 3 cannot be shared evenly by 2 processes"):
+    with pytest.raises(ConfigError, match=r"train.lanes = 3: must be a multiple of the number of processes, 2"):
         Lanes(documents, lanes=3, segment_length=4, world_size=2)
     with pytest.raises(DataError, match="no tokens"):
         Lanes(make([0]), lanes=3, segment_length=4)
     state = Lanes(documents, lanes=3, segment_length=4).state_dict()
-    with pytest.raises(CheckpointError, match="not what this run was trained on"):
+    with pytest.raises(CheckpointError, match="the training data differs from that of the checkpoint"):
         Lanes(make([9, 10]), lanes=3, segment_length=4).load_state_dict(state)
     state["places"].append([0, 0])
-    with pytest.raises(CheckpointError, match="this run has 4 lanes, not 3"):
+    with pytest.raises(CheckpointError, match=r"train\.lanes = 3, but the checkpoint has 4 lanes"):
         Lanes(documents, lanes=3, segment_length=4).load_state_dict(state)

@@ -80,10 +80,10 @@ def test_every_place_is_scored_once_with_the_least_context(window: Window | None
 def test_invalid_strides_and_missing_windows_are_refused(
     model: Decoder, documents: Documents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="a stride of 9: from 1 to the context, 8"):
+    with pytest.raises(ConfigError, match="stride = 9: must be from 1 to the context, 8"):
         place_nats(model, documents, Window(8, 9))
     monkeypatch.setattr(type(model), "traits", type(model.traits)(streams=False))
-    with pytest.raises(UnsupportedError, match="does not stream; give it windows"):
+    with pytest.raises(UnsupportedError, match="does not stream; give a window"):
         place_nats(model, documents)
 
 
@@ -235,5 +235,5 @@ def test_documents_without_any_word_are_refused() -> None:
     tokenizer = Bytes()
     counts = count_text(Documents([TextDocument(tokenizer.encode(b" \n "), tokenizer)], ["a"]), tokenizer)
     assert counts.words.tolist() == [0]
-    with pytest.raises(DataError, match="the documents hold no words"):
+    with pytest.raises(DataError, match="the documents have no words"):
         summary([np.ones(3, dtype=np.float32)], counts)

@@ -10,7 +10,7 @@ from rich.console import Console
 from longspan.process import resident_bytes
 from longspan.train import Display, LiveDisplay, PlainDisplay
 from longspan.train.log import Log, read_log
-from longspan.train.progress import describe, make
+from longspan.train.progress import describe, make_display
 
 LINE = {
     "step": 20,
@@ -52,7 +52,7 @@ def test_a_log_line_is_described_in_words() -> None:
     assert figures == {
         "step": "step 3",
         "loss": "",
-        "validation": "held back 2.0000",
+        "validation": "held-out 2.0000",
         "speed": "",
         "memory": "",
         "eta": "1:01 left",
@@ -86,17 +86,17 @@ def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch: pyte
     last = shown.splitlines()[-2]
     assert "title [not markup]" in shown
     assert "a message" in shown
-    for part in ("step 21", "1.4427 bits/byte", "held back 2.0000", "12,346 tokens/s", "1.50 GiB"):
+    for part in ("step 21", "1.4427 bits/byte", "held-out 2.0000", "12,346 tokens/s", "1.50 GiB"):
         assert part in last
 
 
 def test_displays_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Display()
-    assert make(own) is own
-    assert type(make("none")) is Display
-    assert isinstance(make("live"), LiveDisplay)
+    assert make_display(own) is own
+    assert type(make_display("none")) is Display
+    assert isinstance(make_display("live"), LiveDisplay)
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    assert isinstance(make("auto"), PlainDisplay)
+    assert isinstance(make_display("auto"), PlainDisplay)
 
 
 def test_resident_memory_is_that_of_this_process() -> None:

@@ -166,7 +166,7 @@ def test_intervals_over_trainings_are_wider_than_over_answers() -> None:
 
 def test_a_recipe_that_does_not_fit_itself_is_refused(tmp_path: Path) -> None:
     mismatched = {**RECIPE, "task": {**RECIPE["task"], "segment_length": 100}}
-    with pytest.raises(ConfigError, match="give both the same"):
+    with pytest.raises(ConfigError, match="set both to the same number"):
         run(mismatched, tmp_path, progress="none")
     with pytest.raises(ConfigError, match=r"train.lanes|unknown field 'lanes'"):
         run({**RECIPE, "train": {"lanes": 3}}, tmp_path / "a", progress="none")

@@ -177,8 +177,8 @@ def test_reading_in_chunks_equals_reading_at_once(monkeypatch: pytest.MonkeyPatc
     [
         ({"train": {**RECIPE["train"], "mentions": -1}}, "mentions"),
         ({"train": {**RECIPE["train"], "growth": 1.0}}, "more than 1"),
-        ({"train": {**RECIPE["train"], "curriculum": "other"}}, "only 'passkey'"),
-        ({"task": {"name": "copy"}}, "passkey and needle only"),
+        ({"train": {**RECIPE["train"], "curriculum": "other"}}, "must be 'passkey' for this task"),
+        ({"task": {"name": "copy"}}, "'passkey' for passkey and needle"),
         ({"model": {**RECIPE["model"], "kind": "encoder"}}, "decoder"),
     ],
 )

@@ -1,6 +1,6 @@
 """The command line: `longspan train`, `eval`, `stream`, `generate`, `mixers`, `quickstart`.
 
-Verbs are thin: they parse, call the library and print. Nothing heavy is imported before a verb runs.
+Commands are thin: they parse options, call the library and print. Heavy packages are imported only when a command runs.
 """
 
 import sys
@@ -9,14 +9,14 @@ from typing import NoReturn
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave the process.
+    """Run the command line and exit the process.
 
-    Exit codes: 0 done, 1 a check failed, 2 an error that the message explains, 130 interrupted.
+    Exit codes: 0 success, 1 a check failed, 2 a user error (one line on standard error), 130 interrupted.
 
     Args:
-        arguments: as typed behind `longspan`; None: those of this process.
+        arguments: the words after `longspan`; None: those of this process.
     """
-    # imported here, so that Ctrl-C during the import ends quietly too
+    # imported inside the try, so that Ctrl-C during the import exits without a traceback, too
     try:
         from longspan.cli.app import start
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`python -m longspan.cli` is `longspan`."""
+"""Run the command line with `python -m longspan.cli`, the same as `longspan`."""
 
 from longspan.cli import main
 

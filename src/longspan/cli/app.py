@@ -1,4 +1,4 @@
-"""The verbs in one application, and the one place where errors become a line and an exit code."""
+"""The application with all commands; the only place that turns exceptions into one line and an exit code."""
 
 import contextlib
 import inspect
@@ -32,26 +32,26 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 HELP = """Train long-context Transformers and read text of any length with them, in constant memory.
 
-A typical path, from a recipe to a model that goes on writing:
+A typical workflow, from a recipe to generated text:
 
   longspan train quickstart-lm -o runs/first
   longspan eval runs/first book.txt
   longspan stream runs/first book.txt --save-state book.state
   longspan generate runs/first --load-state book.state --tokens 200
 
-`train` makes a run: a folder with the model, its tokenizer, its log. Every other verb takes that folder.
-`eval` says how well it predicts a text, with what it remembers and without. `stream` reads one text as long as you
-like and can be stopped and resumed anywhere. `generate` goes on from a prompt or from a saved state.
+`train` writes a run: a folder with the model, its tokenizer and its log. Every other command takes that folder.
+`eval` measures how well the model predicts a text, with and without its memory. `stream` reads one text of any length
+and can be stopped and resumed anywhere. `generate` continues a prompt or a saved state.
 
-A pretrained model of Hugging Face takes the same path: `longspan convert` puts another mechanism into the place of its
-attention, and the folder it writes is as good as a run.
+For a pretrained Hugging Face model, `longspan convert` replaces the attention by another mechanism; every other command
+takes the folder that it writes, like a run.
 
-`longspan show` draws which keys every mechanism reads, how far the heads of a trained model have learned to look, and
-the scaling laws of many runs.
+`longspan show` writes HTML reports: which keys each mechanism reads, the learned spans and sparsity of the heads of a
+run, and scaling laws fitted to many runs.
 
-New here? `longspan quickstart` tells a model a fact, lets two million tokens go by and asks for it (ten minutes);
-`longspan quickstart-lm` streams a whole book through a language model (seven minutes). Both draw a page.
-Each verb explains itself: longspan stream --help
+New here? `longspan quickstart` trains a model to recall a fact after two million tokens (ten minutes);
+`longspan quickstart-lm` streams a whole book through a language model (seven minutes). Both write an HTML report.
+Help on one command: longspan stream --help
 """
 
 app = typer.Typer(
@@ -74,7 +74,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 
 def unwrap(text: str) -> str:
-    """Help text without the line ends inside its paragraphs, so that it fits any terminal; indented lines stay."""
+    """Return a help text with the lines of each paragraph joined, so that it fits any terminal; keep indented lines."""
     lines: list[str] = []
     for line in inspect.cleandoc(text).splitlines():
         joins = line and not line.startswith(" ") and lines and lines[-1] and not lines[-1].startswith(" ")
@@ -89,18 +89,22 @@ for name, verb in VERBS.items():
     app.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 
 _SHOW = (
-    "Draw what mechanisms look at: the patterns of all of them, and what those of a trained run have learned; laws of "
-    "many runs."
+    "Write reports with figures: attention patterns, learned spans and sparsity of a run, scaling laws of many runs."
 )
 show = typer.Typer(add_completion=False)
 app.add_typer(show, name="show", help=_SHOW)
-SHOWN: dict[str, Callable[..., Any]] = {"patterns": patterns, "spans": spans, "support": support, "scaling": scaling}
-for name, verb in SHOWN.items():
+SHOW_VERBS: dict[str, Callable[..., Any]] = {
+    "patterns": patterns,
+    "spans": spans,
+    "support": support,
+    "scaling": scaling,
+}
+for name, verb in SHOW_VERBS.items():
     show.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 
 
 @show.callback(invoke_without_command=True)
-def _shown(context: typer.Context) -> None:
+def _show_help(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -112,7 +116,7 @@ def _show_version(show: bool) -> None:
 
 
 @app.callback(help=unwrap(HELP), invoke_without_command=True)
-def _everything(
+def _global_options(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
@@ -126,11 +130,11 @@ def _everything(
 
 
 def start(arguments: Sequence[str] | None = None) -> NoReturn:
-    """See `longspan.cli.main`."""
+    """Run the command line and exit the process, as `longspan.cli.main` describes."""
     warnings.simplefilter("always", renames.RenamedWarning)
     warnings.showwarning = _show_warning
     if not sys.stderr.isatty():
-        # bars of other libraries, which are drawn over themselves, would fill a log
+        # progress bars of other libraries redraw their line, which would fill a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
@@ -147,7 +151,7 @@ _python_shows = warnings.showwarning
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The exit code of a command; errors are printed as one line on standard error."""
+    """Run a command and return its exit code; print errors as one line on standard error."""
     with any_encoding(), orderly_end():
         code = _run(arguments)
         try:
@@ -155,7 +159,7 @@ def run(arguments: Sequence[str]) -> int:
         except BrokenPipeError:
             _leave_output()
         except OSError as error:
-            # a full disk, known only now, as small output waits in a buffer
+            # a full disk may show up only here, because small output waits in a buffer
             _leave_output()
             if code == 0:
                 print(f"longspan: error: standard output: {error.strerror or error}", file=sys.stderr)
@@ -164,22 +168,22 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _leave_output() -> None:
-    """Nothing more can be written to standard output, and nothing is to be tried when the process ends."""
+    """Redirect standard output to the null device, so that the flush at exit does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def orderly_end() -> contextlib.AbstractContextManager[None]:
-    """SIGTERM, and SIGHUP when the terminal is closed, end a verb as Ctrl-C does: files and display are left in order.
+    """Return a context in which SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, so that cleanup code runs.
 
-    Verbs that save when they are stopped have handlers of their own.
+    Commands that save when they are stopped install their own handlers inside it.
     """
     unhandled = [number for number in stop_signals() if signal.getsignal(number) is signal.SIG_DFL]
     return handling(unhandled, signal.default_int_handler)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """The exit code; an error of the library's own is raised."""
-    # wherever it is typed, as one adds it to a command that has just failed
+    """Run a command and return its exit code; exceptions that `explain` does not know are raised."""
+    # accepted anywhere on the line, because users append it to a command that has just failed
     debug = "--debug" in arguments or os.environ.get("LONGSPAN_DEBUG", "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
@@ -187,7 +191,7 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # the reader of our output has left, as in `longspan stream ... | head`
+        # the process that read our output has exited, as in `longspan stream ... | head`
         _leave_output()
         return 0
     except Exception as error:
@@ -202,19 +206,19 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def explain(error: Exception) -> str | None:
-    """An error in one line, or None where it is a mistake of the library's own, whose traceback is wanted."""
+    """Return a user error as one line of text; None for a bug of the library, whose traceback should be shown."""
     if isinstance(error, LongspanError):
         text = str(error)
     elif isinstance(error, typer.Abort):
         text = "stopped"
     elif hasattr(error, "format_message") and hasattr(error, "exit_code"):
-        # a usage error; its class is click's or typer's own copy of it, as the version will have it
+        # a usage error; depending on the version, its class is click's or typer's copy of click
         context = getattr(error, "ctx", None)
         text = f"{error.format_message()} See `{context.command_path if context else 'longspan'} --help`."
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        text = "out of memory; a smaller train.lanes, train.segment_length or model needs less"
+        text = "out of memory; reduce train.lanes, train.segment_length or the size of the model"
     else:
         return None
     return " ".join(text.split())

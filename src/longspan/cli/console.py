@@ -1,4 +1,4 @@
-"""What verbs print with: tables, plain lines, and words for numbers."""
+"""Helpers with which commands print: tables, status lines, progress, formatted numbers."""
 
 import codecs
 import contextlib
@@ -25,18 +25,23 @@ _PLAIN_WIDTH = 120
 
 
 def console() -> Console:
-    """A console on standard output; where that is no terminal, lines are never broken, and tables are 120 wide."""
+    """Return a rich console on standard output; outside a terminal, tables are 120 columns wide, lines never wrap."""
     terminal = sys.stdout.isatty()
     return Console(highlight=False, width=None if terminal else _PLAIN_WIDTH, soft_wrap=not terminal)
 
 
 def print_command(text: str) -> None:
-    """Print a line with commands, which is never broken, so that it can be copied."""
+    """Print a line of shell commands without wrapping, so that it can be copied."""
     console().print(text, markup=False, soft_wrap=True)
 
 
 def print_table(table: "Table", where: Console | None = None) -> None:
-    """Print a table of `longspan.report`, without a word cut: where columns are too narrow, row below row."""
+    """Print a `longspan.report.Table` without cutting words; if its columns do not fit, print each row as a list.
+
+    Args:
+        table: with columns, rows, and a state per row that colors its last cell.
+        where: console to print to; None: standard output.
+    """
     out = where or console()
     options: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
     shown = RichTable(**options, title=table.caption or None, title_justify="left")
@@ -49,7 +54,7 @@ def print_table(table: "Table", where: Console | None = None) -> None:
     columns = [[name, *(row[index] for row in table.rows)] for index, name in enumerate(table.columns)]
     # two edges, and two spaces between columns
     room = out.width - 2 - 2 * (len(columns) - 1)
-    # figures and their units stay together where there is room for that
+    # numbers and their units stay on one line if there is room
     widths = column_widths(columns, room, whole=table.right) or column_widths(columns, room)
     if widths is None:
         _print_rows(table, out)
@@ -60,31 +65,35 @@ def print_table(table: "Table", where: Console | None = None) -> None:
 
 
 def column_widths(columns: Sequence[Sequence[str]], room: int, whole: Sequence[int] = ()) -> list[int] | None:
-    """A width for each column, in `room` together, that no word is wider than; None where there is no room for that.
+    """Return column widths that add up to at most `room` and cut no word; None if that is impossible.
 
     Args:
-        columns: of each the heading, then the cells.
-        room: for all columns together.
-        whole: columns whose cells are not broken between words either.
+        columns: per column its heading, then its cells.
+        room: characters available to all columns together.
+        whole: indices of columns whose cells must stay on one line.
     """
     widths = [max((len(word) for cell in cells for word in cell.split()), default=1) for cells in columns]
     for index in whole:
         widths[index] = max(widths[index], *(len(cell) for cell in columns[index][1:]), 1)
-    most = [max((len(line) for cell in cells for line in cell.splitlines()), default=1) for cells in columns]
+    full_widths = [max((len(line) for cell in cells for line in cell.splitlines()), default=1) for cells in columns]
     if sum(widths) > room:
         return None
-    while sum(widths) < room and (growing := [index for index, width in enumerate(widths) if width < most[index]]):
-        # the narrowest first, as they need least to hold a cell in one line
+    while sum(widths) < room:
+        growing = [index for index, width in enumerate(widths) if width < full_widths[index]]
+        if not growing:
+            break
+        # widen the narrowest first: it needs least to hold a cell on one line
         widths[min(growing, key=lambda index: widths[index])] += 1
     return widths
 
 
 def _style(table: "Table", row: int) -> str:
+    """Return the rich style of the last cell of a row: green for pass, red for fail, yellow for a note."""
     return _STYLES.get(table.state[row] if table.state else "", "")
 
 
 def _print_rows(table: "Table", out: Console) -> None:
-    """A table whose columns do not fit: each row as lines of its own."""
+    """Print a table that is too wide for the terminal: per row its first cell, then `column: cell` lines below it."""
     if table.caption:
         out.print(Text(table.caption, style="italic"))
     for index, row in enumerate(table.rows):
@@ -98,45 +107,48 @@ def _print_rows(table: "Table", out: Console) -> None:
 
 
 def say(text: str) -> None:
-    """A remark on standard error, so that it never mixes with what the verb writes."""
+    """Print a note on standard error, so that it does not mix with the output of the command."""
     print(text, file=sys.stderr, flush=True)
 
 
 def interval(values: Sequence[float], digits: int = 4) -> str:
-    """`1.2345 [1.2300, 1.2400]`, or the value alone where there is no interval."""
+    """Format a (value, low, high) triple as `1.2345 [1.2300, 1.2400]`, or only the value if `low` is NaN."""
     value, low, high = (f"{number:.{digits}f}".replace("-", "−") for number in values)
     return value if math.isnan(values[1]) else f"{value} [{low}, {high}]"
 
 
 def plain_interval(values: Sequence[float]) -> dict[str, float | None]:
-    """A value and its interval as plain data; NaN, which is not JSON, is None."""
+    """Return a (value, low, high) triple as a dict for JSON, with None instead of NaN."""
     return {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), values, strict=True)}
 
 
 def harmless(text: str) -> str:
-    """Text without what a terminal would obey or a page may not hold, as a model may write anything."""
+    """Return text with control characters replaced by U+FFFD, except newlines and tabs.
+
+    Generated text may contain anything, also escape sequences that a terminal would execute.
+    """
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
 
 
 class StatusLine:
-    """A line that is redrawn on a terminal, cut to its width, and printed now and then elsewhere.
+    """A status line: redrawn in place on a terminal and cut to its width; printed as plain lines elsewhere.
 
     Args:
         quiet: show nothing.
-        every: seconds between two plain lines at least; the last one is always printed.
-        errors: on standard error, for what is on the way to the output; it vanishes at the end, and elsewhere than on a
-            terminal nothing is printed of what takes less than `every` seconds.
+        every: minimum seconds between two plain lines; the last text is always printed.
+        errors: write to standard error, for progress that is not part of the output. The line is erased at the end, and
+            outside a terminal nothing is printed for work that takes less than `every` seconds.
     """
 
     def __init__(self, *, quiet: bool = False, every: float = 2.0, errors: bool = False) -> None:
-        self.quiet, self.every, self.passing = quiet, every, errors
+        self.quiet, self.every, self.transient = quiet, every, errors
         self.where = sys.stderr if errors else sys.stdout
         self.live = self.where.isatty()
         self._printed = time.monotonic() if errors else -math.inf
         self._pending = self._shown = ""
 
     def show(self, text: str, *shorter: str) -> None:
-        """The newest state of things; on a terminal that `text` is too wide for, the first of `shorter` that fits."""
+        """Show a text; on a terminal that is too narrow for it, the first of the `shorter` texts that fits."""
         if self.quiet or text == self._shown:
             return
         self._shown = text
@@ -145,7 +157,7 @@ class StatusLine:
             fitting = next(
                 (candidate for candidate in (text, *shorter) if len(candidate) <= width), (text, *shorter)[-1][:width]
             )
-            # erased to the end, as the last text may have been longer
+            # erase to the end of the line, because the last text may have been longer
             self.where.write(f"\r{fitting}\x1b[K")
             self.where.flush()
         elif time.monotonic() - self._printed >= self.every:
@@ -155,22 +167,25 @@ class StatusLine:
             self._pending = text
 
     def end(self) -> None:
-        """Leave the last text standing, or erase it where it was passing."""
+        """Finish the line: keep its last text, or erase it if it is on standard error (`errors=True`)."""
         if self.live and self._shown:
-            self.where.write("\r\x1b[K" if self.passing else "\n")
+            self.where.write("\r\x1b[K" if self.transient else "\n")
             self.where.flush()
-        elif self._pending and not self.passing:
+        elif self._pending and not self.transient:
             print(self._pending, flush=True)
         self._pending = self._shown = ""
 
 
 @contextlib.contextmanager
 def reading_progress(what: str, *, every: float = 10.0) -> Iterator[Callable[..., None]]:
-    """A function of what is done and all there is (default: 1), which shows it on standard error with the time left.
+    """Show progress on standard error while the context is open.
 
     Args:
-        what: is done, in words.
-        every: as in `StatusLine`.
+        what: the activity, such as `"reading the prompt"`.
+        every: minimum seconds between two lines outside a terminal.
+
+    Yields:
+        A function `show(done, total=1.0)` that updates the percentage and the estimated time left.
     """
     status, started = StatusLine(every=every, errors=True), time.monotonic()
 
@@ -187,21 +202,21 @@ def reading_progress(what: str, *, every: float = 10.0) -> Iterator[Callable[...
 
 
 def clock(seconds: float) -> str:
-    """`1:05`, `2:00:00`."""
+    """Format a duration as `1:05` (minutes) or `2:00:00` (hours)."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def terminal_width(where: TextIO) -> int:
-    """Columns of the terminal that a file is; 80 where it does not say."""
+    """Return the width in columns of the terminal behind a file, or 80 if it is unknown."""
     try:
         return os.get_terminal_size(where.fileno()).columns or 80
     except (OSError, ValueError):
         return shutil.get_terminal_size().columns
 
 
-# what other encodings have no character for
+# ASCII spellings of characters that the encoding of the terminal may lack
 _SPELLED = {
     "\u2212": "-",
     "\u2013": "-",
@@ -220,11 +235,11 @@ _SPELLED = {
 
 
 def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What is written for a character that an encoding does not have."""
+    """Codec error handler: return an ASCII spelling of the character that the encoding lacks, `?` if there is none."""
     assert isinstance(error, UnicodeEncodeError)
     character = error.object[error.start]
     if "\udc80" <= character <= "\udcff":
-        # a byte of a file's name that was no text, as it was
+        # an undecodable byte of a file name: write it unchanged
         return bytes([ord(character) - 0xDC00]), error.start + 1
     return _SPELLED.get(character, "?"), error.start + 1
 
@@ -234,7 +249,10 @@ codecs.register_error("longspan.spelled", _spell)
 
 @contextlib.contextmanager
 def any_encoding() -> Iterator[None]:
-    """Inside, whatever the encoding of standard output and standard error is, printing to them never fails by it."""
+    """Make printing never fail because of the encoding of standard output or standard error, while the context is open.
+
+    Characters that the encoding lacks are printed in an ASCII spelling.
+    """
     changed: list[tuple[io.TextIOWrapper, str]] = []
     for file in (sys.stdout, sys.stderr):
         if isinstance(file, io.TextIOWrapper) and file.errors in ("strict", "surrogateescape", "backslashreplace"):

@@ -23,31 +23,48 @@ def convert(
             show_default=False,
         ),
     ],
-    to: Annotated[str, typer.Option("--to", metavar="MIXER", help="See `longspan mixers`.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="MIXER",
+            help="The mechanism that replaces attention, as listed by `longspan mixers`.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the converted model goes.", show_default=False)
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder to write the converted model to.", show_default=False
+        ),
     ],
     segment: Annotated[
-        int, typer.Option("--segment", min=0, help="Tokens of a segment, for mixers that have them; 0: the default.")
+        int,
+        typer.Option(
+            "--segment", min=0, help="Tokens per segment, for mixers that work in segments; 0: the mixer's default."
+        ),
     ] = 0,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="A=B", help="A field of the mixer. Repeatable.", show_default=False),
+        typer.Option("--set", metavar="A=B", help="Set a field of the mixer. Repeatable.", show_default=False),
     ] = None,
     layers: Annotated[
-        str, typer.Option("--layers", metavar="N,...", help="Only these; negative ones count from the end.")
+        str,
+        typer.Option("--layers", metavar="N,...", help="Layers to convert; negative numbers count from the last one."),
     ] = "all",
     gguf: Annotated[
-        str | None, typer.Option("--gguf", metavar="FILE", help="Which GGUF file in MODEL, where there are several.")
+        str | None,
+        typer.Option("--gguf", metavar="FILE", help="Name of the GGUF file to read, if MODEL contains several."),
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "",
 ) -> None:
-    """Put another mechanism into the place of a pretrained model's attention, weights kept.
+    """Replace the attention of a pretrained model by another mechanism and keep its weights.
 
-    DIR is a folder of transformers that every verb takes: stream, eval and generate read texts longer than the model
-    was trained for, with a state that does not grow (where the mixer's does not). New parameters, such as gates, begin
-    where the model stays nearly the same; a short training teaches them. Weights keep the precision of MODEL.
+    DIR becomes a transformers folder that every command takes: stream, eval and generate read texts longer than the
+    model was trained for, with a state of constant size (unless the state of the mixer grows). New parameters, such as
+    gates, are initialized so that the model's predictions change little; a short fine-tuning trains them. Weights keep
+    the dtype of MODEL.
 
     Examples:
       longspan convert ./SmolLM2-135M --to infini --segment 2048 -o out/endless
@@ -81,7 +98,7 @@ def convert(
     write_folder(output, lambda folder: [part.save_pretrained(folder) for part in opened], seal)
     console().print(str(report), markup=False)
     if not report.bounded:
-        say("the state of this model grows with the text")
+        say("note: the state of this model grows with the length of the text")
     name = shlex.quote(str(output))
     print_command(
         f"next: longspan stream {name} FILE | longspan generate {name} -p TEXT | "
@@ -90,18 +107,22 @@ def convert(
 
 
 def _check_output(model: str, output: Path) -> None:
-    """Refuse a folder that holds something else."""
+    """Raise CheckpointError if the output folder contains anything but an earlier converted model."""
     from longspan.models.io import is_converted
 
     if not output.exists() or not any(output.iterdir()):
         return
     if Path(model).exists() and output.resolve() in (Path(model).resolve(), Path(model).resolve().parent):
-        raise CheckpointError(f"{output}: the model itself is there; choose another folder with -o")
+        raise CheckpointError(f"{output}: contains MODEL itself, which would be overwritten; choose another folder")
     if not is_converted(output):
-        raise CheckpointError(f"{output}: holds something that `longspan convert` did not write; choose another folder")
+        raise CheckpointError(
+            f"{output}: contains files that `longspan convert` did not write; choose another folder with -o"
+        )
 
 
 def _numbers(layers: str) -> list[int] | None:
+    """Parse `--layers`: a list of layer numbers, or None for `all`."""
+
     if layers == "all":
         return None
     try:

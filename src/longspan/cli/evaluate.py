@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from longspan.tasks import Documents
     from longspan.train import Evaluation
 
-NAMES_OF_SPLITS = {"train": "training", "validation": "held-back", "test": "test"}
-# tokens of a row in one call of a model that streams; what comes out does not depend on it
+NAMES_OF_SPLITS = {"train": "training", "validation": "held-out", "test": "test"}
+# tokens per row in one call of a model that streams; the figures do not depend on it
 CHUNK = 512
 
 
@@ -33,82 +33,89 @@ class EvaluateOptions:
         list[str] | None,
         typer.Argument(
             metavar="[FILE]...",
-            help="Files, folders, globs, sotu or kjv; each file is a document. None: the run's held-back documents.",
+            help="Files, folders, globs, sotu or kjv; each file is one document. None: the run's held-out documents.",
             show_default=False,
         ),
     ] = None
     tokens: Annotated[
-        int, typer.Option("--tokens", min=0, help="Read so many tokens only, of documents drawn at random. 0: all.")
+        int, typer.Option("--tokens", min=0, help="Number of tokens to read, from randomly chosen documents. 0: all.")
     ] = 0
     head: Annotated[
-        int, typer.Option("--head", min=0, help="Read only the first so many tokens of each document. 0: all.")
+        int, typer.Option("--head", min=0, help="Read only the first tokens of each document, this many. 0: all.")
     ] = 0
     segment: Annotated[
         int,
         typer.Option(
-            "--segment", min=0, help="Tokens read at once without memory. 0: the segment the run was trained with."
+            "--segment",
+            min=0,
+            help="Segment length in tokens for reading without memory. 0: the segment length of the training.",
         ),
     ] = 0
     set_: SetOption = None
     segments: Annotated[
-        str, typer.Option("--segments", metavar="N,...", help="Of a run of a memory task: ask after so many segments.")
+        str,
+        typer.Option(
+            "--segments", metavar="N,...", help="For memory tasks: number of segments before the question is asked."
+        ),
     ] = "1,4,16,64"
     lengths: Annotated[
-        str, typer.Option("--lengths", metavar="N,...", help="Of a run of pass keys: texts of so many bytes.")
+        str,
+        typer.Option("--lengths", metavar="N,...", help="For passkey and needle tasks: length of the text in bytes."),
     ] = "5000,32768"
     count: Annotated[
-        int, typer.Option("--count", min=1, help="Of a run of a memory task or of pass keys: so many questions.")
+        int, typer.Option("--count", min=1, help="For memory, passkey and needle tasks: number of questions.")
     ] = 64
     task: Annotated[
-        str, typer.Option("--task", metavar="lm", help="lm: every figure of a language model, see below.")
+        str, typer.Option("--task", metavar="lm", help="lm: all language-modeling figures, as described above.")
     ] = ""
     split: Annotated[
-        str, typer.Option("--split", metavar="NAME", help="Of the run's own text: train, validation or test.")
+        str, typer.Option("--split", metavar="NAME", help="Split of the run's own text: train, validation or test.")
     ] = "validation"
     contexts: Annotated[
         str,
         typer.Option(
             "--contexts",
             metavar="N[:STRIDE],...",
-            help="With --task lm: windows of N tokens of which the last STRIDE (default: half) are scored; "
-            "'' for none.",
+            help="With --task lm: context lengths to compare. Windows of N tokens, of which the last STRIDE (default: "
+            "N/2) are scored; '' for none.",
         ),
     ] = "256,1024,4096,16384,65536"
     output: Annotated[
-        str, typer.Option("-o", "--output", metavar="DIR", help="With --task lm: write a page of figures.")
+        str, typer.Option("-o", "--output", metavar="DIR", help="With --task lm: write an HTML report to this folder.")
     ] = ""
     errors: ErrorsOption = "strict"
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False
     device: DeviceOption = "auto"
     dtype: DtypeOption = ""
 
     def changed(self, *names: str) -> list[str]:
-        """Those of these options that are not at their defaults."""
+        """Return those of the named options whose values differ from their defaults."""
         return [name for name in names if getattr(self, name) != getattr(type(self), name)]
 
     @property
     def what(self) -> str:
-        """The documents, in words."""
+        """Describe the evaluated documents, for the first line of the output."""
         return ", ".join(self.files) if self.files else f"{NAMES_OF_SPLITS[self.split]} documents of {self.run}"
 
     @property
     def whole_split(self) -> bool:
-        """Every document of a split of the run's own text is read to its end."""
+        """Whether every document of a split of the run's own text is read to its end."""
         return not (self.files or self.head or self.tokens)
 
 
 @verb(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
-    """Say how well a run predicts a text, in bits per byte: with what it remembers, and without.
+    """Measure how well a run predicts a text, in bits per byte, with and without its memory.
 
-    Of a run of a memory task: how many questions it answers rightly after more and more text. Of a run of pass keys
-    (tasks passkey and needle): how many numbers it finds in longer and longer texts, at depths from 0 to 100 %.
+    For a run trained on a memory task: how many questions it answers correctly after more and more text. For a run
+    trained on the task passkey or needle: how many numbers it finds in longer and longer texts, at depths from 0 to
+    100 %.
 
-    With --task lm, also: bits per character, perplexity per token and per word, the loss along a document, by how often
-    a word stands in the training text, and by how much context there is; -o makes a page of figures of it.
+    With --task lm, also: bits per character, perplexity per token and per word, and the loss by position in the
+    document, by word frequency in the training text and by context length; -o writes an HTML report.
 
-    Without memory every segment starts from nothing. The brackets are 95 % intervals, found by drawing the documents
-    anew 10,000 times; the difference draws the same documents for both, so it is much sharper than either figure.
+    Without memory every segment starts from an empty state. Brackets are 95 % bootstrap intervals from 10,000
+    resamples of the documents; the difference is paired by document, so its interval is much narrower.
 
     Examples:
       longspan eval runs/first
@@ -125,10 +132,10 @@ def evaluate(options: EvaluateOptions) -> None:
     run, settings = options.run, options.set_ or []
     loading: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
     if is_memory_run(run):
-        _refuse(options, "a run of a memory task makes its own questions; give --segments and --count only", "set_")
+        _refuse(options, "a memory task generates its own questions and takes --segments and --count only", "set_")
         _eval_memory(*open_any_run(run, **loading), options)
     elif is_passkey_run(run) and not options.files:
-        _refuse(options, "a run of pass keys makes its own texts; give --lengths, --count and --set only")
+        _refuse(options, "this task generates its own texts and takes --lengths, --count and --set only")
         _eval_passkeys(*open_any_run(run, settings, **loading), options)
     else:
         model, task = open_any_run(run, settings, **loading)
@@ -143,67 +150,73 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def _check(options: EvaluateOptions) -> None:
-    """What does not go together, whatever the run."""
+    """Raise ConfigError for options that do not go together, whatever the run."""
     from longspan.models.io import is_converted
 
     if options.output:
         check_output_folder(options.output, "--output")
     if options.task not in ("", "lm"):
         raise ConfigError(
-            f"--task {options.task!r}: only lm, the figures of a language model; other tasks are told by the run"
+            f"--task {options.task!r}: the only value is lm; leave it out for other tasks, which the run itself names"
         )
     if options.output and not options.task:
-        raise ConfigError("-o: with --task lm only")
+        raise ConfigError("-o: works with --task lm only; add it, or leave -o out")
     if options.changed("contexts") and not options.task:
-        raise ConfigError("--contexts: with --task lm only")
+        raise ConfigError("--contexts: works with --task lm only; add it, or leave --contexts out")
     if options.files and options.changed("split"):
-        raise ConfigError(f"--split {options.split!r}: of the run's own text; leave it out, or the files")
+        raise ConfigError(f"--split {options.split!r}: selects the run's own text; give a split or files, not both")
     for file in options.files or []:
         if (Path(file) / "recipe.json").is_file() or is_converted(file):
-            raise ConfigError(f"{file}: a run, not a text; one run is evaluated at a time: longspan eval {file}")
+            raise ConfigError(f"{file}: is a run, not a text; evaluate one run at a time: longspan eval {file}")
 
 
 def _refuse(options: EvaluateOptions, why: str, *also: str) -> None:
-    """Name options that would be passed over."""
+    """Raise ConfigError if options are set that this kind of run would ignore; the message names them.
+
+    Args:
+        options: of the command.
+        why: the reason, which becomes part of the message.
+        also: further options that this kind of run ignores, by field name.
+    """
     changed = options.changed("files", "tokens", "head", "segment", *also, "task", "split", "contexts")
     names = [name if name == "files" else f"--{name.strip('_')}" for name in changed]
     if names:
-        raise ConfigError(f"{options.run}: {why}, not {', '.join(names)}")
+        raise ConfigError(f"{options.run}: {why}; leave out {', '.join(names)}")
 
 
 def _read(task: Any, options: EvaluateOptions) -> "Documents":
-    """The documents of files, or those of a split."""
+    """Return the documents of the files on the command line, or of a split of the run's own text."""
     from longspan.tasks import TextTask
 
     run, split, is_text = options.run, options.split, isinstance(task, TextTask)
     if split not in NAMES_OF_SPLITS:
-        raise ConfigError(f"--split {split!r}: train, validation or test")
+        raise ConfigError(f"--split {split!r}: must be train, validation or test")
     documents: Documents
     if not options.files:
         if split == "test" and not is_text:
-            raise ConfigError(f"{run}: the task {type(task).__name__} has no test split; validation is held back")
+            raise ConfigError(f"{run}: {type(task).__name__} has no test split; use --split validation")
         documents = task.documents(split)
     elif not hasattr(task, "read"):
-        raise ConfigError(f"{run}: the task {type(task).__name__} makes its own documents; give no files")
+        raise ConfigError(f"{run}: {type(task).__name__} generates its own documents; leave the files out")
     else:
         documents = task.read(options.files, **({"errors": options.errors} if is_text else {}))
     return documents
 
 
 def _segment(run: str, model: Any) -> int:
-    """The segment a run was trained with; of a converted model, that of its mixers."""
+    """Return the segment length in tokens that a run was trained with; for a converted model, that of its mixers."""
     from longspan.train.opening import is_pretrained_folder, recipe_table
 
     if is_pretrained_folder(run):
         return int(model.traits.segment or 1024)
     value = recipe_table(run, "train").get("segment_length", 0)
     if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{run}: its recipe names no train.segment_length; give --segment")
+        raise ConfigError(f"{run}: its recipe has no train.segment_length; give --segment")
     return value
 
 
 def _eval_text(model: Any, task: Any, documents: "Documents", options: EvaluateOptions) -> None:
-    """With memory and without."""
+    """Evaluate the documents with memory and without, and print the results."""
     from longspan.train import evaluate_text
 
     streams, segment = model.traits.streams, options.segment
@@ -223,7 +236,7 @@ def _eval_text(model: Any, task: Any, documents: "Documents", options: EvaluateO
 
 
 def _figures(evaluations: "dict[str, Evaluation]") -> dict[str, Any]:
-    """Everything as plain data."""
+    """Return the evaluations and their difference as plain data for JSON."""
     figures: dict[str, Any] = {
         name.replace(" ", "_"): {**evaluation.summary(), "interval": plain_interval(evaluation.interval())}
         for name, evaluation in evaluations.items()
@@ -235,7 +248,7 @@ def _figures(evaluations: "dict[str, Evaluation]") -> dict[str, Any]:
 
 
 def _show(evaluations: "dict[str, Evaluation]", what: str, segment: int) -> None:
-    """Print the table."""
+    """Print the evaluations and their difference as a table."""
     from longspan.report import Table
 
     without = evaluations["without memory"]
@@ -249,18 +262,19 @@ def _show(evaluations: "dict[str, Evaluation]", what: str, segment: int) -> None
     documents = f"{len(without.names):,} document{'s' if len(without.names) > 1 else ''}"
     read = f"{int(without.units.sum()):,} {without.unit}s, {int(without.tokens.sum()):,} tokens"
     out.print(f"{what}: {documents}, {read}; without memory in segments of {segment}", markup=False)
-    print_table(Table(columns=("", f"bits per {without.unit}", "right guesses"), rows=rows, right=(1, 2)), out)
+    print_table(Table(columns=("", f"bits per {without.unit}", "accuracy"), rows=rows, right=(1, 2)), out)
     if len(without.names) == 1:
-        out.print("One document: no interval, as it is whole documents that are drawn anew.")
+        out.print("No intervals: they resample whole documents, and there is only one.")
 
 
 def whole_number(text: str) -> int:
-    """A number of decimal digits; 0 for anything else."""
-    # isdigit alone is also true for a superscript 2, which int() refuses
+    """Parse a non-negative decimal number; return 0 for any other text."""
+    # isdigit alone is also true for a superscript 2, for which int() raises
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def _numbers(option: str, text: str, example: str) -> list[int]:
+    """Parse a comma-separated list of positive numbers; the ConfigError names the option and shows an example."""
     numbers = [whole_number(part.strip()) for part in text.split(",")]
     if not all(numbers):
         raise ConfigError(f"{option} {text!r}: expected whole numbers, for example {example}")
@@ -268,31 +282,31 @@ def _numbers(option: str, text: str, example: str) -> list[int]:
 
 
 def _eval_passkeys(model: Any, task: Any, options: EvaluateOptions) -> None:
-    """Ask for numbers in texts of each length, and print the table."""
+    """Measure how many numbers the model retrieves from texts of each length, and print a table."""
     from longspan.tasks.synthetic import DEPTHS
     from longspan.train import evaluate_passkey, wilson
 
     records, rows = [], []
     for length in _numbers("--lengths", options.lengths, "5000,131072"):
         longer = type(task)(dataclasses.replace(task.config, length=length))
-        with reading_progress(f"asking in {length:,} bytes") as progress:
+        with reading_progress(f"testing texts of {length:,} bytes") as progress:
             count = -(-options.count // len(DEPTHS))
             record = evaluate_passkey(model, longer, depths=DEPTHS, count=count, progress=progress).record()
         records.append(record)
         right, questions = record["k"], record["n"]
         share = interval(wilson(right, questions), 3)
         rows.append((f"{record['length']:,}", f"{right} of {questions}", share, f"{record['state_bytes']:,}"))
-    columns = ("bytes of text", "found", "share, 95 % interval", "bytes of state")
+    columns = ("text, bytes", "found", "share, 95 % interval", "state, bytes")
     _show_records(records, columns, rows, options.as_json)
 
 
 def _eval_memory(model: Any, task: Any, options: EvaluateOptions) -> None:
-    """Ask after each number of segments, and print the table."""
+    """Measure how many questions the model answers after each number of segments, and print a table."""
     from longspan.train import evaluate_memory
 
     kind, records, rows = task.config.kind, [], []
     for number in _numbers("--segments", options.segments, "1,16,256"):
-        with reading_progress(f"asking after {number:,} segments") as progress:
+        with reading_progress(f"testing {number:,} segments") as progress:
             answers = evaluate_memory(
                 model, task, segments=number, count=options.count, kinds=(kind,), progress=progress
             )
@@ -308,14 +322,14 @@ def _eval_memory(model: Any, task: Any, options: EvaluateOptions) -> None:
                 f"{record['tokens_per_second']:,.0f}",
             )
         )
-    columns = ("segments", "tokens", "right", "share, 95 % interval", "false writes", "tokens/s")
+    columns = ("segments", "tokens", "correct", "accuracy, 95 % interval", "false writes", "tokens/s")
     _show_records(records, columns, rows, options.as_json)
 
 
 def _show_records(
     records: list[dict[str, Any]], columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], as_json: bool
 ) -> None:
-    """Records as JSON, or what is shown of them as a table."""
+    """Print records as JSON, or their formatted rows as a table."""
     from longspan.report import Table
 
     if as_json:

@@ -31,30 +31,38 @@ class GenerateOptions:
 
     run: RunArgument
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on from.", show_default=False)
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The text to continue.", show_default=False)
     ] = None
     prompt_file: Annotated[
         str | None,
-        typer.Option("--prompt-file", metavar="FILE", help="A file of any length, or - for standard input."),
+        typer.Option(
+            "--prompt-file", metavar="FILE", help="File with the text to continue, of any length; - reads stdin."
+        ),
     ] = None
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="How many tokens to write at most.")] = 200
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Maximum number of tokens to generate.")] = 200
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Below 1 bolder in what is likely; 0: always the likeliest.")
+        float,
+        typer.Option("--temperature", min=0.0, help="Sampling temperature; 0: always take the most likely token."),
     ] = 0.8
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw among the k likeliest; 0: among all.")] = 0
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample from the k most likely tokens; 0: from all.")] = 0
     top_p: Annotated[
-        float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among the likeliest that reach this probability.")
+        float,
+        typer.Option(
+            "--top-p", min=0.0, max=1.0, help="Sample from the most likely tokens that reach this total probability."
+        ),
     ] = 0.95
-    seed: Annotated[int, typer.Option("--seed", help="The same seed writes the same text.")] = 0
+    seed: Annotated[int, typer.Option("--seed", help="Random seed; the same seed generates the same text.")] = 0
     load_state: Annotated[
-        Path | None, typer.Option("--load-state", metavar="STATE", help="Go on from a state that `stream` saved.")
+        Path | None, typer.Option("--load-state", metavar="STATE", help="Continue from a state that `stream` saved.")
     ] = None
     save_state: Annotated[
         Path | None,
-        typer.Option("--save-state", metavar="STATE", help="Save where the text ends.", callback=check_state),
+        typer.Option(
+            "--save-state", metavar="STATE", help="Save the state after the generated text.", callback=check_state
+        ),
     ] = None
     errors: ErrorsOption = "strict"
-    echo: Annotated[bool, typer.Option("--echo", help="Write the prompt (of --prompt) too.")] = False
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt (of --prompt) before the new text.")] = False
     set_: SetOption = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = ""
@@ -62,10 +70,10 @@ class GenerateOptions:
 
 @verb(GenerateOptions)
 def generate(options: GenerateOptions) -> int:
-    """Go on writing from a prompt, a file of any length, or a state that was saved.
+    """Generate text that continues a prompt, a file of any length, or a saved state.
 
-    Standard output gets the new text alone, as it comes. Ctrl-C ends it; with --save-state what was read and written
-    is saved then too.
+    Standard output receives only the new text, as it is generated. Ctrl-C stops; with --save-state the state of
+    everything read and generated so far is saved then too.
 
     Examples:
       longspan generate runs/first --prompt "My fellow citizens, "
@@ -75,9 +83,9 @@ def generate(options: GenerateOptions) -> int:
     if options.prompt is not None and options.prompt_file is not None:
         raise ConfigError("give --prompt or --prompt-file, not both")
     if options.prompt is None and options.prompt_file is None and options.load_state is None:
-        raise ConfigError("nothing to go on from: give --prompt TEXT, --prompt-file FILE or --load-state STATE")
+        raise ConfigError("no prompt: give --prompt TEXT, --prompt-file FILE or --load-state STATE")
     if options.top_p == 0:
-        raise ConfigError("--top-p 0 leaves nothing to draw from; --temperature 0 takes the likeliest token")
+        raise ConfigError("--top-p 0 excludes every token; use --temperature 0 for the most likely token")
     import torch
 
     from longspan.cli import streaming
@@ -99,7 +107,7 @@ def generate(options: GenerateOptions) -> int:
             if not stop.stopping:
                 _write(drawn, task.tokenizer, options.prompt if options.echo else None, stop)
         except OSError:
-            # the reader of the output has left, or the disk is full
+            # the process that reads the output has exited, or the disk is full
             if options.save_state is not None:
                 session.save(options.save_state)
             raise
@@ -110,7 +118,7 @@ def generate(options: GenerateOptions) -> int:
 
 
 def _write(drawn: "Iterator[int]", tokenizer: "Tokenizer", prompt: str | None, stop: "Stop") -> None:
-    """Write the prompt, where there is one, and tokens as they come, until Ctrl-C."""
+    """Write the prompt, if any, and then tokens as they are sampled, until the last one or Ctrl-C."""
     out = Writer()
     if prompt:
         out.write(_bytes(prompt))
@@ -123,15 +131,16 @@ def _write(drawn: "Iterator[int]", tokenizer: "Tokenizer", prompt: str | None, s
 
 
 def _bytes(text: str) -> bytes:
-    """What the shell could not decode goes back to the bytes it was."""
+    """Encode a command-line argument as UTF-8; bytes that the shell could not decode are restored unchanged."""
     return text.encode("utf-8", errors="surrogateescape")
 
 
 def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", options: GenerateOptions, stop: "Stop") -> None:
-    """Read it to its end, or to Ctrl-C.
+    """Feed the prompt to the session, to its end or until Ctrl-C.
 
     Raises:
-        DataError: what cannot be read; all before it has been, and is saved where that is wanted.
+        DataError: the prompt cannot be read or decoded; the session has read everything before that point, and with
+            --save-state its state is saved.
     """
     from longspan.cli import reading, streaming
 
@@ -141,7 +150,7 @@ def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", options: Gene
         text = cast(BinaryIO, io.BytesIO(_bytes(options.prompt or "")))
         opened: contextlib.AbstractContextManager[BinaryIO] = contextlib.nullcontext(text)
     else:
-        # a pipe does not say how much there is
+        # the size of a pipe is unknown
         size, opened = Path(path).stat().st_size if Path(path).is_file() else 0, reading.open_bytes(path)
     name = "standard input" if path == "-" else path or "--prompt"
     encoder = reading.encoder(tokenizer, name, errors=options.errors)
@@ -161,21 +170,22 @@ def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", options: Gene
         session.save(options.save_state)
         state = shlex.quote(str(options.save_state))
         hint = (
-            f"; the first {end:,} bytes are read and saved: longspan stream RUN FILE --load-state {state} --skip {end}"
+            f"; the state after the first {end:,} bytes is saved: longspan stream RUN FILE --load-state {state} "
+            f"--skip {end}"
         )
     if problem is not None:
         raise DataError(f"{problem}{hint}") from None
-    say(f"stopped while the prompt was read{hint}")
+    say(f"stopped while reading the prompt{hint}")
 
 
 class Writer:
-    """Bytes to standard output as they come: raw into a file or a pipe, harmless text on a terminal."""
+    """Writes bytes to standard output: unchanged to a file or a pipe, without control characters to a terminal."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace") if sys.stdout.isatty() else None
 
     def write(self, data: bytes) -> None:
-        """Write some bytes."""
+        """Write and flush bytes; an incomplete UTF-8 character waits for its rest when writing to a terminal."""
         if self._decoder is None:
             sys.stdout.buffer.write(data)
         else:
@@ -183,7 +193,8 @@ class Writer:
         sys.stdout.flush()
 
     def end(self) -> None:
-        """Leave a terminal at the start of a line."""
+        """End the output with a newline if it goes to a terminal."""
+
         if self._decoder is not None:
             sys.stdout.write("\n")
             sys.stdout.flush()

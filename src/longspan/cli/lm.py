@@ -1,4 +1,4 @@
-"""`longspan eval --task lm`: what a language model does with real text, measured and printed."""
+"""`longspan eval --task lm`: measures a language model on real text and prints the figures."""
 
 import json
 import math
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from longspan.train.lm_evaluation import Bucket, TextCounts, Window
 
 CARRIED = "carried"
-# official counts of words are used for texts whose words are as many, to this share
+# the official word count of a corpus is used if the counted words differ from it by at most this fraction
 NEAR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured.
+    """All measurements of one evaluation.
 
     Attributes:
-        options: of the verb.
-        counts: of the documents.
-        words: that the perplexity of a word divides by, and who counted them.
-        readings: by name, how it was read and what came out.
-        gain: bits per byte of the first reading minus the second, by name of the second.
-        by_place: along a document.
-        by_frequency: by how often a word stands in the training text; empty where that is not there.
-        notes: what was not done, in a line each.
+        options: of the command.
+        counts: bytes, characters, tokens and words of the documents.
+        words: number of words that the perplexity per word divides by, and a text that says how they were counted.
+        readings: per way of reading (carried state, segments, contexts), how the text was read and its figures.
+        gain: bits per byte of the first reading minus those of another, by the name of the other.
+        by_place: loss by position in the document.
+        by_frequency: loss of a word by its number of occurrences in the training text; empty if that is not available.
+        notes: one line for everything that could not be measured.
     """
 
     options: EvaluateOptions
@@ -49,16 +49,21 @@ class Figures:
 
 @dataclass(frozen=True)
 class Reading:
-    """One way of reading: None is carried."""
+    """One way of reading the documents, and its figures.
+
+    Attributes:
+        window: context and stride; None: the state is carried through the whole document.
+        figures: by name, with 95 % intervals.
+    """
 
     window: "Window | None"
     figures: "dict[str, Interval]"
 
     @property
-    def said(self) -> str:
-        """How the text was read, exactly."""
+    def description(self) -> str:
+        """How exactly the text was read, in words."""
         if self.window is None:
-            return "the state goes on to the end of a document and is emptied between documents"
+            return "the state is carried to the end of each document and emptied between documents"
         if self.window.stride == self.window.context:
             return f"separate segments of {self.window.context:,} tokens, each from an empty state"
         return (
@@ -68,11 +73,23 @@ class Reading:
 
 
 def evaluate_lm(model: Any, task: Any, documents: "Documents", options: EvaluateOptions) -> None:
-    """Measure, print, and write the page where one is asked for."""
+    """Measure a language model, print the figures and, with `--output`, write the HTML report.
+
+    Args:
+        model, task: of the run.
+        documents: to evaluate.
+        options: of the command.
+
+    Raises:
+        ConfigError: a run of a task without text, or invalid `--contexts`.
+        DataError: documents without a word.
+    """
     from longspan.tasks import TextTask
 
     if not isinstance(task, TextTask):
-        raise ConfigError(f"{options.run}: --task lm is for text; this is a run of the task {type(task).__name__}")
+        raise ConfigError(
+            f"{options.run}: --task lm needs a run of the task text, this is one of {type(task).__name__}; leave it out"
+        )
     figures = measure(model, task, documents, options)
     for note in figures.notes:
         say(note)
@@ -89,13 +106,13 @@ def evaluate_lm(model: Any, task: Any, documents: "Documents", options: Evaluate
         out.print()
         print_table(table, out)
     if len(figures.counts.names) == 1:
-        out.print("One document: no intervals, as it is whole documents that are drawn anew.")
+        out.print("No intervals: they resample whole documents, and there is only one.")
     if options.output:
         out.print(f"\n{path}", markup=False, highlight=False)
 
 
 def windows_of(contexts: str) -> "list[Window]":
-    """The windows of `N[:STRIDE],...`. Raises ConfigError: something else."""
+    """Parse `--contexts`, `N[:STRIDE],...`, into windows; raises ConfigError for anything else."""
     from longspan.train.lm_evaluation import Window
 
     windows = []
@@ -105,17 +122,17 @@ def windows_of(contexts: str) -> "list[Window]":
         step = whole_number(stride) if colon else max(context // 2, 1)
         if not 1 <= step <= context:
             raise ConfigError(
-                f"--contexts {part!r}: tokens, or tokens:stride with a stride of 1 to as many, as 4096:512"
+                f"--contexts {part!r}: expected N or N:STRIDE with a stride from 1 to N tokens, for example 4096:512"
             )
         windows.append(Window(context, step))
     return windows
 
 
 def measure(model: Any, task: "TextTask", documents: "Documents", options: EvaluateOptions) -> Figures:
-    """Read the documents in every way, and make the figures.
+    """Read the documents in every way (carried state, segments, each context) and compute all figures.
 
     Raises:
-        ConfigError: contexts that make no sense.
+        ConfigError: invalid `--contexts`.
         DataError: documents without a word.
     """
     from longspan.train import lm_evaluation as lm
@@ -139,8 +156,8 @@ def measure(model: Any, task: "TextTask", documents: "Documents", options: Evalu
         try:
             rare = lm.by_frequency(compared, counts, lm.count_words(task.texts("train"), task.tokenizer))
         except DataError as error:
-            # an evaluation can do without the training text
-            notes.append(f"no figures by frequency of words, as the training text cannot be read: {error}")
+            # everything else can be evaluated without the training text
+            notes.append(f"no figures by word frequency, because the training text cannot be read: {error}")
     return Figures(
         options=options,
         counts=counts,
@@ -154,15 +171,21 @@ def measure(model: Any, task: "TextTask", documents: "Documents", options: Evalu
 
 
 def _shorter(windows: "list[Window]", longest: int, notes: list[str]) -> "list[Window]":
-    """Those that some document is longer than; a note names the others, which would all read whole documents."""
+    """Return the windows that are shorter than the longest document; add a note about the others.
+
+    The others would all read whole documents, with equal results.
+    """
     if left_out := sorted({window.context for window in windows if window.context >= longest}):
         sizes = ", ".join(f"{size:,}" for size in left_out)
-        notes.append(f"contexts left out: {sizes}; the longest document has {longest:,} tokens")
+        notes.append(f"contexts skipped: {sizes}; the longest document has only {longest:,} tokens")
     return [window for window in windows if window.context < longest]
 
 
 def _words(task: "TextTask", counts: "TextCounts", options: EvaluateOptions, notes: list[str]) -> tuple[int, str]:
-    """Words to divide by, and who counted them; a note where an official count is not that of this text."""
+    """Return the number of words for the perplexity per word, and a text that says how they were counted.
+
+    The official count of a corpus is used if the text has about as many words; otherwise a note says why it is not.
+    """
     counted = int(counts.words.sum())
     corpus = task.corpus
     official = (corpus.official or {}).get(options.split) if corpus else None  # type: ignore[call-overload]
@@ -170,15 +193,15 @@ def _words(task: "TextTask", counts: "TextCounts", options: EvaluateOptions, not
         if abs(counted - official.words) <= NEAR * official.words:
             return official.words, "official count"
         notes.append(
-            f"the official count of {official.words:,} words is not used: this text has {counted:,} between white "
-            f"space, so it is not the official one"
+            f"the official count of {official.words:,} words is not used: this text has {counted:,} words separated by "
+            f"white space, so it is not the official text"
         )
-    ends = ", and ends of lines" if corpus is not None and corpus.lines_count else ""
-    return counted, f"counted between white space{ends}"
+    ends = ", with ends of lines" if corpus is not None and corpus.lines_count else ""
+    return counted, f"separated by white space{ends}"
 
 
 def about(figures: Figures) -> str:
-    """What was read, in a line."""
+    """Describe the evaluated documents in one line: their number, bytes, characters, tokens and words."""
     counts, options = figures.counts, figures.options
     count = len(counts.names)
     changed = f"; with {' '.join(options.set_)}" if options.set_ else ""
@@ -190,45 +213,55 @@ def about(figures: Figures) -> str:
 
 
 def tables(figures: Figures) -> "list[Table]":
-    """Everything as tables."""
+    """Return all figures as tables: readings, how they were read, loss by position, and loss by word frequency."""
     from longspan.report import Table
 
     first, gain = next(iter(figures.readings)), figures.gain
-    columns = ("read", *KEYS.values(), f"{first} minus this")
+    columns = ("reading", *KEYS.values(), f"{first} minus this")
     rows = [
         (name, *(figure(key, reading.figures[key]) for key in KEYS), interval(gain[name]) if name in gain else "")
         for name, reading in figures.readings.items()
     ]
     pages = [
         Table(columns=columns, rows=rows, right=tuple(range(1, len(columns)))),
-        Table(columns=("read", "how"), rows=[(name, reading.said) for name, reading in figures.readings.items()]),
-        bucket_table(figures.by_place, "place in the document", "bytes", "bits per byte"),
+        Table(
+            columns=("reading", "how"),
+            rows=[(name, reading.description) for name, reading in figures.readings.items()],
+        ),
+        bucket_table(figures.by_place, "position in the document", "bytes", "bits per byte"),
     ]
     if figures.by_frequency:
-        pages.append(bucket_table(figures.by_frequency, "times in the training text", "words", "bits per word"))
+        pages.append(bucket_table(figures.by_frequency, "count in the training text", "words", "bits per word"))
     return pages
 
 
 KEYS = {
     "bits_per_byte": "bits per byte",
     "bits_per_character": "per character",
-    "perplexity_per_token": "perplexity of a token",
-    "perplexity_per_word": "of a word",
+    "perplexity_per_token": "perplexity per token",
+    "perplexity_per_word": "per word",
 }
 
 
 def figure(key: str, measured: "Interval") -> str:
-    """A measured value, with its interval where it has one, as the table shows it."""
+    """Format a measured value, and its interval if it has one, for the table."""
     if key.startswith("bits"):
         return interval(measured)
-    # all digits of what a weak model says of words would fill the table
+    # the perplexity per word of a weak model has too many digits for the table
     digits = ".2e" if measured.value >= 1e6 else ",.0f" if measured.value >= 1000 else ",.2f"
     value, low, high = (f"{number:{digits}}" for number in measured)
     return value if math.isnan(measured.low) else f"{value} [{low}, {high}]"
 
 
 def bucket_table(buckets: "Sequence[Bucket]", what: str, unit: str, measured: str) -> "Table":
-    """Buckets as a table."""
+    """Return the table of a loss by bucket: range, amount of text, loss per reading, and their difference.
+
+    Args:
+        buckets: ranges of positions or frequencies, with the loss of one or two readings.
+        what: heading of the column of ranges.
+        unit: of the amount, such as `"bytes"`.
+        measured: unit of the loss, such as `"bits per byte"`.
+    """
     from longspan.report import Table
 
     names = list(buckets[0].values)
@@ -246,14 +279,14 @@ def bucket_table(buckets: "Sequence[Bucket]", what: str, unit: str, measured: st
 
 
 def name_of(bucket: "Bucket") -> str:
-    """Its range, the end included."""
+    """Format the range of a bucket, both ends included."""
     if bucket.last is None:
         return f"{bucket.first:,} and more"
     return f"{bucket.first:,}" if bucket.last == bucket.first + 1 else f"{bucket.first:,} to {bucket.last - 1:,}"
 
 
 def plain(figures: Figures) -> dict[str, Any]:
-    """Everything as plain data."""
+    """Return all figures as plain data for JSON."""
     counts, options, gain = figures.counts, figures.options, figures.gain
     return {
         "text": {
@@ -269,7 +302,7 @@ def plain(figures: Figures) -> dict[str, Any]:
         "settings": list(options.set_ or ()),
         "readings": {
             name: {
-                "read": reading.said,
+                "read": reading.description,
                 "context": None if reading.window is None else reading.window.context,
                 "stride": None if reading.window is None else reading.window.stride,
                 **{key: plain_interval(value) for key, value in reading.figures.items()},

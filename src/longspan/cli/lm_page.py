@@ -1,4 +1,4 @@
-"""The page of `longspan eval --task lm -o DIR`: tables and figures."""
+"""The HTML report of `longspan eval --task lm -o DIR`."""
 
 import math
 from collections.abc import Sequence
@@ -18,45 +18,47 @@ if TYPE_CHECKING:
 
 
 def write_page(figures: Figures, folder: str | Path) -> Path:
-    """Write the page, its pictures and the numbers as JSON; the path of the page.
+    """Write the report, its pictures and the numbers as JSON; return the path of the HTML file.
 
     Raises:
         CheckpointError: a file could not be written.
     """
     readings, how, by_position, *rare = tables(figures)
     words = (
-        f"The perplexity of a word divides the loss of every token, whatever tokens are, by {figures.words[0]:,} words "
-        f"({figures.words[1]}). Bits per byte and per character divide it by what the tokens stand for."
+        f"The perplexity per word divides the total loss of all tokens by {figures.words[0]:,} words "
+        f"({figures.words[1]}). Bits per byte and per character divide the same loss by the bytes and the characters "
+        "of the text."
     )
     along = _bucket_pictures(
         "along",
         figures.by_place,
         [float(bucket.last or 0) for bucket in figures.by_place],
-        xlabel="place in the document, tokens",
+        xlabel="position in the document, tokens",
         unit="bits per byte",
-        alt="Loss along a document.",
-        caption="A point is a stretch of places, twice as long as the one before; only long documents reach the end.",
+        alt="Loss by position in the document.",
+        caption="Each point covers a range of positions twice as long as the previous one; only long documents reach "
+        "the last ones.",
     )
     sections = [
-        Section("In one number", [readings, Text(words), how, *map(Text, figures.notes)]),
-        Section("Along a document", [*along, by_position]),
+        Section("Summary", [readings, Text(words), how, *map(Text, figures.notes)]),
+        Section("Loss by position in the document", [*along, by_position]),
     ]
     if (picture := _contexts(figures)) is not None:
-        sections.append(Section("How much context", [picture]))
+        sections.append(Section("Loss by context length", [picture]))
     if rare:
         by_frequency = _bucket_pictures(
             "rare",
             figures.by_frequency,
             [float(bucket.first) for bucket in figures.by_frequency],
-            xlabel="times in the training text",
+            xlabel="count in the training text",
             unit="bits per word",
-            alt="Loss of a word by how often it stands in the training text.",
-            caption="A word's loss is that of its tokens and of its end. Words are taken without punctuation around "
-            "them.",
+            alt="Loss of a word by its number of occurrences in the training text.",
+            caption="The loss of a word is that of its tokens and of the end of the word. Surrounding punctuation is "
+            "not part of a word.",
         )
-        sections.append(Section("Rare words", [*by_frequency, rare[0]]))
-    title = f"How {figures.options.run} reads"
-    lead = f"{about(figures)}. Brackets are 95 % intervals, found by drawing whole documents anew."
+        sections.append(Section("Loss by word frequency", [*by_frequency, rare[0]]))
+    title = f"Language-model evaluation of {figures.options.run}"
+    lead = f"{about(figures)}. Brackets are 95 % bootstrap intervals over whole documents."
     return write_report(folder, title, sections, plain(figures), lead=lead)
 
 
@@ -70,11 +72,20 @@ def _bucket_pictures(
     alt: str,
     caption: str,
 ) -> list[Picture]:
-    """The loss of each reading by bucket, and what carrying the state changes where there is something to compare."""
+    """Return a picture of the loss per bucket, and one of the gain of the carried state if there are two readings.
+
+    Args:
+        name: file name of the pictures, without extension.
+        buckets: ranges of positions or frequencies, with the loss of one or two readings.
+        xticks: ticks of the x axis.
+        xlabel: label of the x axis.
+        unit: of the loss, the label of the y axis.
+        alt, caption: of the first picture.
+    """
     from longspan.report.figures import Mark
 
     x, names = [_middle(bucket) for bucket in buckets], list(buckets[0].values)
-    # without bands: those of the same documents would lie over each other
+    # no confidence bands here: both readings are of the same documents, so their bands would overlap
     lines = [
         _series(x, [bucket.values[reading]._replace(low=math.nan) for bucket in buckets], reading, number)
         for number, reading in enumerate(names)
@@ -89,15 +100,18 @@ def _bucket_pictures(
                 xlabel=xlabel,
                 ylabel=f"{unit}, {names[0]} minus {names[1]}",
                 xticks=xticks,
-                alt="What carrying the state changes.",
-                caption="Paired by document, with 95 % intervals. Below zero the carried state helps.",
+                alt="Change of the loss when the state is carried.",
+                caption="Differences paired by document, with 95 % intervals. Below zero, carrying the state helps.",
             )
         )
     return pictures
 
 
 def _contexts(figures: Figures) -> Picture | None:
-    """The loss by context, against the carried state where there is one; None where fewer than two were measured."""
+    """Return a picture of the loss by context length, relative to the carried state if the model streams.
+
+    None if fewer than two context lengths were measured.
+    """
     from longspan.report.figures import Mark
 
     windows = {
@@ -114,26 +128,29 @@ def _contexts(figures: Figures) -> Picture | None:
     if carried:
         gains = [figures.gain[name] for name in names]
         values = [gain._replace(value=-gain.value, low=-gain.high, high=-gain.low) for gain in gains]
-        against = " Zero is the same model with its state carried from a document's start; paired by document."
+        against = (
+            " Zero is the same model with its state carried from the start of the document; differences are paired by "
+            "document."
+        )
     else:
         values, against = [figures.readings[name].figures["bits_per_byte"] for name in names], ""
     return _picture(
         "contexts",
         [_series(sizes, values, "", 0)],
         marks=[Mark(0.0, "", horizontal=True)] if carried else [],
-        xlabel="tokens of context, at most",
-        ylabel="bits per byte more than carried" if carried else "bits per byte",
+        xlabel="maximum context, tokens",
+        ylabel="bits per byte above the carried state" if carried else "bits per byte",
         xticks=sizes,
-        alt="Loss by how much context there is.",
+        alt="Loss by context length.",
         caption=(
-            f"Windows from an empty state, of which the last places are scored ({strides}): every token of the text is "
-            f"scored once, and sees no more than the window.{against}"
+            f"Each window starts from an empty state, and only its last positions are scored ({strides}). Every token "
+            f"of the text is scored once and sees no more than its window.{against}"
         ),
     )
 
 
 def _middle(bucket: "Bucket") -> float:
-    """Where a bucket stands on an axis of powers."""
+    """Return the x coordinate of a bucket on a logarithmic axis: the geometric middle of its range."""
     if bucket.last is None:
         return bucket.first * math.sqrt(10)
     if bucket.first == 0:
@@ -142,6 +159,7 @@ def _middle(bucket: "Bucket") -> float:
 
 
 def _series(x: Sequence[float], values: "Sequence[Interval]", label: str, color: int) -> "Series":
+    """Return a line with markers, and with confidence bands unless an interval is missing (NaN)."""
     from longspan.report.figures import Series
 
     bands = not any(math.isnan(point.low) for point in values)
@@ -167,7 +185,7 @@ def _picture(
     caption: str,
     marks: "Sequence[Mark]" = (),
 ) -> Picture:
-    """A figure over powers, in both themes."""
+    """Return a line figure with a base-2 logarithmic x axis, in the light and the dark theme."""
     from longspan.report.figures import line_figure, picture
 
     def draw(theme: "Theme") -> "Figure":

@@ -9,7 +9,7 @@ from longspan.cli.console import console, print_table
 if TYPE_CHECKING:
     from longspan.mixers import Mixer
 
-# of the table: a layer of usual size
+# size of the layer in the table
 _DIM, _HEADS = 512, 8
 _SHORT, _LONG = 1_000, 1_000_000
 
@@ -17,13 +17,13 @@ _SHORT, _LONG = 1_000, 1_000_000
 def mixers(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="Explain this one: its equations, its fields.", show_default=False),
+        typer.Argument(metavar="NAME", help="Explain this mechanism: its equations and fields.", show_default=False),
     ] = None,
 ) -> None:
-    """List the mechanisms a model can be made of: what each can do, what its state costs, its fields.
+    """List the available mechanisms: causal or bidirectional, size of the state, fields and defaults.
 
-    Name one to read its equations, where they come from, and what each field means. Fields go into a recipe's
-    model.mixers, or into `longspan train --set model.mixers.0.FIELD=VALUE`.
+    With NAME: its equations, their source, and the meaning of each field. Set fields in model.mixers of a recipe, or
+    with `longspan train --set model.mixers.0.FIELD=VALUE`.
 
     Examples:
       longspan mixers
@@ -38,12 +38,14 @@ def mixers(
 
 
 def _build(name: str) -> "Mixer":
+    """Build a layer of a mechanism with default fields, of the size that the table is about."""
     from longspan import mixers as registry
 
     return registry.build(name, dim=_DIM, num_heads=_HEADS)
 
 
 def _list(names: list[str]) -> None:
+    """Print the table of all mechanisms."""
     from longspan.config import to_dict
     from longspan.errors import ConfigError
     from longspan.report import Table, si_bytes
@@ -52,27 +54,29 @@ def _list(names: list[str]) -> None:
     for name in names:
         try:
             mixer = _build(name)
-        except ConfigError as error:  # of a package whose mechanism does not load
+        except ConfigError as error:  # a mechanism of another package that cannot be loaded
             rows.append((name, "-", "-", "-", "-", str(error)))
             continue
         traits = mixer.traits
         cost = [si_bytes(mixer.state_nbytes(1, length)) for length in (_SHORT, _LONG)] if traits.streams else ["-", "-"]
         sides = " and ".join(
-            side for side, has in (("causal", traits.causal), ("both sides", traits.bidirectional)) if has
+            side for side, has in (("causal", traits.causal), ("bidirectional", traits.bidirectional)) if has
         )
         state = "none" if not traits.streams else "constant" if traits.bounded else "grows"
         fields = ", ".join(f"{key}={value!r}" for key, value in to_dict(mixer.core.config).items())
         rows.append((name, sides, state, *cost, fields or "-"))
-    columns = ("name", "sees", "state", "after 1,000", "after 1,000,000", "fields and defaults")
+    columns = ("name", "direction", "state", "at 1,000", "at 1,000,000", "fields and defaults")
     out = console()
     print_table(Table(columns=columns, rows=rows, right=(3, 4)), out)
     out.print(
-        f"State: bytes of one layer of dim {_DIM}, {_HEADS} heads, float32, after so many tokens, fields at defaults."
+        f"State: size after 1,000 and 1,000,000 tokens, for one layer of dim {_DIM} with {_HEADS} heads, float32, "
+        "default fields."
     )
-    out.print("More of one: longspan mixers NAME")
+    out.print("Details of one: longspan mixers NAME")
 
 
 def _explain(name: str) -> None:
+    """Print the description, the fields and the state size of one mechanism."""
     from longspan.config import to_dict
     from longspan.contract.registry import mechanism_class
     from longspan.report import Table, si_bytes
@@ -93,15 +97,15 @@ def _explain(name: str) -> None:
         cost = " and ".join(f"{si_bytes(mixer.state_nbytes(1, n))} after {n:,} tokens" for n in (_SHORT, _LONG))
         out.print(f"State of a layer of dim {_DIM}, {_HEADS} heads, float32: {cost}.")
     if traits.selects:
-        out.print("What a token sees is a discrete choice that depends on the data.")
+        out.print("Which keys a token attends to is a discrete choice that depends on the data.")
     if traits.sparse:
-        out.print("The weight of a key that is seen may be exactly zero, as the data have it.")
+        out.print("Visible keys may get attention weight exactly zero, depending on the data.")
     if traits.horizon is not None:
-        out.print(f"Gradients reach {traits.horizon} segment(s) of {traits.segment} positions.")
+        out.print(f"Gradients reach back over {traits.horizon} segment(s) of {traits.segment} positions.")
 
 
 def _attributes(docstring: str) -> dict[str, str]:
-    """The `Attributes:` of a docstring, by name."""
+    """Parse the section `Attributes:` of a docstring: the description of each field, by name."""
     meanings: dict[str, str] = {}
     key, indent = "", None
     for line in docstring.partition("Attributes:")[2].splitlines():

@@ -1,4 +1,4 @@
-"""Options that verbs share, and verbs whose options are a dataclass."""
+"""Options that several commands share, and a decorator for commands whose options are a dataclass."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ Options = TypeVar("Options")
 
 
 def verb(options: type[Options]) -> Callable[[Callable[[Options], Any]], Callable[..., Any]]:
-    """Make a verb of a function of its options, a dataclass: typer sees a parameter for each field."""
+    """Return a decorator that turns `function(options)` into a command with one typer parameter per dataclass field."""
     hints = get_type_hints(options, include_extras=True)
     parameters = [
         inspect.Parameter(
@@ -41,28 +41,33 @@ def verb(options: type[Options]) -> Callable[[Callable[[Options], Any]], Callabl
 
 
 def _check_errors(errors: str) -> str:
+    """Return the value of `--errors`, or raise ConfigError if it is unknown."""
     if errors not in ("strict", "replace"):
-        raise ConfigError(f"--errors {errors!r}: strict or replace")
+        raise ConfigError(f"--errors {errors!r}: must be strict or replace")
     return errors
 
 
 def check_page(folder: Path) -> Path:
-    """The folder of `--output`; raises as `check_output_folder`."""
+    """Return the folder of `--output`; raises CheckpointError if it cannot be written."""
     return check_output_folder(folder, "--output")
 
 
 def check_state(path: Path | None) -> Path | None:
-    """The file of `--save-state`, which can be written. Raises CheckpointError: it cannot."""
+    """Return the file of `--save-state`, or None; raises CheckpointError if it cannot be written."""
     return None if path is None else check_output_file(path, "--save-state")
 
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Folder written by `longspan train` or `longspan convert`.", show_default=False),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="A.B=C",
-        help="Change a field of the model that holds no weights, such as model.mixers.0.mem_len=1024. Repeatable.",
+        help="Change a field of the model that does not affect its weights, such as model.mixers.0.mem_len=1024. "
+        "Repeatable.",
         show_default=False,
     ),
 ]
@@ -71,25 +76,26 @@ ErrorsOption = Annotated[
     typer.Option(
         "--errors",
         metavar="strict|replace",
-        help="Of bytes that are not UTF-8, where a run reads subwords or words: stop there, or read U+FFFD in their "
-        "place.",
+        help="What to do with invalid UTF-8, if the run reads subwords or words: stop with an error, or read U+FFFD.",
         callback=_check_errors,
     ),
 ]
 PageOption = Annotated[
     Path,
-    typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.", callback=check_page),
+    typer.Option("--output", "-o", metavar="DIR", help="Folder to write the HTML report to.", callback=check_page),
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option("--device", metavar="NAME", help="auto (CUDA where there is one), cpu, cuda, cuda:1 or another."),
+    typer.Option(
+        "--device", metavar="NAME", help="auto (CUDA if available, else the CPU), or a torch device: cpu, cuda:1, ..."
+    ),
 ]
 DtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="Of the weights: float32, bfloat16, float16, float64.",
-        show_default="as they are stored",
+        help="dtype of the weights: float32, bfloat16, float16 or float64.",
+        show_default="as stored",
     ),
 ]

@@ -12,18 +12,20 @@ from longspan.errors import ConfigError
 
 def recipes(
     show: Annotated[
-        str | None, typer.Option("--show", metavar="NAME", help="Print this recipe.", show_default=False)
+        str | None, typer.Option("--show", metavar="NAME", help="Print the TOML of this recipe.", show_default=False)
     ] = None,
     new: Annotated[
         str | None,
-        typer.Option("--new", metavar="NAME", help="Copy this recipe into a file of your own.", show_default=False),
+        typer.Option(
+            "--new", metavar="NAME", help="Copy this recipe to a new file for you to edit.", show_default=False
+        ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="With --new: the file.", show_default="NAME.toml"),
+        typer.Option("--output", "-o", metavar="FILE", help="With --new: file to write.", show_default="NAME.toml"),
     ] = None,
 ) -> None:
-    """List the recipes that come with the package; `longspan train NAME` runs one.
+    """List the bundled recipes; `longspan train NAME` trains one.
 
     Examples:
       longspan recipes
@@ -33,7 +35,7 @@ def recipes(
     if show is not None and new is not None:
         raise ConfigError("give --show or --new, not both")
     if output is not None and new is None:
-        raise ConfigError("-o: with --new NAME only")
+        raise ConfigError("-o: works with --new NAME only; add it, or leave -o out")
     from longspan.train import find_recipe
 
     if show is not None:
@@ -45,25 +47,27 @@ def recipes(
 
 
 def _copy_recipe(source: Path, output: Path | None) -> None:
+    """Copy a recipe to `output` (None: a file of the same name here); raises ConfigError if that exists."""
     from longspan.files import write_atomically
 
     target = output or Path(source.name)
     if target.exists():
-        raise ConfigError(f"{target} exists; choose another file with -o")
+        raise ConfigError(f"{target}: already exists; choose another file with -o")
     if not target.parent.is_dir():
-        raise ConfigError(f"{target}: the folder {target.parent} does not exist")
+        raise ConfigError(f"{target}: the folder {target.parent} does not exist; create it first")
     write_atomically(target, lambda path: path.write_bytes(source.read_bytes()))
     say(f"wrote {target}; next: longspan train {target}")
 
 
 def _list_recipes() -> None:
+    """Print a table of the bundled recipes and their descriptions."""
     from longspan.config import read_toml
     from longspan.report import Table
     from longspan.train import find_recipe, recipe_names
 
     rows = [(name, " ".join(read_toml(find_recipe(name)).get("about", "").split())) for name in recipe_names()]
     out = console()
-    print_table(Table(columns=("name", "what it trains"), rows=rows), out)
+    print_table(Table(columns=("name", "description"), rows=rows), out)
     out.print(
-        "Run one: longspan train NAME. Read one: longspan recipes --show NAME. Change one: longspan recipes --new NAME"
+        "Train: longspan train NAME. Print: longspan recipes --show NAME. Copy to edit: longspan recipes --new NAME"
     )

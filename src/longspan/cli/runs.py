@@ -1,4 +1,4 @@
-"""Opens runs for the verbs, and prints what is noteworthy about them on standard error."""
+"""Opens runs for commands and prints notes about them on standard error."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,16 @@ if TYPE_CHECKING:
 
 
 def open_run(*arguments: Any, **options: Any) -> "tuple[Decoder, TextTask]":
-    """The model and the task of a run that reads text; arguments as of `longspan.train.open_run`."""
+    """Open a run that reads text: return its model and task.
+
+    Arguments are those of `longspan.train.open_run`, which raises CheckpointError for a run of another task.
+    """
     return open_any_run(*arguments, text=True, **options)  # type: ignore[return-value]
 
 
 def open_any_run(*arguments: Any, **options: Any) -> "tuple[Any, Task]":
-    """The same of a run of any task."""
+    """Open a run of any task: return its model and task; arguments are those of `longspan.train.open_run`."""
+
     from longspan.train import open_run
 
     opened = open_run(*arguments, **options)

@@ -31,45 +31,53 @@ class StreamOptions:
         typer.Option(
             "--save-state",
             metavar="STATE",
-            help="Save where the stream ends, or is stopped, as by Ctrl-C.",
+            help="Save the state at the end, or when stopped (Ctrl-C).",
             callback=check_state,
         ),
     ] = None
     load_state: Annotated[
-        Path | None, typer.Option("--load-state", metavar="STATE", help="Go on from a saved state with FILE.")
+        Path | None, typer.Option("--load-state", metavar="STATE", help="Continue from a saved state with FILE.")
     ] = None
     save_at: Annotated[
         int,
-        typer.Option("--save-at", min=0, metavar="BYTES", help="Save after so many bytes of FILE instead, and go on."),
+        typer.Option(
+            "--save-at", min=0, metavar="BYTES", help="Save after this many bytes of FILE instead, then keep reading."
+        ),
     ] = 0
-    skip: Annotated[int, typer.Option("--skip", min=0, metavar="BYTES", help="Leave out the start of FILE.")] = 0
+    skip: Annotated[
+        int, typer.Option("--skip", min=0, metavar="BYTES", help="Skip this many bytes at the start of FILE.")
+    ] = 0
     limit: Annotated[
-        int, typer.Option("--limit", min=0, metavar="BYTES", help="Stop after so many; 0: at the end.")
+        int, typer.Option("--limit", min=0, metavar="BYTES", help="Stop after this many bytes; 0: at the end.")
     ] = 0
     log: Annotated[
         Path | None, typer.Option("--log", metavar="FILE", help="Write the figures of every block as JSON lines.")
     ] = None
     losses: Annotated[
-        Path | None, typer.Option("--losses", metavar="FILE", help="Write the nats of every token as raw float32.")
+        Path | None,
+        typer.Option("--losses", metavar="FILE", help="Write the loss of every token (nats) as raw float32."),
     ] = None
-    block: Annotated[int, typer.Option("--block", min=1, metavar="BYTES", help="Bytes of a line of figures.")] = 1 << 16
+    block: Annotated[
+        int, typer.Option("--block", min=1, metavar="BYTES", help="Bytes per block; one line is printed per block.")
+    ] = 1 << 16
     chunk: Annotated[
-        int, typer.Option("--chunk", min=0, help="Tokens the model computes at once; 0: as suits the model.")
+        int, typer.Option("--chunk", min=0, help="Tokens per call of the model; 0: chosen to suit the model.")
     ] = 0
     set_: SetOption = None
     errors: ErrorsOption = "strict"
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and warnings.")] = False
     device: DeviceOption = "auto"
     dtype: DtypeOption = ""
 
 
 @verb(StreamOptions)
 def stream(options: StreamOptions) -> int:
-    """Read one text of any length with a run's model, in constant memory, and say how well it is predicted.
+    """Read one text of any length in constant memory and report how well the model predicts it, in bits per byte.
 
-    The file is read in blocks and never held whole. Where it stops, a saved state goes on as if nothing had happened:
-    in another process, on another day, with the next part of the text. A run that reads bytes takes them as they come;
-    one that reads subwords waits for a line's end after 64 K characters, so that cutting changes no token.
+    The file is read in blocks, never as a whole. A saved state continues the stream with identical results: in another
+    process, at any time, with the next part of the text. A model of bytes reads them at once; a model of subwords or
+    words tokenizes pieces that end at the first newline after 64 K characters, so that blocks do not change the tokens.
+
 
     Examples:
       longspan stream runs/first book.txt
@@ -79,20 +87,20 @@ def stream(options: StreamOptions) -> int:
     """
     save_at, limit = options.save_at, options.limit
     if save_at and options.save_state is None:
-        raise ConfigError("--save-at says when to save; --save-state FILE says where")
+        raise ConfigError("--save-at: needs a file to save to; add --save-state FILE")
     if save_at and limit and save_at > limit:
-        raise ConfigError(f"--save-at {save_at} lies beyond --limit {limit}")
+        raise ConfigError(f"--save-at {save_at}: must not be larger than --limit {limit}")
     if options.chunk and options.load_state:
-        raise ConfigError("--chunk: a saved state goes on with the chunks it began with; leave it out")
+        raise ConfigError("--chunk: cannot be changed for a saved state, which stores its chunk size; leave it out")
     for path, option in ((options.log, "--log"), (options.losses, "--losses")):
         if path is not None:
-            check_output_folder(path.parent, option)  # made where it is missing
+            check_output_folder(path.parent, option)  # created later if it does not exist
     from longspan.cli import streaming
 
     model, task = open_run(options.run, options.set_ or [], device=options.device, dtype=options.dtype)
     session = open_session(model, options.load_state, options.chunk)
     if not model.traits.bounded:
-        say("this model's state grows with the text; memory will not stay constant")
+        say("note: the state of this model grows with the text, so memory use is not constant")
     records = streaming.Records(options.log, options.losses)
     try:
         return _Stream(options, session).read(task.tokenizer, records)
@@ -101,22 +109,27 @@ def stream(options: StreamOptions) -> int:
 
 
 def open_session(model: "Decoder", load_state: Path | None, chunk: int = 0) -> "StreamSession":
-    """A session at the start, or where a saved state stands.
+    """Return a new streaming session, or one that continues from a saved state.
+
+    Args:
+        model: to stream with.
+        load_state: file of the saved state; None: start with an empty state.
+        chunk: tokens per call of the model, for a new session; 0: chosen to suit the model.
 
     Raises:
-        CheckpointError: the state is missing, damaged, or another model's.
+        CheckpointError: the state file is missing, damaged, or of another model.
         UnsupportedError: the model does not stream.
     """
     from longspan.stream import StreamSession
 
     if load_state is None:
         return StreamSession(model, chunk=chunk or None)
-    # a fork, as its tensors lie where torch puts them: on the alignment in memory the last bit may depend
+    # a fork copies the tensors into memory that torch allocates: the last bit of results may depend on their alignment
     return StreamSession.load(model, load_state).fork()
 
 
 class _Stream:
-    """A file on its way through a session, which is saved once where the options ask for it."""
+    """Feeds one file to a session, prints and records the figures, and saves the state once if the options say so."""
 
     def __init__(self, options: StreamOptions, session: "StreamSession") -> None:
         self.options, self.session = options, session
@@ -124,7 +137,12 @@ class _Stream:
         self.saved = False
 
     def read(self, tokenizer: "Tokenizer", records: "Records") -> int:
-        """Read, show, record and save; the exit code."""
+        """Read the file to its end, its limit or Ctrl-C, and return the exit code of the command.
+
+        Raises:
+            LongspanError: the text cannot be read further or a file cannot be written; the state before the error is
+                saved, and the message says how to resume.
+        """
         from longspan.cli import reading, streaming
 
         options, status, stop = self.options, StatusLine(quiet=self.options.quiet), streaming.Stop()
@@ -141,17 +159,17 @@ class _Stream:
                     records.write(block, nats)
                     status.show(*block.lines())
             except (LongspanError, OSError) as error:
-                # text that cannot be read on, a full disk, a reader of the output that has left
+                # invalid text, a full disk, or the process that reads our output has exited
                 raise self._error(error) from None
             if stop.stopping or not options.save_at:
-                # before anything is printed, as the terminal may be gone
+                # save before anything is printed: the terminal may be gone
                 self._save()
         status.end()
         self._print_end()
         return 130 if stop.stopping else 0
 
     def _save(self) -> bool:
-        """Save, unless that is done or not wanted; whether it was."""
+        """Save the state unless it was saved before or no file was given; return whether it was saved now."""
         if self.options.save_state is None or self.saved:
             return False
         self.session.save(self.options.save_state)
@@ -159,10 +177,10 @@ class _Stream:
         return True
 
     def _error(self, error: LongspanError | OSError) -> Exception:
-        """The error that ended the stream, after what was read is saved."""
+        """Save the state and return the error to raise, with a hint how to resume."""
         if not self._save():
             return error
-        hint = f"what was read before is saved: {self._resume_hint()}"
+        hint = f"the state before the error is saved: {self._resume_hint()}"
         if isinstance(error, BrokenPipeError):
             say(hint)
             return error
@@ -172,19 +190,21 @@ class _Stream:
         return type(error)(f"{error}; {hint}")
 
     def _resume_hint(self) -> str:
+        """Tell how to continue from the saved state, and how many bytes to skip in the same file."""
         state, end = shlex.quote(str(self.options.save_state)), self.last.end if self.last else 0
-        return f"go on with --load-state {state} (in the same file: --skip {self.options.skip + end})"
+        return f"continue with --load-state {state} (in the same file add --skip {self.options.skip + end})"
 
     def _print_end(self) -> None:
+        """Print the totals of the stream, and where its state was saved."""
         from longspan.report import si_bytes
 
         options, last = self.options, self.last
         if options.save_at and not self.saved:
-            say(f"the text ended before --save-at {options.save_at}; nothing was saved")
+            say(f"the text ended before --save-at {options.save_at}, so no state was saved")
         if options.quiet:
             return
         if last is None:
-            say("nothing to read")
+            say("the input is empty")
         else:
             speed = last.bytes / max(last.seconds, 1e-9)
             print(

@@ -1,6 +1,6 @@
-"""A text through a session, block by block: what it cost, how fast it went, how much memory was held.
+"""Feeds a text to a streaming session block by block, and measures loss, speed and memory.
 
-Imported by the verbs when they run, as it needs torch.
+Imported only when a command runs, because it needs torch.
 """
 
 import contextlib
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
     from longspan.tasks.base import Array
     from longspan.tasks.tokenizers import Tokenizer
 
-# bytes fed at once, about: more would gain nothing and take memory
+# approximate number of bytes fed to the session at once: more would not be faster and takes more memory
 READ = 4096
-# bytes that are reported on at once
+# default number of bytes per reported block
 BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """What is known after a block.
+    """Figures of a stream after one block of it.
 
     Attributes:
-        bytes: read by this process, this block included.
-        tokens: the same in tokens.
-        position: tokens of the whole stream, those before a saved state included.
-        bits_per_byte: of this block; NaN where it completed no token.
-        mean_bits_per_byte: of all that this process has read.
-        bytes_per_second: while this block was read.
-        seconds: since this process began to read.
-        resident: bytes of memory that the process holds; None where the system does not say.
-        peak: the most it has ever held.
-        state_bytes: of the model's state.
-        read: bytes taken from the file.
-        held_back: of them, bytes that no token stands for yet: the start of a character.
+        bytes: number of bytes read by this process, including this block.
+        tokens: number of tokens read by this process, including this block.
+        position: tokens of the whole stream, including those before a loaded state.
+        bits_per_byte: loss of this block; NaN if it completed no token.
+        mean_bits_per_byte: loss of everything that this process has read.
+        bytes_per_second: speed of this block.
+        seconds: time since this process began to read.
+        resident: memory of the process in bytes; None if the system does not report it.
+        peak: largest memory that the process has used so far, in bytes; None if unknown.
+        state_bytes: size of the model's state.
+        read: bytes read from the file.
+        held_back: those of the read bytes that are not yet encoded as tokens, such as half a character.
     """
 
     bytes: int
@@ -64,11 +64,11 @@ class Block:
 
     @property
     def end(self) -> int:
-        """Bytes of the file that the state knows; what goes on begins there."""
+        """Number of bytes of the file that the state has read; a resumed stream begins there."""
         return self.read - self.held_back
 
     def lines(self) -> tuple[str, ...]:
-        """In words, of even width, for 80 columns; then shorter, for fewer."""
+        """Return status lines of constant width, the longest (for 80 columns) first, then shorter ones."""
         from longspan.report import si_bytes
 
         begin = f"{self.bytes:>11,} bytes  {self.bits_per_byte:6.4f} bits/byte"
@@ -77,13 +77,13 @@ class Block:
         return (*memory, whole, f"{begin}  {self.bytes_per_second:>7,.0f}/s", begin, f"{self.bytes:,} bytes")
 
     def record(self) -> dict[str, Any]:
-        """As plain data for a log."""
+        """Return the figures as a dict for the JSON log, with None instead of NaN."""
         record = asdict(self)
         return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
 
 
 class Counter:
-    """Sums over the blocks of a stream."""
+    """Accumulates bytes, tokens and losses over the blocks of a stream."""
 
     def __init__(self, session: "StreamSession", tokenizer: "Tokenizer") -> None:
         self.session, self.tokenizer = session, tokenizer
@@ -92,7 +92,14 @@ class Counter:
         self.started = self.last = time.perf_counter()
 
     def block(self, ids: "Array", losses: "Array", read: int, held_back: int) -> Block:
-        """Count a block that was fed; the rest as in `Block`."""
+        """Add one block and return the figures so far.
+
+        Args:
+            ids: (tokens,) token ids of the block.
+            losses: (tokens,) their losses in nats.
+            read: bytes read from the file so far.
+            held_back: bytes read but not yet encoded as tokens.
+        """
         count, nats = int(self.tokenizer.sizes[ids].sum()), float(losses.sum(dtype="float64"))
         now = time.perf_counter()
         took, self.last = now - self.last, now
@@ -116,9 +123,10 @@ class Counter:
 
 
 class Stop:
-    """Ctrl-C interrupts the waiting for input and is otherwise only noted, so that state and records stay whole.
+    """Stops a stream on Ctrl-C, SIGTERM or SIGHUP without leaving the state or the log half updated.
 
-    So do SIGTERM and SIGHUP. The second one ends it all.
+    The first signal interrupts waiting for input; during computation it only sets `stopping`, which the caller checks
+    after each block. The second signal raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
@@ -126,7 +134,7 @@ class Stop:
         self.waiting = False
 
     def listening(self) -> contextlib.AbstractContextManager[None]:
-        """Listen to SIGINT, SIGTERM and SIGHUP, where this is the main thread."""
+        """Return a context that handles SIGINT, SIGTERM and SIGHUP; without effect outside the main thread."""
         return handling(stop_signals(), self._ask)
 
     def _ask(self, *_: object) -> None:
@@ -136,7 +144,7 @@ class Stop:
 
 
 def begin(session: "StreamSession", tokenizer: "Tokenizer") -> None:
-    """Let a new session read the token that every document begins with, so that the first byte is predicted too."""
+    """Feed a new session the token that begins every document, so that the first byte is predicted, too."""
     if session.position == 0:
         session.feed([tokenizer.begin])
 
@@ -153,25 +161,25 @@ def feed(
     stop: Stop,
     losses: bool = True,
 ) -> "Iterator[tuple[Block, Array]]":
-    """Read a file to its end, or to a limit.
+    """Feed a file to a session, block by block, to its end or to a limit.
 
     Args:
-        session: reads; `begin` it first.
-        file: what is read.
+        session: to feed; call `begin` with it first.
+        file: to read.
         tokenizer: of the session's model.
-        encoder: fresh, of the tokenizer.
-        block: bytes read at once.
-        cuts: counts of bytes at which a block is to end, so that the caller may save there.
-        limit: stop after so many bytes; 0: at the end.
-        stop: listens to Ctrl-C, which ends the reading as the end of the file does.
-        losses: what each token cost is of interest; else it is NaN, which takes less time.
+        encoder: a new encoder of the tokenizer.
+        block: bytes per block.
+        cuts: byte counts at which a block must end, so that the caller can save the state there.
+        limit: stop after this many bytes; 0: at the end.
+        stop: handles Ctrl-C, which ends reading as the end of the file does.
+        losses: compute the loss of each token; False is faster and yields NaN.
 
     Yields:
-        After each block what is known, and (tokens,) float32 nats of its tokens.
+        After each block its figures, and the losses of its tokens in nats, (tokens,) float32.
 
     Raises:
-        DataError: bytes that the encoder refuses; all before them have been read, and yielded.
-        OSError: the file cannot be read on; as above.
+        DataError: bytes that the encoder cannot decode; everything before them has been fed and yielded.
+        OSError: the file cannot be read further; everything before the error has been fed and yielded.
     """
     counter = Counter(session, tokenizer)
     cut_points = sorted({cut for cut in (*cuts, limit) if cut > 0})
@@ -191,14 +199,14 @@ def feed(
             if done or read in cut_points:
                 ids = _join([ids, encoder.flush(end=not data and not stop.stopping)])
         except (DataError, OSError) as error:
-            # what stands before it is read all the same
+            # the text before the error is still fed to the session
             problem, done = error, True
             ids = encoder.flush(end=False)
         if len(ids):
             out = session.feed(torch.from_numpy(ids.astype("int64")), losses=losses)
             nats = out.numpy() if losses else np.full(len(ids), np.nan, np.float32)
             parts.append((ids, nats))
-        # a short read is an input that pauses: what is known is shown
+        # a short read means that the input pauses, so the figures so far are shown
         if parts and (read == border or len(data) < count or problem is not None):
             ids, nats = (_join(list(part)) for part in zip(*parts, strict=True))
             yield counter.block(ids, nats, read, encoder.held_back), nats
@@ -210,33 +218,41 @@ def feed(
 
 
 def _read(file: BinaryIO, count: int, stop: Stop) -> bytes:
-    """The next bytes; none at the end, and after Ctrl-C."""
+    """Read up to `count` bytes; empty at the end of the file and after Ctrl-C."""
     try:
-        # set before the question, so that a Ctrl-C between the two is not waited out
+        # set before `stopping` is checked, so that a Ctrl-C between the two interrupts the read
         stop.waiting = True
         return b"" if stop.stopping else read_some(file, count)
     except KeyboardInterrupt:
-        # nothing was being computed, so the state is whole
+        # the model was not computing, so the state is consistent
         return b""
     finally:
         stop.waiting = False
 
 
 def _until_chunk(session: "StreamSession") -> int:
-    """Tokens to the end of a chunk some way ahead: read so, no chunk is computed in two calls."""
+    """Return the number of tokens to a chunk boundary about `READ` tokens ahead.
+
+    Reading up to a boundary means that no chunk of the model is computed in two calls.
+    """
     ahead = session.chunk * max(READ // session.chunk, 1)
     return ahead - session.position % session.chunk
 
 
 def _join(parts: "list[Array]") -> "Array":
+    """Concatenate arrays; a single one is returned without a copy."""
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 class Records:
-    """What a stream leaves behind: a log of JSON lines, and the loss of every token as raw float32; both optional.
+    """Writes the log of a stream as JSON lines and the loss of every token as raw float32; both files are optional.
+
+    Args:
+        log: file of the log; None: do not write it.
+        losses: file of the losses; None: do not write it.
 
     Raises:
-        DataError: a file that cannot be written.
+        DataError: a file cannot be written.
     """
 
     def __init__(self, log: Path | None, losses: Path | None) -> None:
@@ -250,11 +266,12 @@ class Records:
                     raise DataError(f"{path}: cannot be written: {error.strerror or error}") from None
 
     def write(self, block: Block, losses: "Array") -> None:
-        """Append a block."""
+        """Append the figures of a block to the log, and its losses, (tokens,) in nats, to the other file."""
         self._append("log", (json.dumps(block.record()) + "\n").encode())
         self._append("losses", losses.astype("<f4").tobytes())
 
     def _append(self, name: str, data: bytes) -> None:
+        """Append bytes to the file `"log"` or `"losses"`, if it was requested."""
         if file := self._files.get(name):
             try:
                 file.write(data)
@@ -263,7 +280,7 @@ class Records:
                 raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
-        """Close the files; what a full disk did not take is lost, as `write` has said."""
+        """Close the files; errors are ignored, because `write` has flushed and reported them."""
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()

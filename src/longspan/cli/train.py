@@ -18,7 +18,7 @@ def train(
         str | None,
         typer.Argument(
             metavar="RECIPE",
-            help="A TOML file with the tables model, task and train, or a name of `longspan recipes`.",
+            help="A TOML file with the tables model, task and train, or a name listed by `longspan recipes`.",
             show_default=False,
         ),
     ] = None,
@@ -29,21 +29,21 @@ def train(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="The run's folder.", show_default="runs/<name of the recipe>"
+            "--output", "-o", metavar="DIR", help="Folder of the run.", show_default="runs/<name of the recipe>"
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="The same as --set train.device=NAME.", show_default=False)
+        str, typer.Option("--device", metavar="NAME", help="Short for --set train.device=NAME.", show_default=False)
     ] = "",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="TYPE", help="The same as --set train.dtype=TYPE.", show_default=False)
+        str, typer.Option("--dtype", metavar="TYPE", help="Short for --set train.dtype=TYPE.", show_default=False)
     ] = "",
 ) -> int:
     """Train a model from a recipe.
 
-    The run's folder gets the model, its tokenizer, checkpoints and a log. Ctrl-C finishes the step, saves, and ends;
-    --resume goes on as if nothing had happened. Start one of several processes each with torchrun.
+    Writes the model, its tokenizer, checkpoints and a log to the folder of the run. Ctrl-C finishes the current step,
+    saves and exits; --resume continues with identical results. For several GPUs or processes, start it with torchrun.
 
     Examples:
       longspan train tiny
@@ -51,7 +51,9 @@ def train(
       longspan train --resume -o runs/larger
     """
     if recipe is None and not (resume and output):
-        raise ConfigError("no recipe; `longspan train RECIPE`, or `longspan train --resume -o DIR` to go on with a run")
+        raise ConfigError(
+            "RECIPE is missing: give `longspan train RECIPE`, or `longspan train --resume -o DIR` to continue a run"
+        )
     folder = check_output_folder(output or Path("runs") / (Path(recipe).stem if recipe else ""), "--output")
     assignments = (set_ or []) + [
         f"train.{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value
@@ -61,13 +63,14 @@ def train(
     if int(os.environ.get("RANK", "0")) != 0:
         return 0
     if outcome.interrupted:
-        say(f"go on with: longspan train --resume -o {name}")
+        say(f"continue with: longspan train --resume -o {name}")
         return 130
     _print_result(outcome, name)
     return 0
 
 
 def _run(recipe: str | None, assignments: list[str], folder: Path, resume: bool) -> Any:
+    """Read the recipe, apply the overrides, train, and return the `Result` of the run."""
     from longspan.config import override, read_toml
     from longspan.train import locate_recipe, run
 
@@ -75,12 +78,13 @@ def _run(recipe: str | None, assignments: list[str], folder: Path, resume: bool)
     missing = [name for name in ("model", "task") if recipe is not None and not resume and not data.get(name)]
     if missing:
         raise ConfigError(
-            f"{recipe}: the table [{missing[0]}] is missing or empty; `longspan recipes --show tiny` prints a recipe"
+            f"{recipe}: the table [{missing[0]}] is missing or empty; add it, as in `longspan recipes --show tiny`"
         )
     return run(data, folder, resume=resume)
 
 
 def _print_result(outcome: Any, name: str) -> None:
+    """Print the steps, the final figures and the next commands for a finished run; `name` is its quoted folder."""
     from longspan.files import read_json
 
     figures = "  ".join(
@@ -92,10 +96,10 @@ def _print_result(outcome: Any, name: str) -> None:
         f"{name}: {outcome.step:,} steps, {outcome.tokens:,} tokens in {outcome.seconds / 60:.1f} min", markup=False
     )
     if figures:
-        out.print(f"held back: {figures}", markup=False)
+        out.print(f"held-out: {figures}", markup=False)
     kind = read_json(outcome.folder / "recipe.json")["task"]["name"]
-    further = {
+    next_commands = {
         "memory": f"longspan eval {name} --segments 1,16,256",
         "text": f"longspan eval {name} | longspan stream {name} FILE | longspan generate {name}",
     }
-    print_command(f"next: {further.get(kind, f'longspan eval {name}')}")
+    print_command(f"next: {next_commands.get(kind, f'longspan eval {name}')}")

@@ -1,7 +1,7 @@
-"""Reports: tables, figures and one self-contained HTML page with the numbers beside it as JSON.
+"""Reports: tables, figures and a self-contained HTML page, with the numbers as JSON in a second file.
 
-Knows nothing of models or runs: numbers and words go in, files come out. Figures are in `longspan.report.figures`,
-which loads matplotlib; this package itself does not.
+Independent of models and runs: numbers and texts go in, files come out. Figures are in `longspan.report.figures`,
+which imports matplotlib; this package itself does not.
 """
 
 from longspan.report.page import Block, Code, Passage, Picture, Quote, Section, Text, page, write_report

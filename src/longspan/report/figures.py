@@ -1,6 +1,6 @@
-"""Figures, drawn on objects of their own: no pyplot, no global state, no display needed.
+"""Figures drawn with matplotlib objects: without pyplot, global state or a display.
 
-The only file of the library that imports matplotlib, so tables and pages without figures cost nothing.
+The only module of the library that imports matplotlib, so tables and pages without figures do not load it.
 """
 
 import io
@@ -31,9 +31,9 @@ __all__ = [
     "to_png",
 ]
 
-# letters of tick labels that stand side by side in a figure of the usual width; more are written aslant
+# tick labels with more letters than this in total do not fit side by side and are rotated
 LETTERS_IN_A_LINE = 90
-# series whose names stand inside the axes; the names of more would hide them, and stand below
+# a legend with more series than this would hide the lines, so it is placed below the axes
 LABELS_INSIDE = 4
 
 
@@ -42,14 +42,13 @@ class Series:
     """One line of a figure.
 
     Attributes:
-        x: where the points are.
-        y: how high they are; NaN leaves a gap.
-        label: in the legend; empty: not there.
-        low: lower ends of intervals, as many as points; None: no intervals.
-        high: their upper ends.
-        kind: "line"; "marked" joins the points and shows them; "points" shows them alone; "faint" is a thin line behind
-            the others.
-        color: number of the theme's color; None: the series' own number.
+        x: x coordinates of the points.
+        y: y coordinates of the points; NaN leaves a gap.
+        label: name in the legend; empty: not in the legend.
+        low: lower ends of the intervals, one per point; None: no intervals.
+        high: upper ends of the intervals.
+        kind: "line"; "marked", a line with markers; "points", only markers; "faint", a thin line behind the others.
+        color: index into the theme's colors; None: the index of the series.
     """
 
     x: Sequence[float]
@@ -63,7 +62,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place on the x axis (or, with `horizontal`, a height) that the figure points out."""
+    """A dashed vertical line at an x value (or, with `horizontal`, a horizontal one at a y value) with a label."""
 
     at: float
     label: str = ""
@@ -84,23 +83,23 @@ def line_figure(
     theme: Theme = LIGHT,
     size: tuple[float, float] = (6.6, 3.5),
 ) -> Figure:
-    """Lines over one axis.
+    """Draw lines over a common x axis.
 
     Args:
-        series: what is drawn, the first in front.
-        xlabel: what lies along the axis, with its unit.
-        ylabel: what is measured, with its unit; written above the axis, to be read without turning the head.
+        series: lines to draw; the first is in front.
+        xlabel: label of the x axis, with its unit.
+        ylabel: label of the y axis, with its unit; written horizontally above the axis.
         title: of the figure.
-        marks: places to point out.
-        xscale: "log2" is linear below the smallest positive value, so that 0 has its place.
-        yscale: of the y axis.
-        ylim: of the y axis; None: as the data want it.
-        xticks: where ticks stand, with what is written there if that is no number; None: as matplotlib puts them.
+        marks: values to highlight.
+        xscale: "log2" is linear below the smallest positive value, so that 0 can be shown.
+        yscale: scale of the y axis.
+        ylim: limits of the y axis; None: chosen from the data.
+        xticks: positions of the ticks, or a mapping from positions to labels; None: chosen by matplotlib.
         theme: colors.
-        size: inches.
+        size: width and height in inches.
 
     Returns:
-        The figure, with a canvas; `to_png` makes a picture of it.
+        The figure with its canvas; `to_png` renders it.
     """
     with matplotlib.rc_context(theme.settings()):
         figure = Figure(figsize=size, layout="constrained")
@@ -117,7 +116,7 @@ def line_figure(
         axes.margins(x=0.02)
         for mark in marks:
             _mark(axes, mark, theme)
-        # last, as it ends what widens the axis: a height that is pointed out is to be seen
+        # set last, because marks may widen the axis and must stay visible
         axes.set_ylim(*ylim)
         axes.set_xlabel(xlabel)
         axes.set_title(ylabel, fontsize=9.5, fontweight="normal", color=theme.faint)
@@ -131,12 +130,12 @@ def line_figure(
             axes.set_xticklabels(list(xticks.values()), **tilt)
         else:
             axes.xaxis.set_major_formatter(PlainNumbers())
-        # on a logarithmic axis every label for itself: 0.1 beside 1,000 needs no 1,000.0
-        one_by_one = FuncFormatter(lambda value, _: f"{value:,.10g}")
-        axes.yaxis.set_major_formatter(PlainNumbers() if yscale == "linear" else one_by_one)
+        # on a logarithmic axis every label has its own decimals: 0.1 next to 1,000, not 1,000.0
+        own_decimals = FuncFormatter(lambda value, _: f"{value:,.10g}")
+        axes.yaxis.set_major_formatter(PlainNumbers() if yscale == "linear" else own_decimals)
         axes.grid(visible=False, axis="x")
         labels = sum(bool(line.label) for line in series)
-        # whiskers are not seen by what finds a free place
+        # matplotlib's search for a free place for the legend ignores the whiskers of points
         if labels > LABELS_INSIDE or (labels > 1 and any(line.kind == "points" for line in series)):
             lines = -(-labels // 2)
             figure.set_size_inches(size[0], size[1] + 0.22 * lines)
@@ -148,22 +147,22 @@ def line_figure(
 
 @dataclass(frozen=True)
 class Panel:
-    """A square matrix with its title; NaN stays empty."""
+    """A square matrix (queries, keys) with its title; NaN stays blank."""
 
     title: str
     values: Sequence[Sequence[float]]
 
 
 def pattern_figure(panels: Sequence[Panel], *, bidirectional: bool = False, theme: Theme = LIGHT) -> Figure:
-    """Which keys queries read, as attention patterns are drawn in papers: queries down, keys across.
+    """Draw attention patterns: which keys each query reads; rows are queries, columns are keys.
 
     Args:
-        panels: square matrices of what a key weighs in the output of a query, zero where it is not read. What is read
-            has at least a third of the full color, which the heaviest key of a row has.
-        bidirectional: later keys are tinted as unread ones; else they stay blank, as no query could read them.
+        panels: square matrices with the weight of each key in the output of each query, zero if it is not read. A key
+            that is read has at least a third of the full color, which the largest weight of its row has.
+        bidirectional: tint later keys like other unread ones; False leaves them blank, as no query can read them.
         theme: colors.
     """
-    # laid out in pixels, every cell a whole number of them: fine patterns would shimmer else
+    # cells are a whole number of pixels, otherwise fine patterns show aliasing
     longest = max(len(panel.values) for panel in panels)
     columns = 2 if longest > 72 or len(panels) < 3 else 4
     cell = max(1, (1280 // columns - 60) // longest)
@@ -174,15 +173,16 @@ def pattern_figure(panels: Sequence[Panel], *, bidirectional: bool = False, them
         for panel in panels
     ]
     rows = [titles[first : first + columns] for first in range(0, len(titles), columns)]
-    heads = [14 + 22 * max(title.count("\n") + 1 for title in row) for row in rows]
-    width, height = columns * (side + left) + 18, sum(heads) + len(rows) * (side + bottom)
+    title_heights = [14 + 22 * max(title.count("\n") + 1 for title in row) for row in rows]
+    width, height = columns * (side + left) + 18, sum(title_heights) + len(rows) * (side + bottom)
     with matplotlib.rc_context(theme.settings()):
         figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH))
         FigureCanvasAgg(figure)
         for number, panel in enumerate(panels):
             row, column = divmod(number, columns)
-            corner = left + column * (side + left), height - sum(heads[: row + 1]) - row * (side + bottom) - side
-            axes = figure.add_axes((corner[0] / width, corner[1] / height, side / width, side / height))
+            x = left + column * (side + left)
+            y = height - sum(title_heights[: row + 1]) - row * (side + bottom) - side
+            axes = figure.add_axes((x / width, y / height, side / width, side / height))
             axes.imshow(_shades(panel.values, theme, bidirectional), interpolation="nearest")
             axes.set_title(titles[number], fontsize=7.5, fontweight="normal", linespacing=1.25, pad=5)
             last = len(panel.values) - 1
@@ -197,7 +197,7 @@ def pattern_figure(panels: Sequence[Panel], *, bidirectional: bool = False, them
 
 
 def _shades(values: Sequence[Sequence[float]], theme: Theme, bidirectional: bool) -> Any:
-    """(rows, columns, 4) colors of a pattern."""
+    """Return the RGBA colors of a pattern, (queries, keys, 4), from its weights, (queries, keys)."""
     weights = np.asarray(values, dtype=np.float64)
     heaviest = weights.max(-1, keepdims=True)
     shades = 1 / 3 + 2 / 3 * np.sqrt(weights / np.where(heaviest > 0, heaviest, 1))
@@ -209,19 +209,20 @@ def _shades(values: Sequence[Sequence[float]], theme: Theme, bidirectional: bool
 
 
 class PlainNumbers(Formatter):
-    """Tick labels without exponents, thousands apart, all with the decimals that the closest two need."""
+    """Formats tick labels without exponents, with thousands separators, all with the same number of decimals."""
 
     def __call__(self, value: float, pos: int | None = None) -> str:
-        """One label."""
+        """Format one tick label."""
         return self.format_ticks([value])[0]
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
-        """All labels of an axis."""
+        """Format all tick labels of an axis with as few decimals (at most 6) as show every value exactly."""
         decimals = next((d for d in range(7) if all(abs(round(v, d) - v) < 1e-9 * max(1, abs(v)) for v in values)), 6)
         return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
 
 
 def _draw(axes: Axes, series: Series, color: str, front: int) -> None:
+    """Draw a series and its intervals; series with a larger `front` are drawn over others."""
     faint = series.kind == "faint"
     axes.plot(
         series.x,
@@ -243,6 +244,7 @@ def _draw(axes: Axes, series: Series, color: str, front: int) -> None:
 
 
 def _mark(axes: Axes, mark: Mark, theme: Theme) -> None:
+    """Draw the dashed line and the label of a mark."""
     look = {"color": theme.faint, "linewidth": 1.0, "linestyle": (0, (4, 3)), "zorder": 2}
     label: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": theme.faint, "zorder": 19}
     label["bbox"] = {"boxstyle": "square,pad=0.15", "facecolor": theme.ground, "edgecolor": "none", "alpha": 0.85}
@@ -257,12 +259,19 @@ def _mark(axes: Axes, mark: Mark, theme: Theme) -> None:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file that holds no date, so that equal figures are equal files."""
+    """Render a figure as PNG bytes, without a date, so that equal figures give equal files."""
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
 
 
 def picture(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str = "") -> Picture:
-    """A figure in both themes; `draw` takes one, for example `lambda theme: line_figure(..., theme=theme)`."""
+    """Render a figure in the light and the dark theme.
+
+    Args:
+        name: file name without extension.
+        draw: takes a theme and returns the figure, for example `lambda theme: line_figure(..., theme=theme)`.
+        alt: description for screen readers.
+        caption: text below the figure.
+    """
     return Picture(name=name, light=to_png(draw(LIGHT)), dark=to_png(draw(DARK)), alt=alt, caption=caption)

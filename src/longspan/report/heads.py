@@ -1,4 +1,4 @@
-"""A number of each head of a model, as a table and as a figure."""
+"""Table and figure of one number per attention head of a model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,20 @@ from longspan.report.tables import Table
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads side by side: their layer (from 1), and the number of the first (from 1)."""
+    """Consecutive heads of one layer: the number of the layer and of the first head, both from 1."""
 
     layer: int
     first: int
 
 
 def head_table(rows: Sequence[tuple[Heads, list[float]]], write: Callable[[float], str], caption: str = "") -> Table:
-    """A number of each head: a row a layer, a column a head, and the mean."""
+    """Return a table with one number per head: a row per layer, a column per head, and the mean of the row.
+
+    Args:
+        rows: consecutive heads, and one number for each.
+        write: formats a number.
+        caption: of the table.
+    """
     last = max(heads.first + len(values) - 1 for heads, values in rows)
     cells = []
     for heads, values in rows:
@@ -35,19 +41,27 @@ def head_figure(
     ylim: tuple[float | None, float | None] = (0, None),
     caption: str = "",
 ) -> Picture:
-    """A number of each head as a point over its layer, and the means of the layers."""
-    # matplotlib is loaded where a figure is drawn
+    """Return a figure with one point per head over its layer, and a line through the means of the layers.
+
+    Args:
+        name: file name without extension.
+        rows: consecutive heads, and one number for each.
+        ylabel: label of the y axis.
+        ylim: limits of the y axis; None: chosen from the data.
+        caption: text below the figure.
+    """
+    # imported here, so that matplotlib is loaded only when a figure is drawn
     from longspan.report.figures import Series, line_figure, picture
 
     layers = [heads.layer for heads, _ in rows]
-    # heads side by side, so that equal ones do not hide each other
+    # heads of a layer are drawn next to each other, so that equal values stay visible
     spread = [
         (heads.layer + 0.3 * (head - (len(values) - 1) / 2) / max(len(values) - 1, 1), value)
         for heads, values in rows
         for head, value in enumerate(values)
     ]
     series = [
-        Series(x=[x for x, _ in spread], y=[y for _, y in spread], kind="points", label="a head"),
+        Series(x=[x for x, _ in spread], y=[y for _, y in spread], kind="points", label="one head"),
         Series(x=layers, y=[sum(values) / len(values) for _, values in rows], kind="marked", label="mean of the layer"),
     ]
     return picture(
@@ -55,6 +69,6 @@ def head_figure(
         lambda theme: line_figure(
             series, xlabel="layer", ylabel=ylabel, ylim=ylim, xticks=sorted(set(layers)), theme=theme
         ),
-        alt=f"{ylabel}, a point a head, over the layers",
+        alt=f"{ylabel} by layer, one point per head",
         caption=caption,
     )

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: pictures inside, no script, light and dark, readable on a phone."""
+"""Self-contained HTML pages: embedded pictures, no scripts, light and dark theme, readable on a phone."""
 
 import base64
 import functools
@@ -25,7 +25,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Commands or code, as typed."""
+    """Commands or code, shown in a monospaced font."""
 
     text: str
     kind: ClassVar[str] = "code"
@@ -33,7 +33,12 @@ class Code:
 
 @dataclass(frozen=True)
 class Quote:
-    """Text that a model read and wrote: `given` by us, `written` by it."""
+    """A prompt and the text that a model generated from it.
+
+    Attributes:
+        given: the prompt.
+        written: the generated text.
+    """
 
     given: str
     written: str
@@ -54,14 +59,14 @@ class Passage:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure in both themes.
+    """A figure in the light and the dark theme.
 
     Attributes:
-        name: of its file, without suffix.
-        light: PNG for a light page.
-        dark: PNG for a dark one.
-        alt: what is to be seen, for those who cannot.
-        caption: said below.
+        name: file name without extension.
+        light: PNG bytes for a light page.
+        dark: PNG bytes for a dark page.
+        alt: description for screen readers.
+        caption: text below the figure.
     """
 
     name: str
@@ -77,20 +82,20 @@ Block: TypeAlias = Text | Code | Quote | Passage | Picture | Table
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: Sequence[Block]
 
 
 def page(title: str, sections: Sequence[Section], *, lead: str = "", footer: str = "") -> str:
-    """The page as HTML, everything inside.
+    """Render a page as one HTML document with all pictures embedded.
 
     Args:
         title: of the page.
-        sections: what it shows, in order.
-        lead: a paragraph under the title.
-        footer: a line at the end, after the version.
+        sections: in order.
+        lead: paragraph below the title.
+        footer: text after the version at the end of the page.
     """
     template = _environment().get_template("page.html.j2")
     return template.render(title=title, lead=lead, sections=sections, footer=footer, version=__version__)
@@ -107,8 +112,16 @@ def write_report(
 ) -> Path:
     """Write `report.html`, `report.json` (the numbers) and every picture as `figures/NAME.png`, each file atomically.
 
+    Args:
+        folder: to write to; created if it does not exist.
+        title: of the page.
+        sections: in order.
+        data: content of `report.json`, to which title and version are added.
+        lead: paragraph below the title.
+        footer: text after the version at the end of the page.
+
     Returns:
-        The path of the page.
+        The path of `report.html`.
 
     Raises:
         CheckpointError: a file could not be written.
@@ -126,6 +139,7 @@ def write_report(
 
 @functools.cache
 def _environment() -> "jinja2.Environment":
+    """Return the jinja2 environment with the page's template and filters."""
     import jinja2
 
     environment = jinja2.Environment(

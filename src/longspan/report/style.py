@@ -1,4 +1,4 @@
-"""How figures look: two themes that follow the page, colors that color-blind readers can tell apart."""
+"""Style of figures: a light and a dark theme, with colors that color-blind readers can tell apart."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,10 @@ class Theme:
 
     Attributes:
         name: "light" or "dark".
-        ground: behind everything; the same as the page's.
-        ink: titles and lines that matter.
+        ground: background, the same as that of the page.
+        ink: titles and text.
         faint: tick labels and axis labels.
-        grid: of the grid and the axis.
+        grid: grid lines and axes.
         colors: of the series, in order.
     """
 
@@ -27,7 +27,7 @@ class Theme:
     colors: tuple[str, ...]
 
     def settings(self) -> Any:
-        """The matplotlib settings of this theme (a dict by name), for `rc_context`."""
+        """Return the matplotlib settings of this theme, a dict for `rc_context`."""
         faces = ("figure.facecolor", "savefig.facecolor", "axes.facecolor", "legend.facecolor", "legend.edgecolor")
         lines = ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
         labels = ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
@@ -40,7 +40,7 @@ class Theme:
         }
 
 
-# what does not depend on the theme
+# settings that do not depend on the theme
 _SETTINGS = {
     "figure.dpi": PIXELS_PER_INCH,
     "axes.titlelocation": "left",
@@ -58,7 +58,7 @@ _SETTINGS = {
     "lines.markersize": 5,
     "font.family": "DejaVu Sans",
 }
-# Okabe & Ito 2008, in the order in which neighbours differ most
+# Okabe & Ito 2008, ordered so that adjacent colors differ most
 LIGHT = Theme(
     name="light",
     ground="#ffffff",
@@ -67,7 +67,7 @@ LIGHT = Theme(
     grid="#dfe3ea",
     colors=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
 )
-# the same hues, light enough for a dark ground
+# the same hues, light enough for a dark background
 DARK = Theme(
     name="dark",
     ground="#14181f",

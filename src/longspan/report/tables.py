@@ -1,4 +1,4 @@
-"""Tables: the same object is printed on the terminal and set on the page."""
+"""Tables that can be printed on a terminal and rendered on an HTML page."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ class Table:
     """Rows of text under headings.
 
     Attributes:
-        columns: the headings; all empty: no heading row.
-        rows: as many cells each as there are columns.
-        right: which columns hold figures and are set flush right.
-        caption: said above the table.
-        state: one of "pass", "fail", "note" or "" for each row; marks the last cell. None: no row is marked.
+        columns: headings; if all are empty, there is no heading row.
+        rows: rows of cells, one cell per column.
+        right: indices of right-aligned columns, such as numbers.
+        caption: text above the table.
+        state: per row "pass", "fail", "note" or "", which colors its last cell; None: no row is colored.
     """
 
     columns: Sequence[str]
@@ -25,12 +25,13 @@ class Table:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A figure with thousands apart and a true minus."""
+    """Format a number with `digits` decimals, thousands separators and a typographic minus."""
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
 def si_bytes(count: float) -> str:
-    """Bytes in the unit that reads best, powers of 1024: `1.5 MiB`."""
+    """Format a number of bytes in B, KiB, MiB or GiB (powers of 1024): `1.5 MiB`."""
+
     if abs(count) < 1024:
         return f"{count:,.0f} B"
     power = min(int(math.log2(abs(count))) // 10, 3)

@@ -1,6 +1,6 @@
-"""What can be trained and measured; each task is a source of documents (`Documents`) made from a configuration.
+"""Tasks: sources of documents (`Documents`) to train and evaluate on, each built from a configuration.
 
-A new task is one file with a configuration and a class, and one line in `_TASKS`.
+To add a task, write one file with a configuration and a class, and add one line to `_TASKS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,30 +59,31 @@ _TASKS: dict[str, tuple[type[Any], Callable[[Any], Task]]] = {
 
 
 def names() -> list[str]:
-    """The names that a recipe's `[task] name = "..."` may give."""
+    """Return the names of all tasks, the values of `[task] name` in a recipe."""
     return sorted(_TASKS)
 
 
 def build(table: Mapping[str, Any]) -> Task:
-    """The task of a recipe's `[task]` table: its `name` (default `"text"`) and the fields of its configuration.
+    """Build the task of a recipe's `[task]` table: its `name` (default `"text"`) and the fields of its configuration.
 
     Raises:
-        ConfigError: an unknown task or field, with the nearest name.
+        ConfigError: the task or a field is unknown; the message suggests the most similar name.
     """
     config, make, _ = _lookup(table)
     return make(config)
 
 
 def resolve(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with every default filled in; raises as `build` does."""
+    """Return a `[task]` table with every default filled in; raises ConfigError for an unknown task or field."""
     config, _, name = _lookup(table)
     return {"name": name, **to_dict(config)}
 
 
 def _lookup(table: Mapping[str, Any]) -> tuple[Any, Callable[[Any], Task], str]:
+    """Return the configuration of a `[task]` table, the class of the task, and its name."""
     name = table.get("name", "text")
     if name not in _TASKS:
-        raise ConfigError(f"task.name = {name!r} is no task{nearest(str(name), _TASKS)}")
+        raise ConfigError(f"task.name = {name!r}: unknown task{nearest(str(name), _TASKS)}")
     config, make = _TASKS[name]
     fields = {key: value for key, value in table.items() if key != "name"}
     return from_dict(config, fields, "task"), make, name

@@ -1,9 +1,9 @@
-"""What a task is: an indexed source of documents, and nothing that moves.
+"""The interface of tasks: an indexed source of documents without any internal position.
 
-Document `i` of a split is a pure function of the task's configuration, so a position in the data is a few integers,
-every rank sees the same data, and a resumed run reads what the stopped one would have read. Text, generated samples
-and byte images all fit: a document says for each place which token goes in, which one is to be predicted there,
-whether that prediction counts, and how many units (bytes, for text) it stands for.
+Document `i` of a split is a pure function of the task's configuration. So a position in the data is a few integers,
+every process sees the same data, and a resumed run reads the same data as an uninterrupted one. For each position, a
+document has an input token, a target token, whether the prediction counts, and the size of the target in units (bytes,
+for text). Text, generated samples and byte images all fit.
 """
 
 from collections.abc import Sequence
@@ -16,41 +16,41 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 Split: TypeAlias = Literal["train", "validation"]
-# of tasks that hold back a last part, which nothing is chosen by
+# for tasks with a test split, on which no model or setting is selected
 TestedSplit: TypeAlias = Literal["train", "validation", "test"]
 
 
 class Piece(NamedTuple):
-    """A stretch of a document; every array is (length,)."""
+    """A range of positions of a document; every array is (length,)."""
 
     tokens: Array
-    """integer: what the model reads"""
+    """integer: input tokens"""
     targets: Array
-    """integer: what it is to predict at that place"""
+    """integer: tokens to predict at these positions"""
     graded: Array
     """bool: whether the prediction counts in the loss"""
     sizes: Array
-    """integer: units (bytes, for text) the target stands for"""
+    """integer: size of the target in units (bytes, for text)"""
 
 
 class Document(Protocol):
-    """A sequence that belongs together: what a model carries is emptied where one begins."""
+    """A sequence of tokens; the state of a model is reset at the start of each document."""
 
     def __len__(self) -> int:
-        """Number of places."""
+        """Return the number of positions."""
 
     def cut(self, first: int, last: int) -> Piece:
-        """Places `first` to `last` (excluded)."""
+        """Return positions `first` to `last` (excluded)."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents with their names; `documents[i]` costs nothing until it is cut."""
+    """A list of documents with their names; the contents of a document are read only when it is cut."""
 
     items: Sequence[Document]
     names: Sequence[str]
     fingerprint: str = ""
-    """digest of the contents: a resumed run refuses other data"""
+    """digest of the contents, by which a resumed run detects changed data"""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -60,7 +60,7 @@ class Documents:
 
     @property
     def lengths(self) -> Array:
-        """(documents,) int64 number of places of each."""
+        """(documents,) int64 number of positions of each document."""
         known: Array | None = getattr(self.items, "lengths", None)
         if known is not None:
             return known
@@ -68,20 +68,20 @@ class Documents:
 
 
 class Task(Protocol):
-    """What the trainer needs to know of a task."""
+    """Interface of a task, as the trainer and the evaluation use it."""
 
     unit: str
-    """what `Piece.sizes` counts: losses are reported in bits per this"""
+    """name of the units that `Piece.sizes` counts; losses are reported in bits per unit"""
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it; known after `prepare`."""
+        """Number of token ids; known after `prepare`."""
 
     def prepare(self, folder: Path, *, main: bool = True) -> None:
-        """Load what the run keeps beside its recipe (a tokenizer); the main process makes it where it is missing."""
+        """Load the files that a run stores for its task (a tokenizer); the main process creates them if missing."""
 
     def documents(self, split: Split) -> Documents:
-        """The documents to train on, or those held back.
+        """Return the training documents or the held-out (validation) documents.
 
         Raises:
             DataError: the data is missing, empty, or cannot be read.
@@ -89,7 +89,7 @@ class Task(Protocol):
 
 
 def heads(documents: Documents, length: int, count: int = 0) -> Documents:
-    """The first `length` tokens of the first `count` documents; 0: all."""
+    """Truncate documents: the first `length` tokens of each of the first `count` documents; 0: all."""
     if not length and not count:
         return documents
     chosen = list(zip(documents.items, documents.names, strict=True))[: count or None]
@@ -108,5 +108,5 @@ class Head:
         return self.length
 
     def cut(self, first: int, last: int) -> Piece:
-        """Places `first` to `last` (excluded)."""
+        """Return positions `first` to `last` (excluded)."""
         return self.document.cut(first, last)

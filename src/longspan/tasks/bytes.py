@@ -1,11 +1,12 @@
-"""Bytes that are no text: tiles of photographs and tunes in ABC notation (Child et al. 2019, sections 7.2 and 7.3).
+"""Tasks on bytes other than text: tiles of photographs, and tunes in ABC notation (Child et al. 2019, 7.2 and 7.3).
 
-A document is a tile or a tune, its bytes are predicted one after the other, and bits per byte are what the paper calls
-bits per dimension or per byte. Both know coordinates of a place, for `model.positions = "factorized"`: row, column and
-channel of a tile; of a tune the row and column in a matrix of `width` columns, as the paper does for text and audio
-with the stride as the width. A recipe that leaves `model.position_shape` out gets them.
+A document is one tile or tune, predicted byte by byte; bits per byte are the paper's bits per dimension or per byte.
+Both tasks supply the shape for factorized positions, unless the recipe sets `model.position_shape`: row, column and
+channel of a tile; for a tune, row and column in a matrix of `width` columns, as in the paper for text and audio, with
+the stride as the width.
 
-Tiles of one image are alike, and so are tunes of one title: the split parts images, and families of tunes.
+Tiles of one image are similar, and so are tunes of one title. Therefore the split keeps images, and families of tunes,
+together.
 """
 
 import io
@@ -28,7 +29,7 @@ from longspan.tasks.tokenizers import Bytes
 
 CHANNELS = 3
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# photographs in color that scikit-image ships, one of each scene
+# color photographs that scikit-image ships, one per scene
 IMAGES = (
     "astronaut.png",
     "chelsea.png",
@@ -39,20 +40,20 @@ IMAGES = (
     "retina.jpg",
     "rocket.jpg",
 )
-# collections that music21 ships as ABC; its Essen folk songs are not for commercial use and are left out
+# collections that music21 ships in ABC; its Essen folk songs, which exclude commercial use, are left out
 TUNES = ("airdsAirs", "oneills1850", "ryansMammoth")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TilesConfig:
-    """Which images, how they are cut, and what of them is held back.
+    """Fields of the task `tiles`.
 
     Attributes:
         source: `"images"` (eight photographs that scikit-image ships), an image file, a folder of them (recursive), a
             glob, or a list of these.
-        tile: rows and columns of a tile; a document is tile * tile * 3 bytes, rows first, channels fastest. What does
-            not fill a tile at the right and at the bottom is left out.
-        validation_fraction: share of the tiles that is held back, at most, in whole images (one at least).
+        tile: rows and columns of a tile; a document has tile * tile * 3 bytes, ordered by row, column, channel.
+            Incomplete tiles at the right and at the bottom are left out.
+        validation_fraction: largest share of held-out tiles; whole images (at least one) are held out.
         seed: of the split.
     """
 
@@ -68,16 +69,15 @@ class TilesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MusicConfig:
-    """Which tunes, and what of them is held back.
+    """Fields of the task `music`.
 
     Attributes:
         source: `"music"` (fiddle tunes that music21 ships), an ABC file, a folder of them (recursive), a glob, or a
             list of these. A tune begins at a line `X:`.
-        pattern: which files of a folder are read.
-        width: columns of the matrix that positions count through.
-        max_bytes: longer tunes are left out; rows are made for so many bytes.
-        validation_fraction: share of the tunes that is held back, at most; tunes that share a title or all of their
-            notes are not parted.
+        pattern: glob of the files to read in a folder.
+        width: columns of the matrix of factorized positions.
+        max_bytes: longer tunes are left out; the matrix of positions has this size.
+        validation_fraction: largest share of held-out tunes; tunes with a common title or equal notes stay together.
         seed: of the split.
     """
 
@@ -94,7 +94,7 @@ class MusicConfig:
 
 
 class ByteTask:
-    """Next-byte prediction on documents of a fixed split; a `Task`. The base of `TilesTask` and `MusicTask`."""
+    """Next-byte prediction on groups of similar documents: a `Task`, base class of `TilesTask` and `MusicTask`."""
 
     unit = "byte"
 
@@ -104,36 +104,36 @@ class ByteTask:
 
     @property
     def vocab_size(self) -> int:
-        """The 256 bytes; byte 0 stands before the first."""
+        """256; byte 0 begins every document."""
         return Bytes.vocab_size
 
     @property
     def position_shape(self) -> tuple[int, ...]:
-        """What places of a document count through, the last coordinate fastest."""
+        """Shape of factorized positions; the last coordinate changes fastest along a document."""
         raise NotImplementedError
 
     def prepare(self, folder: Path, *, main: bool = True) -> None:
-        """Nothing is kept."""
+        """Do nothing: the task stores no files."""
 
     def documents(self, split: Split) -> Documents:
-        """The documents of a split.
+        """Return the documents of a split.
 
         Raises:
-            DataError: the data is missing, cannot be read, or leaves nothing for one of the splits.
+            DataError: the data is missing, cannot be read, or is too little for both splits.
         """
         if self._split is None:
             documents, group = self._grouped(self.config.source)
             parts = split_groups(documents, group, self.config.validation_fraction, self.config.seed)
             if not all(parts.values()):
                 raise DataError(
-                    f"{self.config.source}: {len(documents)} document(s), all of one image or family, cannot be parted "
-                    "into training and validation; give more"
+                    f"{self.config.source}: {len(documents)} document(s), all of one image or family, cannot be split "
+                    "into training and validation; give more files"
                 )
             self._split = parts
         return _documents(self._split[split])
 
     def read(self, source: str | Sequence[str]) -> Documents:
-        """Any other data as documents; `source` as in the configuration.
+        """Read all documents of another source, which is given as in the configuration.
 
         Raises:
             DataError: the data is missing or cannot be read.
@@ -141,7 +141,7 @@ class ByteTask:
         return _documents(self._grouped(source)[0])
 
     def _grouped(self, source: str | Sequence[str]) -> tuple[Named, Array]:
-        """Documents (name, (bytes,) uint8), and (documents,) int64 numbers of what is not to be parted."""
+        """Read documents as (name, (bytes,) uint8), and the index of the group of each, (documents,) int64."""
         raise NotImplementedError
 
 
@@ -165,7 +165,7 @@ class TilesTask(ByteTask):
                     tiles.append((f"{name}:{row},{column}", tile.reshape(-1)))
                     owner.append(index)
         if not tiles:
-            raise DataError(f"{source}: no image of {size} x {size} pixels at least; set task.tile lower")
+            raise DataError(f"{source}: all images are smaller than {size} x {size} pixels; lower task.tile")
         return tiles, np.array(owner)
 
 
@@ -177,7 +177,7 @@ class MusicTask(ByteTask):
 
     @property
     def position_shape(self) -> tuple[int, ...]:
-        """Rows and columns of a matrix that the longest tune fills."""
+        """Rows and columns of the matrix that a tune of `max_bytes` fills."""
         return -(-self.config.max_bytes // self.config.width), self.config.width
 
     def _grouped(self, source: str | Sequence[str]) -> tuple[Named, Array]:
@@ -193,21 +193,29 @@ class MusicTask(ByteTask):
                     tunes.setdefault(tune, f"{name}:{number}")
         if not tunes:
             raise DataError(
-                f"{source}: no tune of at most {self.config.max_bytes} bytes; a tune has a line X: and a line K:"
+                f"{source}: has no tune of at most {self.config.max_bytes} bytes (a tune has a line X: and a line K:); "
+                "raise task.max_bytes, or give other files"
             )
         documents = [(name, np.frombuffer(tune, dtype=np.uint8)) for tune, name in tunes.items()]
         return documents, families([tune_keys(tune) for tune in tunes])
 
 
 def families(keys: Sequence[set[bytes]]) -> Array:
-    """(documents,) int64: a number that documents share where they have a key in common, or are linked by others."""
+    """Group documents that have a key in common, also indirectly through other documents.
+
+    Args:
+        keys: of each document.
+
+    Returns:
+        (documents,) int64, the least index of a document in the same group.
+    """
     first: dict[bytes, int] = {}
     pairs = [(first.setdefault(key, index), index) for index, those in enumerate(keys) for key in those]
     return linked(np.array(pairs, dtype=np.int64).reshape(-1, 2), len(keys))
 
 
 def abc_tunes(data: bytes) -> Iterator[bytes]:
-    """The tunes of an ABC file: from a line `X:` to the next, with a key (`K:`, where the notes begin)."""
+    """Yield the tunes of an ABC file: from a line `X:` to the next, if it has a line `K:`, after which notes begin."""
     text = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     for part in re.split(rb"^(?=X:)", text, flags=re.MULTILINE)[1:]:
         tune = part.strip() + b"\n"
@@ -216,11 +224,11 @@ def abc_tunes(data: bytes) -> Iterator[bytes]:
 
 
 def tune_keys(tune: bytes) -> set[bytes]:
-    """What tells that tunes are the same: their titles, without articles and punctuation, and their notes."""
+    """Return the keys by which tunes count as the same: titles without articles and punctuation, and the notes."""
     head, _, body = tune.partition(b"\nK:")
     keys = {b"K:" + re.sub(rb"\s", b"", body)}
     for title in re.findall(rb"^T:(.*)$", head, flags=re.MULTILINE):
-        # what follows two dashes is the kind of dance
+        # the kind of dance follows two dashes
         words = sorted(set(re.findall(rb"[a-z0-9]+", title.partition(b" -- ")[0].lower().replace(b"'", b""))))
         name = b" ".join(word for word in words if word not in (b"the", b"a"))
         keys |= {b"T:" + name} if name else set()
@@ -228,7 +236,7 @@ def tune_keys(tune: bytes) -> set[bytes]:
 
 
 def _images(source: str | Sequence[str]) -> Iterator[tuple[str, Array]]:
-    """Images as (name, (rows, columns, 3) uint8)."""
+    """Read images as (name, (rows, columns, 3) uint8); raises DataError if one is missing or damaged."""
     from PIL import Image
 
     if source == "images":
@@ -237,7 +245,7 @@ def _images(source: str | Sequence[str]) -> Iterator[tuple[str, Array]]:
     else:
         files = [file for file in read_source(source, pattern="*") if file[0].lower().endswith(SUFFIXES)]
         if not files:
-            raise DataError(f"{source}: no image in it ({', '.join(SUFFIXES)})")
+            raise DataError(f"{source}: has no image files ({', '.join(SUFFIXES)}); give other files")
     for name, data in files:
         try:
             with Image.open(io.BytesIO(data.tobytes())) as image:
@@ -248,6 +256,7 @@ def _images(source: str | Sequence[str]) -> Iterator[tuple[str, Array]]:
 
 
 def _documents(documents: Named) -> Documents:
+    """Return named bytes as documents that are predicted byte by byte."""
     tokenizer = Bytes()
     items: list[Document] = [TextDocument(data, tokenizer) for _, data in documents]
     return Documents(items, [name for name, _ in documents], arrays_digest(data for _, data in documents))

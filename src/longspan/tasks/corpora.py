@@ -1,6 +1,6 @@
-"""Corpora of the literature, from files that the user has: their official splits, and how their words are counted.
+"""Standard corpora, read from local files in their official splits, with their official ways to count words.
 
-None of them is fetched. A corpus is a function from the place of its files to the documents of every split.
+Nothing is downloaded. A corpus is a function from the path of its files to the documents of every split.
 """
 
 import csv
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Splits = dict[Split, list[Text]]
 
-# enwik8 and text8 are this many bytes; 90 % train, 5 % validate, 5 % test
+# size of enwik8 and text8; 90 % training, 5 % validation, 5 % test
 WIKIPEDIA_BYTES = 100_000_000
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
@@ -34,7 +34,7 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 
 
 class Official(NamedTuple):
-    """What the makers of a corpus count in a split."""
+    """Published numbers of documents and words of a split."""
 
     documents: int
     words: int
@@ -42,45 +42,54 @@ class Official(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """How a corpus is read, and how its words are counted for the perplexity of a word."""
+    """How to read a corpus, and how to count its words for the perplexity per word."""
 
     read: Callable[[str, "TextConfig", Sequence[Path]], Splits]
-    """of the place where it lies, without folders as `find_source` has it"""
+    """reads all splits: read(path, configuration, folders to skip)"""
     files: Callable[[Path, Sequence[Path]], Iterable[Path]]
-    """what is read; what does not exist does not matter"""
+    """lists the files that are read: files(path, folders to skip); may list files that do not exist"""
     lines_count: bool = False
-    """the end of a line counts as a word, as in WikiText"""
+    """whether the end of a line counts as a word, as in WikiText"""
     official: dict[Split, Official] | None = None
-    """counts that its makers publish, to divide by where a split is whole"""
+    """published counts per split, used for perplexities of whole splits"""
 
 
 def wikipedia(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
-    """enwik8 and text8: the first 90, the next 5 and the last 5 million bytes of one file, a document each.
+    """Read enwik8 or text8: the first 90, the next 5 and the last 5 million bytes of one file, each as one document.
+
+    Args:
+        source: the file, or the folder that contains it.
+        config: names the corpus.
+        without: not used.
 
     Raises:
-        DataError: the file is missing or has another size.
+        DataError: the file is missing or has the wrong size.
     """
     path = _one_file(source, config.corpus)
     data = read_file(path)
     if len(data) != WIKIPEDIA_BYTES:
-        packed = ", packed; unpack it" if path.suffix in (".zip", ".gz", ".bz2") else ""
+        packed = " and is compressed; unpack it" if path.suffix in (".zip", ".gz", ".bz2") else ""
         raise DataError(
-            f"{path}: {len(data):,} bytes{packed}; {config.corpus} has {WIKIPEDIA_BYTES:,}, which its splits are "
-            'counted in; another text is task.corpus = "text"'
+            f"{path}: has {len(data):,} bytes{packed}; {config.corpus} must have {WIKIPEDIA_BYTES:,}; for another text "
+            'set task.corpus = "text"'
         )
-    held_back = WIKIPEDIA_BYTES // 20
-    first, second = WIKIPEDIA_BYTES - 2 * held_back, WIKIPEDIA_BYTES - held_back
+    size = WIKIPEDIA_BYTES // 20
+    first, second = WIKIPEDIA_BYTES - 2 * size, WIKIPEDIA_BYTES - size
     parts: dict[Split, Array] = {"train": data[:first], "validation": data[first:second], "test": data[second:]}
     return {split: [held(f"{config.corpus} {split}", part)] for split, part in parts.items()}
 
 
-# a line of white space, a title between single equals signs, and white space again
+# a blank line, a line with the title between single equals signs, and a blank line
 _TITLE = re.compile(rb"(?m)^ ?\r?\n = (?!= )(.+?)(?<! =) = ?\r?\n(?= ?\r?\n)")
 
 
 def wikitext(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
-    """WikiText-103 and WikiText-2: a folder with `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens` (or
-    `.raw`); a document is an article.
+    """Read WikiText-103 or WikiText-2; each article is a document.
+
+    Args:
+        source: folder with `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens` (or `.raw`).
+        config: not used.
+        without: not used.
 
     Raises:
         DataError: a file is missing.
@@ -90,7 +99,7 @@ def wikitext(source: str, config: "TextConfig", without: Sequence[Path] = ()) ->
 
 
 def articles(path: Path) -> Iterator[Text]:
-    """The articles of a file of WikiText; what stands before the first title belongs to the first."""
+    """Yield the articles of a WikiText file; text before the first title belongs to the first article."""
     data = read_file(path)
     whole = np.ascontiguousarray(data).data
     matches = list(_TITLE.finditer(whole))
@@ -102,7 +111,12 @@ def articles(path: Path) -> Iterator[Text]:
 
 
 def pg19(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
-    """PG-19: the folders `train`, `validation` and `test`, a book in each `.txt`, and `metadata.csv` with the titles.
+    """Read PG-19; each book is a document.
+
+    Args:
+        source: folder with the folders `train`, `validation` and `test` of `.txt` files, and `metadata.csv` (titles).
+        config: not used.
+        without: not used.
 
     Raises:
         DataError: a folder is missing or empty.
@@ -113,14 +127,14 @@ def pg19(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Spl
         folder = next((Path(source) / name for name in names if (Path(source) / name).is_dir()), None)
         paths = sorted(folder.glob("*.txt")) if folder else []
         if not paths:
-            raise DataError(f"{source}: no {split}/*.txt; PG-19 is a folder that holds train, validation and test")
+            raise DataError(f"{source}: has no {split}/*.txt; give the PG-19 folder with train, validation and test")
         books = (file_text(f"{path.stem} {titles.get(path.stem, '')}".strip(), path) for path in paths)
         splits[split] = [book for book in books if book.size]
     return splits
 
 
 def _titles(path: Path) -> dict[str, str]:
-    """Titles by number, of the lines `number,title,year,address`; none where there is no such file."""
+    """Read the titles of PG-19 by book number from `metadata.csv`; empty if the file does not exist."""
     if not path.is_file():
         return {}
     with open(path, encoding="utf-8", newline="") as file:
@@ -128,24 +142,27 @@ def _titles(path: Path) -> dict[str, str]:
 
 
 def dataset(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
-    """A dataset on disk: a folder of `datasets.save_to_disk`, or `.parquet` or `.jsonl` files named after their splits.
+    """Read a dataset from disk; each row is a document, the text of its column `task.field`.
 
-    A row is a document, in its column `task.field`. Where there is no validation split, the training split is parted as
-    `task.split` says.
+    Without a validation split, the training split is divided according to `task.split`.
+
+    Args:
+        source: folder written by `datasets.save_to_disk`, or `.parquet` or `.jsonl` files named after their splits.
+        config: names the column.
+        without: folders to skip.
 
     Raises:
-        DataError: nothing that can be read, no such column, or the library that reads it is missing.
+        DataError: there is no readable file or no such column, or the library `datasets` is not installed.
     """
     path = Path(source)
     splits = _saved(path, config.field) if _is_saved(path) else _tables(path, config.field, without)
     if not splits.get("train"):
-        raise DataError(
-            f"{source}: no rows to train on; a split named train, or files without a split's name, are read"
-        )
+        raise DataError(f"{source}: has no rows to train on; name a split train, or name no file after a split")
     return splits
 
 
 def _rows_files(path: Path, without: Sequence[Path] = ()) -> list[Path]:
+    """List the files of a dataset: a single file, a saved dataset's files, or `.parquet` and `.jsonl` in a folder."""
     if not path.is_dir():
         return [path]
     suffixes = ("arrow", "json") if _is_saved(path) else ("parquet", "jsonl")
@@ -153,16 +170,18 @@ def _rows_files(path: Path, without: Sequence[Path] = ()) -> list[Path]:
 
 
 def _is_saved(path: Path) -> bool:
+    """Return whether a folder was written by `datasets.save_to_disk`."""
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
 
 
 def _saved(path: Path, field: str) -> Splits:
+    """Read the splits of a folder written by `datasets.save_to_disk`; rows stay on disk until they are read."""
     datasets = _library("datasets", path)
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: cannot be read as a saved dataset: {error}") from None
-    # one dataset without splits is a list of rows, several are a dict
+    # a dataset without splits is loaded as one table, otherwise as a dict of tables
     named = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     splits: Splits = {}
     for name, split in _splits_of(path, named).items():
@@ -175,7 +194,14 @@ def _saved(path: Path, field: str) -> Splits:
 
 
 def _rows(rows: Any, field: str, name: str, path: Path) -> Iterator[Text]:
-    """Rows of a mapped dataset, which stay on disk until they are read."""
+    """Yield the rows of a memory-mapped dataset as documents, which stay on disk until they are read.
+
+    Args:
+        rows: table of the library `datasets`, in arrow format.
+        field: column of the text.
+        name: of the split, for the names of the documents.
+        path: of the dataset, for error messages.
+    """
     compute = _library("pyarrow.compute", path)
 
     def read(index: int) -> Array:
@@ -188,7 +214,7 @@ def _rows(rows: Any, field: str, name: str, path: Path) -> Iterator[Text]:
             sizes = compute.binary_length(column).to_pylist()
         except NotImplementedError:
             raise DataError(
-                f"{path}: {name}, from row {first} on: column {field!r} holds {column.type}, not text; set task.field"
+                f"{path}: {name}, row {first}: column {field!r} has type {column.type}, not text; set task.field"
             ) from None
         for index, size in enumerate(sizes, first):
             if size:
@@ -197,11 +223,11 @@ def _rows(rows: Any, field: str, name: str, path: Path) -> Iterator[Text]:
 
 
 def _tables(path: Path, field: str, without: Sequence[Path]) -> Splits:
-    """Files of rows; of a folder's, each belongs to the split that its folder or its name says."""
+    """Read `.parquet` and `.jsonl` files; a file belongs to the split that its folder or its name mentions."""
     names: dict[str, Path] = {}
     for file in sorted(_rows_files(path, without)):
         if file.suffix not in (".parquet", ".jsonl") or not file.is_file():
-            raise DataError(f"{file}: not a file of .parquet or .jsonl")
+            raise DataError(f"{file}: is not a .parquet or .jsonl file; set task.source to such files")
         names[file.name if file == path else file.relative_to(path).as_posix()] = file
     splits: Splits = {}
     for name, split in _splits_of(path, names).items():
@@ -211,6 +237,7 @@ def _tables(path: Path, field: str, without: Sequence[Path]) -> Splits:
 
 
 def _parquet(path: Path, field: str) -> Iterator[tuple[int, Array]]:
+    """Yield the rows of a column of a parquet file as (row number, (bytes,) uint8)."""
     parquet = _library("pyarrow.parquet", path)
     try:
         file = parquet.ParquetFile(path)
@@ -228,6 +255,7 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[int, Array]]:
 
 
 def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
+    """Yield a field of every line of a `.jsonl` file as (line number from 0, (bytes,) uint8)."""
     try:
         with open(path, "rb") as file:
             for index, line in enumerate(file):
@@ -236,9 +264,11 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
                 try:
                     row = json.loads(line.decode())
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{path}: line {index + 1} is not UTF-8 at its byte {error.start}") from None
+                    raise DataError(
+                        f"{path}: line {index + 1} is not UTF-8 at its byte {error.start}; convert the file to UTF-8"
+                    ) from None
                 except ValueError as error:
-                    raise DataError(f"{path}: line {index + 1} is not JSON: {error}") from None
+                    raise DataError(f"{path}: line {index + 1} is not JSON ({error}); correct the line") from None
                 if not isinstance(row, dict) or field not in row:
                     raise _no_column(path, field, list(row) if isinstance(row, dict) else [])
                 yield index, _bytes(row[field], f"{path}: line {index + 1}", field)
@@ -247,70 +277,85 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
 
 
 def _bytes(value: Any, where: str, field: str) -> Array:
-    """A cell as bytes; none of a missing one. Raises DataError: it is no text; `where` says which file and row."""
+    """Return a cell of a table as bytes, empty for a missing one.
+
+    Args:
+        value: of the cell.
+        where: file and row, for error messages.
+        field: name of the column, for error messages.
+
+    Raises:
+        DataError: the cell is not text.
+    """
     if not isinstance(value, str | bytes | None):
-        raise DataError(f"{where}: {field!r} is of type {type(value).__name__}, not text; set task.field")
+        raise DataError(f"{where}: {field!r} has type {type(value).__name__}, not text; set task.field")
     try:
         data = value.encode() if isinstance(value, str) else value or b""
     except UnicodeEncodeError:
-        raise DataError(f"{where}: {field!r} holds half a surrogate pair, which is no text") from None
+        raise DataError(f"{where}: {field!r} has an unpaired surrogate, which is not valid text; correct it") from None
     return np.frombuffer(data, dtype=np.uint8)
 
 
 def _splits_of(path: Path, names: Iterable[str]) -> dict[str, Split]:
-    """The split of each name; all are of training where none names a split.
+    """Return the split of each file or table name; if no name mentions a split, all belong to training.
 
     Raises:
-        DataError: some name a split and others do not, or one names two: test data must not be trained on by mistake.
+        DataError: some names mention a split and others do not, or one mentions two. This prevents training on test
+            data by mistake.
     """
     splits = {name: _split_of(name) for name in names}
     known: dict[str, Split] = {name: split for name, split in splits.items() if split is not None}
     if known and len(known) < len(splits):
         unknown = [name for name in splits if name not in known]
         few = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise DataError(f"{path}: {few}: named after no split, as others are (train, validation, test); rename or move")
+        raise DataError(
+            f"{path}: {few}: not named after a split, although others are (train, validation, test); rename or move"
+        )
     return known or dict.fromkeys(splits, "train")
 
 
 def _split_of(name: str) -> Split | None:
-    """The split that a name says with any of its words, or the first of its folders that says one."""
+    """Return the split that a relative path mentions in the words of a folder or of its name; None if there is none."""
     for part in name.lower().split("/"):
         words = set(re.split(r"[^a-z]+", part))
         matches = [split for split, names in SPLIT_NAMES.items() if words & set(names)]
         if len(matches) > 1:
-            raise DataError(f"{name}: named after two splits, {' and '.join(matches)}; rename it")
+            raise DataError(f"{name}: is named after two splits, {' and '.join(matches)}; rename it")
         if matches:
             return matches[0]
     return None
 
 
 def _no_column(path: Path, field: str, known: Sequence[str]) -> DataError:
-    return DataError(f"{path}: no column {field!r} (columns: {', '.join(known) or 'none'}); set task.field")
+    """Return the error about a missing column, with the known columns."""
+    return DataError(f"{path}: has no column {field!r} (columns: {', '.join(known) or 'none'}); set task.field")
 
 
 def _library(name: str, path: Path) -> Any:
+    """Import a module of an optional library; raises DataError with the pip command if it is not installed."""
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(f"{path}: reading it needs the library datasets: pip install 'longspan[data]'") from None
+        raise DataError(f"{path}: needs the library datasets; run pip install 'longspan[data]'") from None
 
 
 def _one_file(source: str, name: str) -> Path:
-    """A file, or that of this name in a folder."""
+    """Return the path of a corpus file: `source` itself, or the file `name` in the folder `source`."""
     path = Path(source) / name if Path(source).is_dir() else Path(source)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; task.source is the path of {name}, or of the folder that holds it")
+        raise DataError(f"{path}: no such file; set task.source to the path of {name}, or to its folder")
     return path
 
 
 def _either(folder: Path, split: str) -> Path:
+    """Return the WikiText file of a split, `.tokens` or `.raw`."""
     paths = [folder / f"wiki.{split}.{suffix}" for suffix in ("tokens", "raw")]
     for path in paths:
         if path.is_file():
             return path
-    raise DataError(f"{paths[0]}: no such file (nor .raw); task.source is the folder that holds those of WikiText")
+    raise DataError(f"{paths[0]}: no such file (nor .raw); set task.source to the folder with the WikiText files")
 
 
 CORPORA: dict[str, Corpus] = {

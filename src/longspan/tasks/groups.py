@@ -1,4 +1,4 @@
-"""Documents of one group, such as the tiles of an image or a family of proteins, which a split keeps together."""
+"""Splits documents by group (such as the tiles of an image or a family of proteins): each group is in one split."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,15 +8,18 @@ import numpy as np
 from longspan.tasks.base import Array, Split
 
 Named = list[tuple[str, Array]]
-"""Documents: a name, and (length,) uint8"""
+"""Documents as (name, (length,) uint8)."""
 
 
 def linked(pairs: Array, count: int) -> Array:
-    """(count,) int64: the group of each document, by the least index in it.
+    """Group documents that are linked by pairs, also indirectly.
 
     Args:
-        pairs: (pairs, 2) int64 indices of documents that belong together; links of links do too.
-        count: of documents.
+        pairs: (pairs, 2) int64, indices of two documents that belong together.
+        count: number of documents.
+
+    Returns:
+        (count,) int64, the least index of a document in the same group.
     """
     group = np.arange(count)
     while len(pairs):
@@ -31,14 +34,14 @@ def linked(pairs: Array, count: int) -> Array:
     return group
 
 
-def held_back(group: Array, fraction: float, seed: int, *, at_least_one: bool = True) -> Array:
-    """(documents,) bool, which are held back: whole groups in a random order, each that fits into what is left.
+def held_out_documents(group: Array, fraction: float, seed: int, *, at_least_one: bool = True) -> Array:
+    """Select held-out documents, (documents,) bool: whole groups in random order, as long as they fit into `fraction`.
 
     Args:
-        group: (documents,) int64, the number of each one's group.
-        fraction: of the documents, at most.
-        seed: of the order.
-        at_least_one: where no group fits, the smallest is held back all the same.
+        group: (documents,) int64, the index of the group of each document.
+        fraction: largest share of held-out documents.
+        seed: of the random order.
+        at_least_one: if no group fits, hold out the smallest one anyway.
     """
     members = np.bincount(group)
     present = np.flatnonzero(members)
@@ -56,17 +59,25 @@ def held_back(group: Array, fraction: float, seed: int, *, at_least_one: bool = 
 def split_groups(
     documents: Named, group: Array, fraction: float, seed: int, *, at_least_one: bool = True
 ) -> dict[Split, Named]:
-    """Documents to train on and those held back, either perhaps empty; arguments as of `held_back`."""
+    """Split documents by group into training and validation; either may be empty.
+
+    Args:
+        documents: named documents.
+        group: (documents,) int64, the index of the group of each document.
+        fraction: largest share of held-out documents.
+        seed: of the random order in which groups are held out.
+        at_least_one: if no group fits into `fraction`, hold out the smallest one anyway.
+    """
     parts: dict[Split, Named] = {"train": [], "validation": []}
     for document, is_held_back in zip(
-        documents, held_back(group, fraction, seed, at_least_one=at_least_one), strict=True
+        documents, held_out_documents(group, fraction, seed, at_least_one=at_least_one), strict=True
     ):
         parts["validation" if is_held_back else "train"].append(document)
     return parts
 
 
 def arrays_digest(arrays: Iterable[Array], start: str = "") -> str:
-    """Digest of lengths and contents, behind `start`."""
+    """Return a digest of `start` and the lengths and contents of arrays, as hexadecimal text."""
     digest = hashlib.blake2b(start.encode(), digest_size=16)
     for array in arrays:
         digest.update(len(array).to_bytes(8, "little") + array.tobytes())

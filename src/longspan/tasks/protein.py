@@ -1,14 +1,14 @@
-"""Proteins: residues are hidden, and said from both sides (Devlin et al. 2019, 3.1; Choromanski et al. 2021, 4.4).
+"""Masked language modeling of proteins (Devlin et al. 2019, section 3.1; Choromanski et al. 2021, section 4.4).
 
-A document is a sequence between a begin and an end token. Of its amino acids 15 % are to be said: in training 8 in 10
-of them are hidden behind the mask token, 1 in 10 shows another amino acid at random, 1 in 10 stays; of held-back
-sequences all are hidden, else repeating what is seen would be right 1 time in 10. Which they are is a function of the
-seed, the sequence and the copy (each sequence comes in `copies` differently masked copies, as in BERT's data), so a
-resumed run sees what the stopped one would have seen.
+A document is a protein sequence between a begin and an end token. 15 % of its amino acids are predicted from
+bidirectional context. In training, 8 in 10 of these are replaced by the mask token, 1 in 10 by a random amino acid, and
+1 in 10 is unchanged. In held-out sequences all are masked, because otherwise copying the input would be correct 1 time
+in 10. The choice depends only on the seed, the sequence and the copy (each training sequence occurs in `copies`
+differently masked copies, as in BERT's data), so a resumed run sees the same data as an uninterrupted one.
 
-Equal sequences are read once. Proteins come in families, and a model that has seen a sister of a held-back sequence
-knows much of it by heart; so sequences that share a stretch of `family` residues are one family (single linkage), and
-whole families are held back.
+Duplicate sequences are read once. Proteins come in families, and a model that has seen a relative of a held-out
+sequence can recall much of it. Therefore sequences that share `family` consecutive residues form one family (single
+linkage), and whole families are held out.
 """
 
 from collections.abc import Sequence
@@ -34,15 +34,16 @@ _IDS[np.frombuffer("".join(VOCABULARY[FIRST:]).encode(), dtype=np.uint8)] = np.a
 
 @dataclass(frozen=True, kw_only=True)
 class ProteinConfig:
-    """Which sequences, what of them is held back, and what of each is to be said.
+    """Fields of the task `protein`.
 
     Attributes:
         source: `"proteins"`, a FASTA file, a folder of them (recursive), a glob, or a list of these.
-        pattern: which files of a folder are read.
-        family: sequences that share so many residues in a row are not parted by the split; 0: only equal ones are one.
-        validation_fraction: share of the sequences that is held back, at most.
-        share: of a sequence's amino acids that are to be said.
-        copies: differently masked ones of each training sequence; an epoch reads all.
+        pattern: glob of the files to read in a folder.
+        family: sequences that share this many consecutive residues stay in one split; 0: every sequence is its own
+            family.
+        validation_fraction: largest share of held-out sequences.
+        share: share of the amino acids of a sequence that are predicted.
+        copies: number of differently masked copies of each training sequence; an epoch reads all of them.
         seed: of the split and the masks.
     """
 
@@ -56,19 +57,20 @@ class ProteinConfig:
 
     def __post_init__(self) -> None:
         if self.family < 0 or self.family > 12:
-            raise ConfigError(f"task.family = {self.family}: 0, or residues in a row, up to 12")
+            raise ConfigError(f"task.family = {self.family}: must be from 0 to 12 consecutive residues")
         check_fractions(self, "task", ["validation_fraction", "share"])
         check_least(self, "task", {"copies": 1})
 
 
 class ProteinDocument:
-    """A sequence with its residues partly hidden.
+    """A protein sequence in which some amino acids are masked.
 
     Args:
         ids: (residues,) token ids of the sequence, without begin and end.
-        share: of its amino acids that are to be said.
-        seed: of the choice.
-        noise: some of them are not hidden: another amino acid stands there, or the right one.
+        share: share of its amino acids that are predicted.
+        seed: of the choice of amino acids.
+        noise: of those predicted, replace 1 in 10 by a random amino acid and leave 1 in 10 unchanged, instead of
+            masking all.
     """
 
     def __init__(self, ids: Array, share: float, seed: Sequence[int], *, noise: bool = True) -> None:
@@ -79,13 +81,13 @@ class ProteinDocument:
 
     @property
     def tokens(self) -> Array:
-        """(length,) int64: begin, residues, end, nothing hidden."""
+        """(length,) int64: begin, residues and end, without masks."""
         tokens = np.empty(len(self), dtype=np.int64)
         tokens[0], tokens[1:-1], tokens[-1] = BEGIN, self.ids, END
         return tokens
 
     def cut(self, first: int, last: int) -> Piece:
-        """Places `first` to `last` (excluded)."""
+        """Return positions `first` to `last` (excluded)."""
         targets = self.tokens
         tokens, graded = targets.copy(), np.zeros(len(targets), dtype=np.bool_)
         known = np.flatnonzero(is_amino_acid(targets))
@@ -100,7 +102,7 @@ class ProteinDocument:
 
 
 class ProteinTask:
-    """Masked language modelling on proteins; a `Task`."""
+    """Masked language modeling of proteins; a `Task`."""
 
     unit = "residue"
 
@@ -110,17 +112,17 @@ class ProteinTask:
 
     @property
     def vocab_size(self) -> int:
-        """Mask, begin, end, 20 amino acids, 6 letters for what is rare or not known."""
+        """29: mask, begin, end, 20 amino acids, and 6 letters for rare or unknown ones."""
         return len(VOCABULARY)
 
     def prepare(self, folder: Path, *, main: bool = True) -> None:
-        """Nothing is kept."""
+        """Do nothing: the task stores no files."""
 
     def sequences(self, split: Split) -> Named:
-        """(accession, (residues,) uint8 token ids) of a split.
+        """Return the sequences of a split as (accession, (residues,) uint8 token ids).
 
         Raises:
-            DataError: the sequences are missing, cannot be read, or leave nothing for one of the splits.
+            DataError: the sequences are missing, cannot be read, or are too few for both splits.
         """
         if self._sequences is None:
             config = self.config
@@ -129,22 +131,23 @@ class ProteinTask:
             parts = split_groups(sequences, family, config.validation_fraction, config.seed, at_least_one=False)
             if empty := [verb for verb, part in zip(("train", "validate"), parts.values(), strict=True) if not part]:
                 raise DataError(
-                    f"{config.source}: {len(sequences)} different sequence(s) of {len(np.unique(family))} families "
-                    f"leave nothing to {empty[0]} on; give more, or another task.family or task.validation_fraction"
+                    f"{config.source}: {len(sequences)} different sequence(s) in {len(np.unique(family))} families "
+                    f"leave none to {empty[0]} on; give more, or change task.family or task.validation_fraction"
                 )
             self._sequences = parts
         return self._sequences[split]
 
     def documents(self, split: Split) -> Documents:
-        """The sequences of a split, masked; of training `copies` of each.
+        """Return the masked sequences of a split, each training sequence in `copies` copies.
 
         Raises:
-            DataError: as `sequences`.
+            DataError: the sequences are missing, cannot be read, or are too few for both splits.
         """
         train = split == "train"
         return self._masked(self.sequences(split), self.config.copies if train else 1, noise=train)
 
     def _masked(self, sequences: Named, copies: int, *, noise: bool) -> Documents:
+        """Return `copies` differently masked documents of each sequence; `noise` as in `ProteinDocument`."""
         config = self.config
         items: list[Document] = []
         names: list[str] = []
@@ -156,7 +159,7 @@ class ProteinTask:
         return Documents(items, names, digest)
 
     def read(self, source: str | Sequence[str], *, pattern: str | None = None) -> Documents:
-        """Any other sequences, masked as held-back ones are; arguments as in `ProteinConfig`.
+        """Read other sequences and mask them like held-out ones; arguments are those of `ProteinConfig`.
 
         Raises:
             DataError: the sequences are missing or cannot be read.
@@ -164,7 +167,7 @@ class ProteinTask:
         return self._masked(_encoded(source, pattern or self.config.pattern), 1, noise=False)
 
     def frequencies(self) -> Array:
-        """(20,) fp64 shares of the amino acids in the training sequences, in the order of `AMINO_ACIDS`."""
+        """Return the shares of the amino acids in the training sequences, (20,) fp64 in the order of `AMINO_ACIDS`."""
         counts = sum(
             np.bincount(ids, minlength=len(VOCABULARY))[FIRST : FIRST + len(AMINO_ACIDS)]
             for _, ids in self.sequences("train")
@@ -174,13 +177,13 @@ class ProteinTask:
 
 
 def is_amino_acid(tokens: Array) -> Array:
-    """Which token ids are of the twenty amino acids."""
+    """Return which token ids are one of the twenty amino acids, bool of the same shape."""
     inside: Array = (tokens >= FIRST) & (tokens < FIRST + len(AMINO_ACIDS))
     return inside
 
 
 def _encoded(source: str | Sequence[str], pattern: str) -> Named:
-    """Sequences with an amino acid in them, each once."""
+    """Read and encode sequences, (name, (residues,) uint8), without duplicates and those without an amino acid."""
     sequences: dict[bytes, tuple[str, Array]] = {}
     for name, letters in read_source(source, pattern=pattern):
         ids = _IDS[letters]
@@ -190,12 +193,15 @@ def _encoded(source: str | Sequence[str], pattern: str) -> Named:
 
 
 def families(sequences: Sequence[Array], stretch: int) -> Array:
-    """(sequences,) the number of each one's family: the least index of a sequence in it.
+    """Group sequences into families by shared stretches of residues, also indirectly through other sequences.
 
     Args:
         sequences: (residues,) uint8 token ids each.
-        stretch: two sequences that have so many residues in a row in common are of one family, and so are those that
-            others link; 0: each is its own.
+        stretch: number of consecutive residues that two sequences of a family have in common; 0: each sequence is its
+            own family.
+
+    Returns:
+        (sequences,) int64, the least index of a sequence in the same family.
     """
     if not stretch or not len(sequences):
         return np.arange(len(sequences))
@@ -203,12 +209,12 @@ def families(sequences: Sequence[Array], stretch: int) -> Array:
 
 
 def _sharing(sequences: Sequence[Array], stretch: int) -> Array:
-    """(pairs, 2) indices of sequences that share a stretch; enough of them to link all that do."""
+    """Return pairs of sequences that share `stretch` consecutive residues, (pairs, 2), enough to link all that do."""
     border = np.zeros(1, dtype=np.uint8)
     text = np.concatenate([part for ids in sequences for part in (ids, border)])
     owner = np.repeat(np.arange(len(sequences)), [len(ids) + 1 for ids in sequences])
     count = max(len(text) - stretch + 1, 0)
-    # five bits a residue: twelve of them in one number
+    # five bits per residue, so twelve residues fit into one 64-bit number
     key, whole = np.zeros(count, dtype=np.uint64), np.ones(count, dtype=np.bool_)
     for offset in range(stretch):
         letters = text[offset : offset + count]

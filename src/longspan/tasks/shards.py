@@ -1,11 +1,11 @@
-"""Token shards: the ids of a split written once, one document after another, and read through memory maps.
+"""Token shards: the token ids of a split, written to disk once and read through memory maps.
 
-FOLDER/index.json        what the shards hold: type of an id, names and lengths of documents, digest of their text
-FOLDER/00000.tokens      ids as they lie in memory (little-endian); a document is never cut by the end of a file
+FOLDER/index.json        dtype of the ids, names and lengths of the documents, digest of their text
+FOLDER/00000.tokens      raw ids (little-endian), one document after another; no document spans two files
 
-The name of a folder is a digest of what it was made of, so a cache may be shared by runs, and what was made of other
-files, another tokenizer or another split is never taken for it. A folder is filled under a hidden name and renamed when
-it is on disk: what a kill interrupts is never seen, and is cleared away by the next build.
+The name of a folder is a digest of everything that determines its contents (files, tokenizer, split), so several runs
+can share a cache and never use the wrong one. A folder is filled under a hidden name and renamed when it is on disk;
+leftovers of killed processes are deleted by the next build.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from longspan.files import read_json, sync_folder, write_json
 from longspan.tasks.base import Array
 
 FORMAT = 1
-# a file is closed when it holds this many bytes
+# a new file is started after this many bytes
 SHARD_BYTES = 1 << 28
 _HIDDEN = ".building"
 
 
 class Shards(Sequence[Array]):
-    """The ids of every document, (length,) unsigned each, mapped when they are read.
+    """The token ids of documents on disk: a sequence of (length,) unsigned arrays, memory-mapped at first use.
 
     Args:
-        folder: that `write_shards` made.
+        folder: written by `write_shards`.
 
     Raises:
-        CheckpointError: it is not there, or damaged.
+        CheckpointError: the folder is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,12 +50,12 @@ class Shards(Sequence[Array]):
             self.fingerprint: str = index["fingerprint"]
             self.lengths: Array = np.array(index["lengths"], dtype=np.int64)
             self._type = np.dtype(index["dtype"])
-            # documents before each file, and how many there are in all
+            # index of the first document of each file, and the number of documents
             self._firsts = np.array([*index["firsts"], len(self.names)], dtype=np.int64)
             sound = index["format"] == FORMAT and len(self.names) == len(self.lengths)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{folder}: damaged tokens ({error!r}); delete the folder to make them anew"
+                f"{folder}: damaged token shards ({error!r}); delete the folder, and they are written again"
             ) from None
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self._starts = starts
@@ -63,7 +63,7 @@ class Shards(Sequence[Array]):
             path, size = self._path(number), int(starts[last] - starts[first]) * self._type.itemsize
             sound &= path.is_file() and path.stat().st_size == size
         if not sound:
-            raise CheckpointError(f"{folder}: damaged tokens; delete the folder to make them anew")
+            raise CheckpointError(f"{folder}: damaged token shards; delete the folder, and they are written again")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -76,7 +76,7 @@ class Shards(Sequence[Array]):
 
     @cached_property
     def _maps(self) -> list[Array]:
-        """Every file as an array; plain arrays over the maps, whose slices cost less than those of `memmap`."""
+        """Every file as a memory-mapped array, viewed as a plain array (faster to slice than `memmap`)."""
         paths = [self._path(number) for number in range(len(self._firsts) - 1)]
         # an empty file cannot be mapped
         return [
@@ -87,16 +87,17 @@ class Shards(Sequence[Array]):
         ]
 
     def _path(self, number: int) -> Path:
+        """Return the path of a file of ids."""
         return self.folder / f"{number:05d}.tokens"
 
 
 def write_shards(folder: Path, documents: Iterable[tuple[str, Array]], fingerprint: hashlib.blake2b) -> Shards:
-    """Write documents (name, ids) one after another; where another process was faster, what it wrote is taken.
+    """Write the token ids of documents to a folder and open it; if another process has written it meanwhile, open that.
 
     Args:
-        folder: to make.
-        documents: read one by one, so that none need stay in memory; all of one type.
-        fingerprint: digest that whoever makes the documents fills on the way.
+        folder: to create.
+        documents: (name, ids) one by one, so that they need not fit into memory; all of the same dtype.
+        fingerprint: digest that the iterator updates while it produces the documents.
 
     Raises:
         CheckpointError: the disk is full or not writable.
@@ -117,21 +118,24 @@ def write_shards(folder: Path, documents: Iterable[tuple[str, Array]], fingerpri
         finally:
             shutil.rmtree(filled, ignore_errors=True)
     except OSError as error:
-        raise CheckpointError(f"{folder}: tokens could not be saved: {error.strerror or error}") from None
+        raise CheckpointError(
+            f"{folder}: token ids could not be saved: {error.strerror or error}; free disk space or set task.cache"
+        ) from None
     return Shards(folder)
 
 
 def key_of(*parts: Any) -> str:
-    """A digest of plain data, as a name of a folder."""
+    """Return a digest of plain data, to use as the name of a folder."""
     return hashlib.blake2b(json.dumps([FORMAT, *parts]).encode(), digest_size=16).hexdigest()
 
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Path, bytes and time of change (ns) of files: a corpus of gigabytes is not read to see that it is the same."""
+    """Return path, size and modification time (ns) of files, to detect changes without reading the files."""
     return [(str(path.resolve()), status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
 
 
 def _fill(folder: Path, documents: Iterable[tuple[str, Array]]) -> dict[str, Any]:
+    """Write documents to the files of a folder and return the contents of its index."""
     names: list[str] = []
     lengths: list[int] = []
     firsts: list[int] = []
@@ -152,6 +156,7 @@ def _fill(folder: Path, documents: Iterable[tuple[str, Array]]) -> dict[str, Any
 
 
 def _close(file: Any) -> None:
+    """Flush a file (or None) to disk and close it."""
     if file is not None:
         file.flush()
         os.fsync(file.fileno())
@@ -159,17 +164,18 @@ def _close(file: Any) -> None:
 
 
 def _publish(filled: Path, folder: Path) -> None:
+    """Rename a filled folder to its final name, unless another process has written that folder meanwhile."""
     try:
         os.rename(filled, folder)
     except OSError:
-        # a folder that is there was published by another process, of the same text
+        # an existing folder was written by another process from the same text
         if not (folder / "index.json").is_file():
             raise
     sync_folder(folder.parent)
 
 
 def _clear_leftovers(parent: Path) -> None:
-    """Delete what processes of this machine that are no more have left half written."""
+    """Delete unfinished folders of processes of this machine that no longer run."""
     mine = f".{socket.gethostname()}."
     for path in filter(Path.is_dir, parent.glob(f".*{_HIDDEN}")):
         host, _, number = path.name.removesuffix(_HIDDEN).rpartition(".")
@@ -178,6 +184,7 @@ def _clear_leftovers(parent: Path) -> None:
 
 
 def _alive(process: int) -> bool:
+    """Return whether a process of this machine may still run, by its id."""
     if sys.platform != "win32":
         try:
             os.kill(process, 0)

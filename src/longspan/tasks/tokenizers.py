@@ -1,7 +1,7 @@
-"""Tokenizers: bytes, and byte-level subwords (BPE), both lossless and with exact byte counts; `words` is the third.
+"""Tokenizers with exact byte counts: bytes and byte-level subwords (BPE), both lossless; `words` has word-level ones.
 
-Every document begins with a token of its own (`begin`), which is read but never predicted: so each byte of a text is
-predicted exactly once, the first one too, and bits per byte mean what they say.
+Every document begins with a special token (`begin`), which is read but never predicted. So every byte of a text,
+including the first, is predicted exactly once, and bits per byte are exact.
 """
 
 import json
@@ -19,40 +19,40 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Engine
 
 BEGIN = "<|document|>"
-# subwords never reach over a newline that ends a chunk, so a long text is encoded in parallel
+# a text is encoded in parallel in chunks that end in a newline, which no token spans
 CHUNK_BYTES = 1 << 16
-# chunks that are encoded at once: the library's records of a token are a hundred times its id
+# chunks that are encoded at once: the library needs about a hundred times the memory of the ids
 _TOGETHER = 64
 
 
 class Tokenizer(Protocol):
-    """Text as bytes to token ids and back."""
+    """Interface of a tokenizer: converts bytes of text to token ids and back."""
 
     vocab_size: int
     begin: int
-    """the token every document begins with"""
+    """token that begins every document"""
     ends: tuple[int, ...]
-    """tokens after which a text is over, at least one; where a tokenizer has none of its own, `begin`"""
+    """tokens that end a text, at least one; `begin` if the tokenizer has no end token"""
     sizes: Array
-    """(vocab_size,) int64: bytes each token stands for"""
+    """(vocab_size,) int64: number of bytes of each token"""
 
     def encode(self, data: bytes | Array, name: str = "text") -> Array:
-        """(tokens,) unsigned ids, without `begin`; `name` is what an error calls the text."""
+        """Encode bytes as token ids, (tokens,) unsigned, without `begin`; `name` is for error messages."""
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The bytes of token ids; `begin` stands for none."""
+        """Return the bytes of token ids; special tokens such as `begin` have none."""
 
     def text(self) -> str:
-        """All of it as JSON, which `load_tokenizer` reads."""
+        """Serialize the tokenizer as JSON, which `load_tokenizer` reads."""
         raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, atomically."""
+        """Write the tokenizer to a JSON file atomically."""
         write_text(path, self.text())
 
 
 class Bytes(Tokenizer):
-    """256 symbols; a document begins with byte 0, which text does not contain (and does no harm where it does)."""
+    """Byte tokenizer with 256 ids; a document begins with byte 0, which text does not contain (harmless if it does)."""
 
     vocab_size = 256
     begin = 0
@@ -60,23 +60,23 @@ class Bytes(Tokenizer):
     sizes: Array = np.ones(256, dtype=np.int64)
 
     def encode(self, data: bytes | Array, name: str = "text") -> Array:
-        """(bytes,) uint8; a view."""
+        """Return the bytes as ids, (bytes,) uint8, without a copy."""
         return np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The bytes themselves."""
+        """Return the ids as bytes."""
         return bytes(ids)
 
     def text(self) -> str:
-        """JSON that says "bytes"."""
+        """Serialize the tokenizer as JSON."""
         return json.dumps({"longspan": "bytes"})
 
 
 class EngineTokenizer(Tokenizer):
-    """What tokenizers by the `tokenizers` library share; they set `sizes` themselves.
+    """Base class of tokenizers that use the `tokenizers` library; subclasses set `sizes`.
 
     Args:
-        engine: of the library; no token of it may reach over a newline that ends a chunk.
+        engine: tokenizer of the library, in which no token spans a newline.
     """
 
     def __init__(self, engine: "Engine") -> None:
@@ -85,7 +85,7 @@ class EngineTokenizer(Tokenizer):
         self._type = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def encode(self, data: bytes | Array, name: str = "text") -> Array:
-        """(tokens,) uint16 or uint32; a long text in parallel. Raises DataError: not UTF-8."""
+        """Encode UTF-8 text as ids, (tokens,) uint16 or uint32, in parallel; raises DataError for invalid UTF-8."""
         chunks, parts = _chunks(utf8(data, name)), []
         for first in range(0, len(chunks), _TOGETHER):
             encoded = self.engine.encode_batch_fast(chunks[first : first + _TOGETHER], add_special_tokens=False)
@@ -93,43 +93,47 @@ class EngineTokenizer(Tokenizer):
         return np.concatenate(parts)
 
     def _token(self, index: int) -> str:
+        """Return the text of a token id, empty if it does not exist."""
         return self.engine.id_to_token(index) or ""
 
 
 class Subword(EngineTokenizer):
-    """Byte-level BPE by the `tokenizers` library; its JSON file is that library's own, so other tools read it too.
+    """Byte-level BPE by the `tokenizers` library; saved in the JSON format of that library, which other tools read.
 
     Args:
-        engine: of the library.
-        begin: the token that begins a document; those of pretrained models have their own name for it.
-        also: other tokens that stand for no bytes.
-        ends: ids after which a text is over; none: the token that begins the next document.
+        engine: tokenizer of the library.
+        begin: text of the token that begins a document; pretrained models have their own.
+        also: texts of other special tokens, which have no bytes.
+        ends: ids of the tokens that end a text; none: the token that begins a document.
+
+    Raises:
+        DataError: the engine has no token `begin`.
     """
 
     def __init__(
         self, engine: "Engine", begin: str = BEGIN, also: Iterable[str] = (), ends: Iterable[int] = ()
     ) -> None:
-        # a text that spells out the begin token must not be taken for one
+        # text that contains the spelling of a special token is encoded as text
         engine.encode_special_tokens = True
         super().__init__(engine)
         begin_id = engine.token_to_id(begin)
         if begin_id is None:
-            raise DataError(f"the tokenizer has no token {begin!r}, so it is not one that longspan trained")
+            raise DataError(f"the tokenizer has no token {begin!r}; use a tokenizer that longspan trained")
         self.begin: int = begin_id
         self.ends = tuple(dict.fromkeys(int(end) for end in ends)) or (begin_id,)
         self._specials = (begin, sorted(also))
         tokens = [self._token(index) for index in range(self.vocab_size)]
         self._silent = {index for index, token in enumerate(tokens) if token in (begin, *self._specials[1])}
-        # byte-level tokens are spelled with one character a byte
+        # byte-level tokens are spelled with one character per byte
         self.sizes = np.array([len(token) for token in tokens], dtype=np.int64)
         self.sizes[list(self._silent)] = 0
 
     @classmethod
     def train(cls, texts: Iterable[tuple[str, Array]], vocab_size: int) -> "Subword":
-        """Learn up to `vocab_size` subwords from documents (name, bytes); fewer where the text has no more pairs.
+        """Learn a tokenizer of up to `vocab_size` subwords from documents (name, bytes); fewer for very short texts.
 
         Raises:
-            DataError: a text that is not UTF-8.
+            DataError: a text is not valid UTF-8.
         """
         from tokenizers import Tokenizer as Engine
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -145,13 +149,13 @@ class Subword(EngineTokenizer):
         return cls(engine)
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes, also where a token ends inside a character."""
+        """Return the exact bytes of token ids, also if a token ends within a character."""
         alphabet = _byte_of_character()
         tokens = (self._token(int(index)) for index in ids if int(index) not in self._silent)
         return bytes(alphabet[character] for token in tokens for character in token)
 
     def text(self) -> str:
-        """The JSON of the `tokenizers` library; around that of a pretrained model, what its tokens are for."""
+        """Serialize as JSON of the `tokenizers` library; for a pretrained model, with its special tokens added."""
         begin, also = self._specials
         if (begin, also, self.ends) == (BEGIN, [], (self.begin,)):
             return str(self.engine.to_str())
@@ -160,14 +164,14 @@ class Subword(EngineTokenizer):
 
 
 def borrow(tokenizer: Any, ends: Iterable[int] = ()) -> Subword:
-    """A tokenizer of transformers as one of longspan: text as bytes, exact byte counts.
+    """Convert a tokenizer of transformers to one of longspan, with exact byte counts.
 
     Args:
-        tokenizer: of transformers. A document begins with its `bos_token`, or `eos_token` where it has no other.
-        ends: ids with which the model ends a text, beside the tokenizer's `eos_token`.
+        tokenizer: of transformers. A document begins with its `bos_token` or, if it has none, its `eos_token`.
+        ends: ids of tokens that end a text, in addition to the `eos_token`.
 
     Raises:
-        UnsupportedError: it is not byte-level BPE, or has no token to begin a document with.
+        UnsupportedError: the tokenizer is not byte-level BPE, or has neither a `bos_token` nor an `eos_token`.
     """
     from tokenizers import Tokenizer as Engine
 
@@ -176,15 +180,15 @@ def borrow(tokenizer: Any, ends: Iterable[int] = ()) -> Subword:
     begin = tokenizer.bos_token or tokenizer.eos_token
     if '"ByteLevel"' not in text or begin is None:
         raise UnsupportedError(
-            f"{type(tokenizer).__name__}: streams count bytes, so they need byte-level BPE and a token that begins a "
-            "document; use the model through transformers"
+            f"{type(tokenizer).__name__}: not supported, because it is not byte-level BPE or has no bos or eos token; "
+            "use the model directly with transformers"
         )
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Subword(Engine.from_str(text), begin, tokenizer.all_special_tokens, [*own, *ends])
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer that a run saved. Raises CheckpointError: missing or damaged."""
+    """Read a tokenizer that a run saved; raises CheckpointError if the file is missing or damaged."""
     from tokenizers import Tokenizer as Engine
 
     from longspan.tasks.words import Words
@@ -200,29 +204,31 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return Subword(Engine.from_str(data["engine"]), data["begin"], data["also"], data.get("ends", ()))
         return Subword(Engine.from_str(Path(path).read_text(encoding="utf-8")))
     except Exception as error:
-        # the library raises bare Exception for a file it cannot read
+        # the library raises a plain Exception for a file that it cannot read
         raise CheckpointError(f"{path}: damaged: {error}") from None
 
 
 def utf8(data: bytes | Array, name: str) -> str:
-    """Bytes as text. Raises DataError: they are not UTF-8; says where."""
+    """Decode bytes as UTF-8; raises DataError with the position of an invalid byte. `name` is for error messages."""
     try:
         return bytes(data).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f'{name}: not UTF-8 at byte {error.start}; task.tokenizer = "bytes" reads anything') from None
+        raise DataError(
+            f'{name}: not UTF-8 at byte {error.start}; convert it to UTF-8, or set task.tokenizer = "bytes"'
+        ) from None
 
 
 def as_utf8(data: Array, name: str, tokenizer: Tokenizer, errors: str = "strict") -> Array:
-    """(bytes,) uint8 that a tokenizer can read: of text other than bytes, U+FFFD stands for what is not UTF-8.
+    """Check that a tokenizer can read some bytes, and return them as (bytes,) uint8.
 
     Args:
         data: (bytes,) uint8.
-        name: what an error calls the text.
-        tokenizer: one of bytes takes any.
-        errors: `"strict"` or `"replace"`.
+        name: of the text, for error messages.
+        tokenizer: the byte tokenizer accepts any bytes, others valid UTF-8.
+        errors: for invalid UTF-8: `"strict"` raises, `"replace"` replaces it by U+FFFD.
 
     Raises:
-        DataError: with `"strict"`, it is not UTF-8; says where.
+        DataError: invalid UTF-8 with `"strict"`; the message has its position.
     """
     if isinstance(tokenizer, Bytes):
         return data
@@ -234,13 +240,13 @@ def as_utf8(data: Array, name: str, tokenizer: Tokenizer, errors: str = "strict"
 
 
 def not_utf8(name: str, byte: int, tokenizer: Tokenizer) -> str:
-    """What is said of a byte that is not UTF-8, in a text that a trained model was to read."""
+    """Return the error message for a byte that is not valid UTF-8 in a text that a trained model reads."""
     kind = "subwords" if isinstance(tokenizer, Subword) else "words"
-    return f"{name}: not UTF-8 at byte {byte:,}, and this run reads {kind}; --errors replace reads U+FFFD in its place"
+    return f"{name}: not UTF-8 at byte {byte:,}, but this run reads {kind}; use --errors replace to read U+FFFD instead"
 
 
 def _chunks(text: str) -> list[str]:
-    """The text in pieces of about `CHUNK_BYTES` characters that end in a newline."""
+    """Split a text into chunks of about `CHUNK_BYTES` characters that end in a newline; at least one."""
     chunks: list[str] = []
     first = 0
     while first < len(text) or not chunks:
@@ -251,7 +257,10 @@ def _chunks(text: str) -> list[str]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte-level alphabet: printable bytes stand for themselves, the others, in order, for characters from 256."""
+    """Return the byte of each character of the byte-level alphabet.
+
+    Printable bytes are the characters of the same code; the others, in order, are the characters from code 256 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

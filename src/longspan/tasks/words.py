@@ -1,9 +1,9 @@
-"""Words: a vocabulary of whole words, as WikiText-103 is measured by; what is not in it is `<unk>`.
+"""Word-level tokenizer, as used for published results on WikiText-103; unknown words are `<unk>`.
 
-Words lie between white space; the end of a line is a token of its own, `<eos>`, as WikiText counts it. This loses
-something: how much white space stood between words, and what an unknown word was. Bits per byte are then those of the
-text as the model sees it, with unknown words spelled `<unk>` and one byte of white space behind every word; they say
-how well that text is predicted, and are no length of a code for the file.
+Words are separated by white space; the end of a line is a token, `<eos>`, as WikiText counts it. This is lossy: the
+amount of white space and the spelling of unknown words are not kept. Bits per byte refer to the text as the model sees
+it, with `<unk>` for unknown words and one byte of white space after every word; they are not the length of a code for
+the original file.
 """
 
 import json
@@ -20,7 +20,7 @@ from longspan.tasks.tokenizers import EngineTokenizer, utf8
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Engine
 
-# no word holds white space, so no text can spell this one
+# contains white space, which no word of a text does
 BEGIN = "<| document |>"
 UNKNOWN = "<unk>"
 END = "<eos>"
@@ -28,24 +28,24 @@ SPECIALS = (BEGIN, UNKNOWN, END)
 
 
 class Words(EngineTokenizer):
-    """Whole words by the `tokenizers` library (`WordLevel` over white space).
+    """Word-level tokenizer by the `tokenizers` library (`WordLevel` over white space).
 
-    A word's size is its bytes and one for the white space behind it, the end of a line therefore 0: bytes of the text
-    with single spaces. Blank lines and doubled spaces are not counted, so bits per byte are never flattered by them.
+    The size of a word is its bytes plus one for the white space after it, so the end of a line has size 0. Blank lines
+    and repeated spaces do not count, so they cannot lower bits per byte.
 
     Args:
-        engine: of the library, with the words of `SPECIALS` as its first three.
+        engine: tokenizer of the library whose first three words are `SPECIALS`.
 
     Raises:
-        DataError: an engine without these.
+        DataError: the engine has other first words.
     """
 
     def __init__(self, engine: "Engine") -> None:
         if [engine.token_to_id(word) for word in SPECIALS] != [0, 1, 2]:
-            raise DataError(f"a vocabulary whose first words are not {', '.join(SPECIALS)}, so not one of longspan's")
+            raise DataError(f"the first words of the vocabulary must be {', '.join(SPECIALS)}; build it with Words.of")
         super().__init__(engine)
         self.begin, self.unknown, self.end = 0, 1, 2
-        # `end` ends a line, not a text
+        # `end` is the end of a line, not of a text
         self.ends: tuple[int, ...] = (self.begin,)
         words = (self._token(index).encode() for index in range(len(SPECIALS), self.vocab_size))
         self._spelled = [b"", UNKNOWN.encode() + b" ", b"\n", *(word + b" " for word in words)]
@@ -54,7 +54,7 @@ class Words(EngineTokenizer):
 
     @classmethod
     def of(cls, words: Iterable[str]) -> "Words":
-        """A vocabulary of given words, most frequent first by custom; the special ones are put before them."""
+        """Build a tokenizer from a list of words, usually the most frequent first; special tokens come before them."""
         from tokenizers import Tokenizer as Engine
         from tokenizers import models
 
@@ -65,10 +65,10 @@ class Words(EngineTokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[tuple[str, Array]], vocab_size: int) -> "Words":
-        """The `vocab_size` most frequent words of documents (name, bytes), `SPECIALS` among them; 0: every word.
+        """Learn the `vocab_size` most frequent words (including `SPECIALS`) of documents (name, bytes); 0: every word.
 
         Raises:
-            DataError: a text that is not UTF-8.
+            DataError: a text is not valid UTF-8.
         """
         from tokenizers import Tokenizer as Engine
         from tokenizers import models, trainers
@@ -83,10 +83,10 @@ class Words(EngineTokenizer):
 
     @classmethod
     def read(cls, path: str | Path) -> "Words":
-        """A vocabulary from a file with a word on each line; what follows behind white space (a count) is left out.
+        """Build a tokenizer from a file with one word per line; text after the word (such as a count) is ignored.
 
         Raises:
-            DataError: the file cannot be read, or holds no word.
+            DataError: the file cannot be read, or has no words.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -94,19 +94,20 @@ class Words(EngineTokenizer):
             raise DataError(f"{path}: the vocabulary cannot be read: {error}") from None
         words = [line.split()[0] for line in lines if line.strip()]
         if not words:
-            raise DataError(f"{path}: a vocabulary without a word")
+            raise DataError(f"{path}: has no words; task.vocabulary must be a file with one word per line")
         return cls.of(words)
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """Every word with a space behind it, unknown ones as `<unk>`; the end of a line as a newline."""
+        """Return the bytes of ids: every word followed by a space, `<unk>` for unknown ones, newlines for line ends."""
         return b"".join(self._spelled[int(index)] for index in ids)
 
     def text(self) -> str:
-        """JSON that says "words", around that of the `tokenizers` library."""
+        """Serialize the tokenizer as JSON."""
         return json.dumps({"longspan": "words", "engine": self.engine.to_str()})
 
 
 def _cut_at_white_space(engine: Any) -> None:
+    """Configure an engine to split at white space and to turn newlines into the end-of-line token."""
     from tokenizers import normalizers, pre_tokenizers
 
     engine.normalizer = normalizers.Replace("\n", f" {END} ")

@@ -1,4 +1,4 @@
-"""Training on segments of long documents: lanes, truncated backpropagation through time, checkpoints, evaluation."""
+"""Training on segments of long documents: lanes (contiguous batch rows), truncated BPTT, checkpoints, evaluation."""
 
 from typing import TYPE_CHECKING
 

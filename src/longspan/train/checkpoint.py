@@ -1,13 +1,13 @@
-"""Training checkpoints: everything a run needs to go on as if it had never stopped.
+"""Training checkpoints: everything that a run needs to resume with identical results.
 
     checkpoints/step-00000100/
         config.json, model.safetensors      the model, as `longspan.models.io` writes it
-        training.safetensors                optimiser moments and random generators, by name
-        state-0000.safetensors, ...         what each group of lanes carries
+        training.safetensors                optimizer moments and random generators, by name
+        state-0000.safetensors, ...         the model state that each group of lanes carries to the next step
         meta.json                           step, positions in the data, digests of the other files
 
-A folder is complete or invisible, and never a pickle; several processes write it together, on a disk they share.
-`meta.json` holds digests, so damage is found before it is used.
+A checkpoint folder gets its name only when it is complete. Nothing is pickled. Several processes write it together, on
+a shared disk. `meta.json` has digests of all files, so damage is detected before anything is loaded.
 """
 
 import json
@@ -31,37 +31,37 @@ TRAINING = "training.safetensors"
 
 @dataclass
 class Position:
-    """Where a run is, as plain data."""
+    """Progress of a run, as plain data."""
 
     step: int = 0
-    """optimiser steps done"""
+    """optimizer steps done"""
     tokens: int = 0
     """predictions trained on"""
     units: int = 0
-    """bytes (or what the task counts) they stood for"""
+    """bytes (or whatever the task counts) of these predictions"""
     seconds: float = 0.0
-    """training time, evaluation and saving not counted"""
+    """training time, without evaluation and saving"""
     lanes: dict[str, Any] = field(default_factory=dict)
-    """of `Lanes.state_dict`"""
+    """position in the data: `state_dict` of `Lanes`, or of the curriculum"""
     pending: dict[str, float] = field(default_factory=dict)
     """sums since the last line of the log"""
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint that was read."""
+    """The contents of a checkpoint."""
 
     path: Path
     model: Any
     position: Position
     tensors: dict[str, Tensor]
-    """of `training.safetensors`"""
+    """optimizer moments and generators, from `training.safetensors`"""
     blocks: int
-    """groups of lanes whose state was saved, over all processes"""
+    """number of groups of lanes with a saved state, over all processes"""
 
 
-def found(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, newest first; whether they are sound shows when they are read."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder, newest first, without checking their contents."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)), reverse=True)
@@ -77,17 +77,22 @@ def save(
     group: Group,
     keep: int,
 ) -> Path:
-    """Write `folder/step-...` and remove all but the newest `keep`; every process calls it, the main one returns last.
+    """Write the checkpoint `folder/step-NNNNNNNN` and delete all but the newest `keep`; every process calls it.
 
     Args:
-        folder: the run's `checkpoints`.
-        position, model, group: of the run.
-        tensors: optimiser and generators, the same in every process or already gathered.
-        carried: states of this process's groups of lanes; None where nothing is carried.
-        keep: how many checkpoints stay.
+        folder: `checkpoints` of the run.
+        position: progress of the run.
+        model: of the run.
+        tensors: optimizer moments and generators, gathered from all processes.
+        carried: per group of lanes of this process, the model state; None if nothing is carried.
+        group: processes of the run.
+        keep: number of checkpoints to keep.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises:
-        CheckpointError: the disk is full or not writable; says which checkpoint is the last good one.
+        CheckpointError: the disk is full or not writable; the message names the last good checkpoint.
     """
     path = folder / f"step-{position.step:08d}"
 
@@ -102,64 +107,83 @@ def save(
     def seal(filled: Path) -> None:
         files = {file.name: folders.digest(file) for file in sorted(filled.iterdir()) if file.is_file()}
         blocks = len(carried) * group.world_size
-        # as it will be read: a digest of keys that JSON turns into text would be another
+        # the digest is of the data as JSON reads it: keys that are numbers become text
         meta = json.loads(json.dumps({"position": asdict(position), "blocks": blocks, "files": files}))
         write_json(filled / META, {**meta, "digest": data_digest(meta)})
 
     try:
         folders.write_folder(path, fill, seal, group)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {last_good(folder)}; make room and resume") from None
+        raise CheckpointError(f"{error}; {last_good(folder)}; free disk space and resume") from None
     if group.main:
-        for old in found(folder)[keep:]:
+        for old in list_checkpoints(folder)[keep:]:
             folders.remove(old)
     return path
 
 
 def _state_name(block: int) -> str:
+    """Return the file name of the carried state of a group of lanes."""
     return f"state-{block:04d}.safetensors"
 
 
 def last_good(folder: Path) -> str:
-    """A phrase for error messages."""
-    known = found(folder)
+    """Return the phrase of error messages that names the newest checkpoint in a folder."""
+    known = list_checkpoints(folder)
     return f"the last good checkpoint is {known[0]}" if known else "there is no earlier checkpoint"
 
 
 def check(path: Path) -> dict[str, Any]:
-    """The contents of `meta.json` of a sound checkpoint; a CheckpointError names the file that is damaged."""
+    """Check all files of a checkpoint and return the contents of its `meta.json`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; the message names it.
+    """
     meta = read_json(path / META)
     if not isinstance(meta, dict) or not {"position", "files", "blocks"} <= meta.keys():
-        raise CheckpointError(f"{path / META}: not a checkpoint that longspan wrote")
-    # those of earlier versions have no digest of their own
+        raise CheckpointError(
+            f"{path / META}: is not the meta.json of a longspan checkpoint; choose another checkpoint"
+        )
+    # checkpoints of earlier versions have no digest of meta.json itself
     own = meta.pop("digest", None)
     if meta.keys() != {"position", "files", "blocks"} or (own is not None and own != data_digest(meta)):
-        raise CheckpointError(f"{path / META}: damaged: its contents are not what was written")
+        raise CheckpointError(f"{path / META}: damaged (its digest does not match); delete this checkpoint")
     folders.check_digests(path, meta["files"])
     return meta
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking it; a CheckpointError where it is missing or damaged."""
+    """Check and load a checkpoint; raises CheckpointError if it is missing or damaged."""
     meta = check(path)
     tensors, _ = read_tensors(path / TRAINING)
     try:
         position = Position(**meta["position"])
     except TypeError as error:
-        raise CheckpointError(f"{path / META}: written by another version of longspan: {error}") from None
+        raise CheckpointError(
+            f"{path / META}: written by an incompatible version of longspan ({error}); resume with that version"
+        ) from None
     return Checkpoint(path, load_model(path), position, tensors, meta["blocks"])
 
 
 def carried_states(checkpoint: Checkpoint, model: Any, groups: int, group: Group) -> list[Any]:
-    """What this process's groups of lanes carried; a CheckpointError where the run was split into other groups."""
+    """Load the carried model state of each group of lanes of this process; None for groups without one.
+
+    Args:
+        checkpoint: of the run.
+        model: of the run.
+        groups: number of groups of lanes per process (`train.accumulation`).
+        group: processes of the run.
+
+    Raises:
+        CheckpointError: the checkpoint was saved with another number of groups.
+    """
     if groups * group.world_size != checkpoint.blocks:
         raise CheckpointError(
-            f"{checkpoint.path}: saved with {checkpoint.blocks} groups of lanes (processes x accumulation), "
-            f"not {groups * group.world_size}; resume with the same product"
+            f"{checkpoint.path}: saved with {checkpoint.blocks} groups of lanes (processes x train.accumulation), "
+            f"but this run has {groups * group.world_size}; resume with the same product"
         )
     result: list[Any] = []
     for index in range(groups):
         file = checkpoint.path / _state_name(group.rank * groups + index)
-        # cloned into memory of torch's own alignment, on which the last bit of a matrix product may depend
+        # cloned into memory that torch allocates: the last bit of a matrix product may depend on the alignment
         result.append(states.clone(states.load(file, like=model.init_state(1))[0]) if file.exists() else None)
     return result

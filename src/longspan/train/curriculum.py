@@ -1,8 +1,8 @@
-"""Training in stages: a curriculum says what a step reads, in a run folder that can be resumed.
+"""Training along a curriculum: base classes of the trainers whose data depends on the stage reached.
 
-The folder is that of any run (`longspan.train.run`): recipe.json, log.jsonl, tokenizer.json, checkpoints/, model/. What
-a step reads is a function of the seed, the step and the stage reached, so a resumed run of fixed `steps` goes on bit
-for bit.
+The folder is that of any run (`longspan.train.run`): recipe.json, log.jsonl, tokenizer.json, checkpoints/, model/. The
+batch of a step depends only on the seed, the step and the stage, so a resumed run of fixed `steps` continues with
+results identical bit for bit.
 """
 
 import math
@@ -24,15 +24,15 @@ from longspan.train.step import DivergedError, Optimization
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig(RunConfig):
-    """Fields that the `[train]` tables of all curricula share; more of them in `RunConfig`.
+    """Fields that the `[train]` tables of all curricula share; see `RunConfig` for the others.
 
     Attributes:
-        tokens: of a batch, about: its rows follow from their length.
-        accuracy: of the last `window` batches at a stage that ends it.
-        window: batches.
-        patience: steps after which a stage ends in any case; 0 = never.
-        frontier: share of the batches at the stage reached; the others are of any before it.
-        constant: share of the run at the largest rate; it then falls linearly to `min_lr_ratio` of it.
+        tokens: approximate number of tokens per batch, from which the number of rows follows.
+        accuracy: a stage ends when the mean accuracy of its last `window` batches is above this.
+        window: number of batches over which accuracy is averaged.
+        patience: steps after which a stage ends in any case; 0: never.
+        frontier: share of batches from the current stage; the others are from earlier stages.
+        constant: share of the run at the full learning rate, which then falls linearly to `min_lr_ratio` of it.
     """
 
     tokens: int = 32_000
@@ -54,7 +54,7 @@ class CurriculumConfig(RunConfig):
         check_shares(self, "train", ("accuracy", "frontier", "constant", "min_lr_ratio"))
 
     def rate(self, step: int, seconds: float) -> float:
-        """What `lr` is multiplied with in step `step` (from 0)."""
+        """Return the factor of `lr` in step `step` (from 0): linear warm-up, constant, then a linear decay."""
         done = self.fraction_done(step, seconds)
         falling = 1.0 if done < self.constant else max((1 - done) / max(1 - self.constant, 1e-9), self.min_lr_ratio)
         return min(1.0, (step + 1) / max(self.warmup, 1)) * falling
@@ -62,13 +62,13 @@ class CurriculumConfig(RunConfig):
 
 @dataclass
 class Stages:
-    """Where a run is in its curriculum; plain data, so that it can be saved. A subclass says what the stages are.
+    """Progress of a run in its curriculum, as plain data that can be saved; subclasses define the stages.
 
     Attributes:
-        config: of the run.
-        full: tokens in the end, of whatever grows.
-        since: steps since this stage began.
-        at_stage: accuracy of the last batches of this stage.
+        config: `[train]` table of the run.
+        full: final value of the length that grows from stage to stage.
+        since: steps since the current stage began.
+        at_stage: accuracy of the last `window` batches of the current stage.
     """
 
     config: Any
@@ -77,49 +77,55 @@ class Stages:
     at_stage: list[float] = field(default_factory=list)
 
     def further(self) -> bool:
-        """Go to the next stage; False where this one is the last."""
+        """Go to the next stage; return False in the last stage."""
         raise NotImplementedError
 
     def columns(self) -> dict[str, Any]:
-        """What a line of the log says of the stage."""
+        """Return the figures of the stage for a line of the log."""
         raise NotImplementedError
 
     @property
     def words(self) -> tuple[str, str]:
-        """The stage as two short texts."""
+        """The stage as two short texts for the progress display."""
         raise NotImplementedError
 
-    def count(self, right: float | None, wanted: float) -> bool:
-        """Count a step, and end the stage where it is learnt or has lasted too long: whether a new one begins.
+    def count(self, right: float | None, threshold: float) -> bool:
+        """Record a step and end the stage if it is learned or has lasted too long; return whether a new one begins.
 
         Args:
-            right: accuracy of its batch; None = the batch was not of this stage.
-            wanted: accuracy over the last `window` batches of the stage that ends it.
+            right: accuracy of the batch; None: the batch was not of the current stage.
+            threshold: mean accuracy over the last `window` batches above which the stage ends.
         """
         config = self.config
         self.since += 1
         if right is not None:
             self.at_stage = [*self.at_stage, right][-config.window :]
-        good = len(self.at_stage) == config.window and math.fsum(self.at_stage) > wanted * config.window
-        late = config.patience and self.since >= config.patience
-        if not (good or late) or not self.further():
+        is_learned = len(self.at_stage) == config.window and math.fsum(self.at_stage) > threshold * config.window
+        is_late = config.patience and self.since >= config.patience
+        if not (is_learned or is_late) or not self.further():
             return False
         self.at_stage, self.since = [], 0
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the progress as plain data for a checkpoint."""
         return {key: value for key, value in vars(self).items() if key not in ("config", "full")}
 
     def load_state_dict(self, data: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore the progress that `state_dict` returned."""
         vars(self).update(data)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a step: the loss on the answers (a mean over rows), the share of right ones, rows and tokens of the batch, and
-    whether a new stage begins.
+    """Figures of one training step.
+
+    Attributes:
+        loss: on the answers, in nats, a mean over rows.
+        right: share of correct answers.
+        rows: number of rows of the batch.
+        tokens: number of tokens of the batch.
+        moved: whether a new stage begins after this step.
     """
 
     loss: float
@@ -131,13 +137,14 @@ class Outcome:
 
     @property
     def sums(self) -> dict[str, float]:
-        """What a line of the log adds up."""
+        """Amounts that are summed up for a line of the log."""
         return {"loss": self.loss * self.rows, "right": self.right * self.rows, "rows": self.rows}
 
 
 class CurriculumTrainer(TrainingLoop):
-    """Trains a model along a curriculum, in one process; a subclass says what a step reads and what is asked of it.
-    Arguments as of the base; the task knows the longest text that is trained on.
+    """Trains a model along a curriculum in one process; subclasses define the stages, the batches and the loss.
+
+    Arguments are those of `TrainingLoop` without `group`.
     """
 
     config: CurriculumConfig
@@ -150,15 +157,15 @@ class CurriculumTrainer(TrainingLoop):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return device_and_dtype(self.model).device
 
     def first_stage(self) -> Stages:
-        """The curriculum, at its start."""
+        """Return the curriculum at its first stage."""
         raise NotImplementedError
 
     def read(self) -> Outcome:
-        """Draw the batch of this step, add its gradient, and tell the curriculum."""
+        """Draw the batch of this step, add its gradients, and update the curriculum."""
         raise NotImplementedError
 
     def _train(self, rate: float) -> Outcome:
@@ -166,7 +173,7 @@ class CurriculumTrainer(TrainingLoop):
         self.optimization.begin()
         outcome = self.read()
         if not math.isfinite(outcome.loss):
-            raise DivergedError(f"the loss of step {step + 1} is {outcome.loss}")
+            raise DivergedError(f"the loss of step {step + 1} is {outcome.loss}, not a finite number")
         self.optimization.update(step, rate)
         return outcome
 
@@ -178,5 +185,5 @@ class CurriculumTrainer(TrainingLoop):
         means = {"loss": pending["loss"] / pending["rows"], "accuracy": pending["right"] / pending["rows"]}
         return means | self.stages.columns() | {"new_stage": outcome.moved}
 
-    def _shown(self) -> dict[str, Any]:
+    def _display_fields(self) -> dict[str, Any]:
         return {"stage": self.stages.words}

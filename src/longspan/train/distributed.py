@@ -1,7 +1,7 @@
-"""Processes that train one model together (torchrun): gloo on CPUs, nccl on GPUs, and nothing at all when alone.
+"""Data-parallel training with torchrun: gloo on CPUs, nccl on GPUs, no communication for a single process.
 
-Gradients are summed, not averaged: every process divides its loss by the number of predictions of all of them, so the
-sum is the gradient of the run that one process would have made of the same lanes.
+Gradients are summed, not averaged: every process divides its loss by the number of predictions of all processes, so the
+sum equals the gradient of one process that trains on all lanes.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from longspan.errors import ConfigError
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run; with `world_size` 1 every method is the identity."""
+    """The processes of a run, and the collective operations between them; with one process these do nothing."""
 
     rank: int = 0
     world_size: int = 1
@@ -27,11 +27,11 @@ class Group:
 
     @property
     def main(self) -> bool:
-        """Whether this process logs and saves."""
+        """Whether this is the main process, which logs and saves."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """The sums over all processes, in fp64."""
+        """Sum each value over all processes, in fp64."""
         if self.world_size == 1:
             return list(values)
         device = self.device if host.has_float64(self.device) else torch.device("cpu")
@@ -41,15 +41,15 @@ class Group:
         return result
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set in any process."""
+        """Return whether the flag is True in any process."""
         return self.sum(float(flag))[0] > 0
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait until all processes are here."""
         self.any(False)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """A tensor (same shape everywhere) of every process, in order of rank."""
+        """Return the tensors of all processes (of the same shape) in order of rank, on the device of `tensor`."""
         if self.world_size == 1:
             return [tensor]
         here = tensor.to(self.device)
@@ -58,14 +58,15 @@ class Group:
         return [part.to(tensor.device) for part in gathered]
 
     def share_parameters(self, model: nn.Module) -> None:
-        """Give every process the parameters and buffers of the first one."""
+        """Copy the parameters and buffers of process 0 to all processes."""
         if self.world_size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.data, 0)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients over all processes, in one exchange for each floating-point type; a parameter without a
-        gradient here counts as zero if another process has one.
+        """Sum the gradients over all processes in place, with one all-reduce per dtype.
+
+        A parameter without a gradient counts as zero if it has one in another process.
         """
         if self.world_size == 1:
             return
@@ -84,10 +85,13 @@ class Group:
 
 
 def join_group(device: str = "auto") -> Group:
-    """The group of this process: torchrun's where its environment is there, alone otherwise.
+    """Return the process group: that of torchrun if its environment variables are set, else this process alone.
 
-    The connection is made once and stays until the process ends: made anew for a second run, it may wait for ever for
-    the store of the first. A program that has a connection of its own keeps it. `device`: see `choose_device`.
+    The connection is initialized once and stays until the process ends: a second initialization may wait forever for
+    the store of the first. A connection that the program has initialized itself is used as it is.
+
+    Args:
+        device: name of the device, see `choose_device`.
     """
     if "RANK" not in os.environ and not dist.is_initialized():
         return Group(device=choose_device(device))
@@ -101,8 +105,15 @@ def join_group(device: str = "auto") -> Group:
 
 
 def choose_device(name: str, local_rank: int = 0, what: str = "train.device") -> torch.device:
-    """The device of a name: `"auto"` (CUDA where there is one), or what torch calls it; `local_rank` says which CUDA
-    device is meant. A ConfigError, which names the setting `what`, where torch does not know or reach it.
+    """Return the torch device of a name.
+
+    Args:
+        name: `"auto"` (CUDA if available, else the CPU) or a torch device such as `"cuda:1"`.
+        local_rank: index of the CUDA device for `"auto"` and `"cuda"`.
+        what: setting to name in the error.
+
+    Raises:
+        ConfigError: torch does not know or cannot use the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +121,7 @@ def choose_device(name: str, local_rank: int = 0, what: str = "train.device") ->
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"{what} = {name!r}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{what} = {name!r}: {str(error).splitlines()[0]}; choose cpu or another device") from None
     if device.type == "meta":
-        raise ConfigError(f"{what} = {name!r}: a device without values computes nothing; choose cpu or cuda")
+        raise ConfigError(f"{what} = {name!r}: tensors on this device have no values; choose cpu or cuda")
     return device

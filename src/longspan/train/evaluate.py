@@ -1,4 +1,4 @@
-"""Evaluation on held-back documents, with what the model carries from segment to segment, or without it."""
+"""Evaluation of language models on held-out documents, with the state carried from segment to segment or without it."""
 
 import contextlib
 import math
@@ -22,34 +22,34 @@ from longspan.train.loss import adaptive_head, head_nats, token_nats
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
 
 Progress = Callable[[int, int], bool | None]
-"""Called after every call of the model with the tokens that this process has read and is to read; False ends it."""
+"""Called after every call of the model as progress(tokens read, tokens in all), of this process; False stops."""
 _TOTALS = ("nats", "tokens", "units", "correct")
-# rows of the distribution of an adaptive softmax, whose vocabulary is large, that exist at once
+# rows of logits of an adaptive softmax that are computed at once, because its vocabulary is large
 _ROWS = 256
 
 
 class EvaluationStopped(Exception):
-    """An evaluation was ended by its `progress`, in one of the processes that share it; raised in all of them."""
+    """Raised in all processes when `progress` returned False in one of them."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Totals of each document; arrays are (documents,)."""
+    """Results of an evaluation: totals per document, and the figures computed from them; arrays are (documents,)."""
 
     names: tuple[str, ...]
     nats: Array
     """fp64: summed loss"""
     tokens: Array
-    """int64: predictions that count"""
+    """int64: number of scored predictions"""
     units: Array
-    """int64: bytes (or whatever the task counts) they stand for"""
+    """int64: bytes (or whatever the task counts) of their targets"""
     correct: Array
     """int64: predictions whose most likely token is the target"""
     unit: str = field(default="byte")
 
     @property
     def bits_per_unit(self) -> float:
-        """Bits per byte for text, over all documents together."""
+        """Loss in bits per unit (per byte for text), over all documents together."""
         return float(self.nats.sum() / max(float(self.units.sum()), 1.0) / math.log(2))
 
     @property
@@ -59,44 +59,44 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of predictions that are right."""
+        """Share of predictions whose most likely token is the target."""
         return float(self.correct.sum() / max(float(self.tokens.sum()), 1.0))
 
     def interval(self, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
-        """Bits per unit with the interval of a bootstrap over documents."""
+        """Return bits per unit with a bootstrap interval over documents; arguments as in `share_bootstrap`."""
         return bootstrap(self.nats, self.units, samples=samples, level=level, seed=seed)
 
     def accuracy_interval(self, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
-        """The share of predictions that are right with the interval of a bootstrap over documents."""
+        """Return the accuracy with a bootstrap interval over documents; arguments as in `share_bootstrap`."""
         return share_bootstrap(self.correct, self.tokens, samples=samples, level=level, seed=seed)
 
     def minus(self, other: "Evaluation", *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
-        """This one's bits per unit minus the other's, paired by document.
+        """Return the difference in bits per unit to another evaluation, with an interval paired by document.
 
         Raises:
-            DataError: the two are not of the same documents.
+            DataError: the two evaluations are not of the same documents.
         """
         if self.names != other.names or not np.array_equal(self.units, other.units):
-            raise DataError("two evaluations can be compared only where both are of the same documents")
+            raise DataError("the two evaluations are of different documents; compare evaluations of the same documents")
         return paired_bootstrap(self.nats, other.nats, self.units, samples=samples, level=level, seed=seed)
 
     def record(self) -> dict[str, list[float]]:
-        """The totals as plain data, without names."""
+        """Return the totals per document as lists for JSON, without the names of the documents."""
         return {name: getattr(self, name).tolist() for name in _TOTALS}
 
     @classmethod
     def of(cls, record: Mapping[str, Sequence[float]], names: Sequence[str], unit: str = "byte") -> "Evaluation":
-        """What `record` was made of, given the names of the documents."""
+        """Return the evaluation whose `record()` and document names are given."""
         totals: dict[str, Any] = {name: np.array(record[name]) for name in _TOTALS}
         return cls(tuple(names), **totals, unit=unit)
 
     def plus(self, other: "Evaluation") -> "Evaluation":
-        """The totals of two evaluations of the same documents, by models of different seeds say, together."""
+        """Return the sum of two evaluations of the same documents, for example by models of different seeds."""
         totals: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _TOTALS}
         return Evaluation(self.names, **totals, unit=self.unit)
 
     def summary(self) -> dict[str, Any]:
-        """The figures as plain data: `bits_per_<unit>`, `loss` (nats per token), `accuracy`, `tokens`."""
+        """Return the figures as a dict: `bits_per_<unit>`, `loss` (nats per token), `accuracy`, `tokens`."""
         return {
             f"bits_per_{self.unit}": self.bits_per_unit,
             "loss": self.loss,
@@ -117,29 +117,30 @@ def evaluate_text(
     unit: str = "byte",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Loss of every document, read in chunks with the carried state, or in separate segments without it.
+    """Measure the loss of every document, read in chunks with the carried state, or in separate segments without it.
 
-    Several documents are read side by side, one after another in each row with a reset between; by the laws of the
-    mixers this gives what each document alone would give. A model that does not stream reads each segment of each
-    document in a row of its own. Parameters and random generators are left as they are.
+    Rows of a batch read several documents in parallel, one after another in each row with a reset between them; this
+    gives the same results as each document alone. A model that does not stream reads each segment of a document in a
+    separate row. Parameters and random generators are not changed.
 
     Args:
-        model: a language model, `logits, state = model(tokens, state, mask=, reset=)`; masked ones too.
+        model: a causal or masked language model, `logits, state = model(tokens, state, mask=, reset=)`.
         documents: from `task.documents("validation")` or `task.read(path)`.
-        chunk: tokens of a row in one call, more where documents are fewer than rows; does not change the result.
-        batch: rows, over all processes together.
-        memory: False: every segment of `segment_length` tokens starts from an empty state, to see what memory gives.
-        segment_length: of reading without memory; default `chunk`.
-        group: processes that share the work; each gets the totals of all.
-        unit: what `Evaluation.unit` says.
+        chunk: tokens per row in one call, more if there are fewer documents than rows; does not change the result.
+        batch: rows over all processes together.
+        memory: carry the state through each document. False: every segment of `segment_length` tokens starts from an
+            empty state, to measure the benefit of the memory.
+        segment_length: tokens per segment without memory; None: `chunk`.
+        group: processes that share the work; all of them return the same totals.
+        unit: name of the units that the task counts, for `Evaluation.unit`.
         progress: see `Progress`.
 
     Raises:
-        UnsupportedError: evaluation with memory of a model that does not stream.
-        EvaluationStopped: `progress` has ended it.
+        UnsupportedError: `memory=True` and the model does not stream.
+        EvaluationStopped: `progress` returned False.
     """
     if memory and not model.traits.streams:
-        raise UnsupportedError("this model does not stream; evaluate it with memory=False")
+        raise UnsupportedError("evaluate_text: this model does not stream; call it with memory=False")
     group = group or Group(device=device_and_dtype(model).device)
     restart = None if memory else segment_length or chunk
     totals, head = np.zeros((4, len(documents))), adaptive_head(model)
@@ -154,7 +155,7 @@ def evaluate_text(
             if progress is not None and progress(min(read, total), total) is False:
                 going = False
                 break
-    # that it is ended is said with the totals, so that no process waits for another one's
+    # the stop flag is summed together with the totals, so that no process waits for one that has stopped
     *sums, ended = group.sum(*totals.ravel().tolist(), float(not going))
     if ended:
         raise EvaluationStopped
@@ -173,12 +174,19 @@ def read_documents(
     group: Group,
     hidden: bool = False,
 ) -> Generator[tuple[Tensor, Batch]]:
-    """Logits and what was read, call after call; of each document in order, where the model streams.
+    """Run a model over documents call by call; the chunks of each document come in order if the model streams.
 
     Args:
-        model, documents, chunk, batch, group: as in `evaluate_text`.
-        restart: the state is emptied at every multiple of this place of a document.
-        hidden: hidden states, of `model.hidden`, in the place of logits.
+        model: a causal or masked language model.
+        documents: to read.
+        chunk: tokens per row in one call.
+        batch: rows over all processes together.
+        restart: empty the state at every multiple of this position of a document; None: only between documents.
+        group: processes that share the work.
+        hidden: yield hidden states of `model.hidden` instead of logits.
+
+    Yields:
+        Logits (rows, length, vocabulary), or hidden states (rows, length, dim), and the batch that was read.
     """
     call = model.hidden if hidden else model
     world: dict[str, Any] = {"rank": group.rank, "world_size": group.world_size}
@@ -196,7 +204,16 @@ def read_documents(
 
 
 def _stream(call: Callable[..., Any], lanes: Lanes, device: torch.device) -> Iterator[tuple[Tensor, Batch]]:
-    """What `call` gives of every batch of the rows that still have documents; a row that has none left is dropped."""
+    """Call a model on every batch of the lanes with the carried state; rows without any further document are dropped.
+
+    Args:
+        call: takes tokens, state, mask and reset, and returns outputs and the next state.
+        lanes: batches of contiguous text.
+        device: of the model.
+
+    Yields:
+        The outputs, and the batch that was read.
+    """
     state: Any = None
     alive = torch.arange(len(lanes.own))
     for batch in lanes:
@@ -212,7 +229,7 @@ def _stream(call: Callable[..., Any], lanes: Lanes, device: torch.device) -> Ite
 
 
 def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
-    """Documents in a shuffled order up to `places` tokens in all, the last one cut short; 0: all of them."""
+    """Select randomly ordered documents with `places` tokens in total, the last one truncated; 0: all documents."""
     if not places or places >= documents.lengths.sum():
         return documents
     items: list[Document] = []
@@ -227,17 +244,29 @@ def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
     return Documents(items, names)
 
 
-def judge(out: Tensor, targets: Tensor, head: AdaptiveHead | None) -> Tensor:
-    """(batch, length) losses of targets (batch, length) in nats, of logits, or of hidden states where there is an
-    adaptive head, of whose distributions few rows exist at once.
+def target_nats(out: Tensor, targets: Tensor, head: AdaptiveHead | None) -> Tensor:
+    """Return the loss of each target in nats, (batch, length).
+
+    Args:
+        out: logits (batch, length, vocabulary); with an adaptive head, hidden states (batch, length, dim), whose
+            logits are computed for few rows at once.
+        targets: (batch, length) int64.
+        head: the adaptive softmax of the model; None: `out` has logits.
     """
     return token_nats(out, targets) if head is None else head_nats(out, head, targets, chunk=_ROWS)
 
 
 def _totals(out: Tensor, part: Batch, count: int, head: AdaptiveHead | None) -> Array:
-    """(4, documents) nats, tokens, units and right predictions of a batch of logits, or of hidden states."""
+    """Return nats, tokens, units and correct predictions of one batch per document, (4, documents) fp64.
+
+    Args:
+        out: logits, or hidden states if there is an adaptive head.
+        part: the batch that was read.
+        count: number of documents.
+        head: the adaptive softmax of the model, or None.
+    """
     targets = part.targets.to(out.device)
-    nats = judge(out, targets, head).cpu().double().numpy()
+    nats = target_nats(out, targets, head).cpu().double().numpy()
     if head is None:
         likeliest = out.argmax(-1)
     else:
@@ -252,7 +281,10 @@ def _totals(out: Tensor, part: Batch, count: int, head: AdaptiveHead | None) -> 
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; no inference mode, whose tensors could not be trained with if cached."""
+    """Put a model into evaluation mode without gradients while the context is open.
+
+    Not `torch.inference_mode`: its tensors could not be used in training if a module caches them.
+    """
     training = model.training
     model.eval()
     try:

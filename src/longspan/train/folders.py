@@ -1,4 +1,4 @@
-"""Folders that are complete or invisible: filled under a hidden name, flushed to disk, then renamed."""
+"""Writes folders atomically: filled under a hidden name, flushed to disk, then renamed; and checks their digests."""
 
 import hashlib
 import os
@@ -15,12 +15,12 @@ DIGESTS = "digests.json"
 
 
 def hidden_name(path: Path) -> Path:
-    """The name under which a folder is filled; the same for every process of a run."""
+    """Return the hidden path under which a folder is filled, the same in every process of a run."""
     return path.with_name(f".{path.name}{HIDDEN}")
 
 
 def publish(path: Path) -> None:
-    """Give the folder filled under `hidden_name(path)` its name; one that is there already is replaced."""
+    """Rename the folder filled under `hidden_name(path)` to `path`, replacing an existing one."""
     filled, old = hidden_name(path), path.with_name(f".{path.name}.old{HIDDEN}")
     sync_folder(filled)
     if path.exists():
@@ -33,13 +33,16 @@ def publish(path: Path) -> None:
 def write_folder(
     path: Path, fill: Callable[[Path], object], seal: Callable[[Path], object] | None = None, group: Group | None = None
 ) -> Path:
-    """Make the folder `path`; on failure, a CheckpointError, an earlier one stands.
+    """Write the folder `path` atomically; an existing folder is replaced on success and kept on failure.
 
     Args:
-        path: the folder.
-        fill: called by every process with the folder to write into.
-        seal: called by the main process when all have filled it.
+        path: of the folder.
+        fill: called in every process with the temporary folder to write files into.
+        seal: called in the main process with the temporary folder when all processes have written.
         group: the processes; None: this one alone.
+
+    Raises:
+        CheckpointError: the folder could not be written.
     """
     group, filled = group or Group(), hidden_name(path)
     try:
@@ -63,7 +66,7 @@ def write_folder(
 
 
 def remove(path: Path) -> None:
-    """Delete a folder; it vanishes at once, so that a kill leaves none half deleted."""
+    """Delete a folder; it is renamed first, so that a kill never leaves it half deleted."""
     doomed = hidden_name(path)
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
@@ -71,7 +74,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a kill left half written."""
+    """Delete the temporary files and folders that a killed process left in a folder."""
     for path in folder.glob(f".*{HIDDEN}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -80,38 +83,51 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the digests of all files in a folder beside them."""
+    """Write the digests of all files of a folder to its `digests.json`."""
     seal_files(folder, (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()))
 
 
 def seal_files(folder: Path, names: Iterable[str]) -> None:
-    """The same of some files, by their names in the folder; those that are not there are left out."""
+    """Write the digests of some files of a folder to its `digests.json`; files that do not exist are left out."""
     files = {name: digest(folder / name) for name in names if name != DIGESTS and (folder / name).is_file()}
     write_json(folder / DIGESTS, {"files": files})
 
 
 def check_sealed(folder: Path) -> None:
-    """Check the digests that `seal` wrote, as `check_digests` does; nothing where there are none (earlier versions)."""
+    """Check the files of a folder against its `digests.json`; a folder of an earlier version has none and passes.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     if not (folder / DIGESTS).is_file():
         return
     files = read_json(folder / DIGESTS)
     if not isinstance(files, dict) or not isinstance(files.get("files"), dict):
-        raise CheckpointError(f"{folder / DIGESTS}: damaged")
-    remedy = f"; if you have changed the file yourself, delete {folder / DIGESTS}"
+        raise CheckpointError(f"{folder / DIGESTS}: damaged; delete it to use the folder without this check")
+    remedy = f"; if you changed the file yourself, delete {folder / DIGESTS}"
     check_digests(folder, files["files"], remedy)
 
 
 def check_digests(folder: Path, files: Mapping[str, str], remedy: str = "") -> None:
-    """Check the digests of files by their names; a CheckpointError names one that is missing or damaged."""
+    """Check the digests of some files.
+
+    Args:
+        folder: of the files.
+        files: expected digest per file name.
+        remedy: text to add to the error about a damaged file.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; the message names it.
+    """
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
+            raise CheckpointError(f"{path}: missing, although the digests of its folder list it")
         if digest(path) != expected:
-            raise CheckpointError(f"{path}: damaged: its contents are not what was written{remedy}")
+            raise CheckpointError(f"{path}: damaged (its digest does not match){remedy}")
 
 
 def digest(path: Path) -> str:
-    """Digest of a file's bytes."""
+    """Return the BLAKE2b digest of a file as hexadecimal text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,11 +1,12 @@
-"""Lanes: each row of the batch reads contiguous text, segment after segment, and one document after another.
+"""Lanes: batch rows that each read contiguous text, segment after segment and one document after another.
 
-Documents are dealt to lanes as these run out, in an order that a seed shuffles anew in each epoch. A document that is
-longer than a lane's fair share of the data (one big book, say) is cut into parts of that size first, else one lane
-alone would read it. No place is padded before the last epoch ends; every place is read exactly once per epoch.
+A lane that reaches the end of its document gets the next one, in an order that is reshuffled in each epoch. A document
+that is longer than a lane's share of the data (such as one big book) is first cut into pieces of that size, because
+otherwise a single lane would read it. There is no padding before the last epoch ends; every token is read exactly once
+per epoch.
 
-Where each lane stands is a few integers, and every process plans all lanes but fills only its own: two processes of two
-lanes read what one process of four lanes reads.
+The position of each lane is a few integers. Every process plans all lanes but reads only its own, so two processes of
+two lanes read the same as one process of four lanes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,41 +24,42 @@ NO_PIECE = -1
 
 
 class Batch(NamedTuple):
-    """One segment of every lane; all tensors are (lanes, length), int64 unless said."""
+    """One segment of every lane; all tensors are (lanes, length), int64 if not stated otherwise."""
 
     tokens: Tensor
     targets: Tensor
     graded: Tensor
-    """bool: the prediction counts"""
+    """bool: the loss of this prediction counts"""
     sizes: Tensor
-    """units (bytes) of each target; 0 where it does not count"""
+    """units (bytes) of each target; 0 if it does not count"""
     document: Tensor
-    """index of the document a place belongs to; -1 at padding"""
+    """index of the document; -1 at padding"""
     reset: Tensor | None
     """bool: a document starts here; None: nowhere in this batch"""
     mask: Tensor | None
-    """bool: a real token; None: all of them are"""
+    """bool: a real token; None: no padding in this batch"""
 
     def at(self, index: Tensor | slice) -> "Batch":
-        """The lanes of an index (int64 or bool) or a slice; without a mask if none of these is padded."""
-        return self._each(lambda tensor: tensor[index])
+        """Select lanes by an index (int64 or bool) or a slice; the mask becomes None if these have no padding."""
+        return self._map(lambda tensor: tensor[index])
 
     def clipped(self) -> "Batch":
-        """Without columns that are padding in every lane, which stand behind all others."""
+        """Remove the last columns that are padding in every lane."""
         width = self.tokens.shape[1] if self.mask is None else int(self.mask.sum(1).max())
-        return self._each(lambda tensor: tensor[:, :width])
+        return self._map(lambda tensor: tensor[:, :width])
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        return self._each(lambda tensor: tensor.to(device))
+        """Move the batch to a device."""
+        return self._map(lambda tensor: tensor.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply a function to every tensor of the batch; the mask becomes None if there is no padding left."""
         part = Batch(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
         return part._replace(mask=None) if part.mask is not None and bool(part.mask.all()) else part
 
 
 class Span(NamedTuple):
-    """Places `first` to `last` (excluded) of a document, by its number, and where in them (bool) it starts anew."""
+    """Positions `first` to `last` (excluded) of a document, and where it is reset (bool, for all or per position)."""
 
     document: int
     first: int
@@ -66,7 +68,7 @@ class Span(NamedTuple):
 
 
 def lay_out(documents: Documents, rows: Sequence[Sequence[Span]], width: int) -> Batch:
-    """A batch (rows, width): each row reads its spans one after another, padding behind them."""
+    """Fill a batch, (rows, width): each row has the tokens of its spans one after another, then padding."""
     shape = len(rows), width
     tokens, targets, sizes = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     document = np.full(shape, -1, dtype=np.int64)
@@ -94,14 +96,15 @@ def lay_out(documents: Documents, rows: Sequence[Sequence[Span]], width: int) ->
 
 
 def windows(documents: Documents, width: int, places: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Every place of every document once, a part of a document in each row, for models that carry nothing from call to
-    call. Parts of about equal length stand together, so little is padded.
+    """Yield batches for models without a carried state: each row has one window of a document, every token occurs once.
+
+    Windows of similar length are batched together, so there is little padding.
 
     Args:
-        documents: what is read.
-        width: places of a part, at most; the last of a document is what is left.
-        places: of a batch, padding included, unless one row has more.
-        rank, world_size: which process this is, and how many share the batches.
+        documents: to read.
+        width: tokens per window; the last window of a document may be shorter.
+        places: tokens per batch including padding, unless a single row has more.
+        rank, world_size: index of this process and number of processes that share the batches.
     """
     parts = [
         Span(index, first, min(first + width, length))
@@ -121,22 +124,22 @@ def windows(documents: Documents, width: int, places: int, *, rank: int = 0, wor
 
 
 class Lanes(Iterator[Batch]):
-    """Batches over documents; see the module.
+    """Iterator over batches in which each row (lane) reads contiguous text; the module describes the order.
 
     Args:
-        documents: what is read.
-        lanes: rows over all processes together.
-        segment_length: places of a lane in one batch.
-        seed: of the order of documents; None: in the given order, longest first where `longest_first`.
-        epochs: how often everything is read; None: for ever.
-        longest_first: for a given order; the rows then end at about the same time.
-        cut_long: whether documents longer than a lane's share are cut.
-        restart: a further reset at every multiple of this position of a document: reading without memory.
-        rank, world_size: which process this is, and how many share the lanes evenly.
+        documents: to read.
+        lanes: number of rows over all processes together.
+        segment_length: tokens per lane in one batch.
+        seed: of the random order of documents; None: the given order, or the longest first with `longest_first`.
+        epochs: how often all documents are read; None: forever.
+        longest_first: without a seed, start with the longest documents, so that all rows end at about the same time.
+        cut_long: cut documents that are longer than a lane's share of the data.
+        restart: add a reset at every multiple of this position of a document, to read without memory.
+        rank, world_size: index of this process and number of processes that share the lanes evenly.
 
     Raises:
-        ConfigError: the processes cannot share the lanes evenly.
-        DataError: there is nothing to read.
+        ConfigError: the number of processes does not divide the number of lanes.
+        DataError: the documents have no tokens.
     """
 
     def __init__(
@@ -154,9 +157,9 @@ class Lanes(Iterator[Batch]):
         world_size: int = 1,
     ) -> None:
         if lanes % world_size:
-            raise ConfigError(f"train.lanes = {lanes} cannot be shared evenly by {world_size} processes")
+            raise ConfigError(f"train.lanes = {lanes}: must be a multiple of the number of processes, {world_size}")
         if not documents.lengths.sum():
-            raise DataError("the documents hold no tokens")
+            raise DataError("the documents have no tokens to train on; give longer ones in task.source")
         self.documents, self.lanes, self.segment_length = documents, lanes, segment_length
         self.seed, self.epochs, self.longest_first, self.restart = seed, epochs, longest_first, restart
         share = lanes // world_size
@@ -168,7 +171,7 @@ class Lanes(Iterator[Batch]):
 
     @property
     def places_per_epoch(self) -> int:
-        """Places of all documents together."""
+        """Number of tokens of all documents together."""
         return int((self._pieces[:, 2] - self._pieces[:, 1]).sum())
 
     def __iter__(self) -> Self:
@@ -182,13 +185,14 @@ class Lanes(Iterator[Batch]):
         return lay_out(self.documents, rows, self.segment_length)
 
     def _span(self, piece: int, first: int, last: int) -> Span:
+        """Return positions `first` to `last` of a piece as a span of its document, with the resets in it."""
         index, start, _ = self._pieces[piece].tolist()
         places = np.arange(first, last)
         starts = places == start
         return Span(index, first, last, starts if self.restart is None else starts | (places % self.restart == 0))
 
     def _advance(self, lane: int) -> list[tuple[int, int, int]]:
-        """Move a lane one segment on; the stretches (piece, first, last) it reads on the way."""
+        """Move a lane forward by one segment; return the ranges (piece, first, last) that it reads."""
         piece, position = self._places[lane]
         plan, room = [], self.segment_length
         while room:
@@ -207,7 +211,7 @@ class Lanes(Iterator[Batch]):
         return plan
 
     def _deal(self) -> int:
-        """The next piece of the epoch, or of the next epoch; `NO_PIECE` after the last one."""
+        """Return the next piece to read, starting a new epoch if needed; `NO_PIECE` after the last epoch."""
         if self._dealt == len(self._order):
             if self.epochs is not None and self._epoch + 1 >= self.epochs:
                 return NO_PIECE
@@ -218,6 +222,7 @@ class Lanes(Iterator[Batch]):
         return int(self._order[self._dealt - 1])
 
     def _order_of(self, epoch: int) -> Array:
+        """Return the order of the pieces in an epoch, (pieces,) int64."""
         if self.seed is not None:
             return np.random.default_rng([self.seed, epoch]).permutation(len(self._pieces))
         if self.longest_first:
@@ -225,7 +230,7 @@ class Lanes(Iterator[Batch]):
         return np.arange(len(self._pieces))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every lane stands, as plain data."""
+        """Return the position of every lane as plain data."""
         return {
             "epoch": self._epoch,
             "dealt": self._dealt,
@@ -235,18 +240,24 @@ class Lanes(Iterator[Batch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; a CheckpointError where data or lanes are not what they were."""
+        """Restore the position that `state_dict` returned; raises CheckpointError if the data or lanes have changed."""
         if state["fingerprint"] != self.documents.fingerprint or state["pieces"] != len(self._pieces):
-            raise CheckpointError("the training data is not what this run was trained on: put the earlier data back")
+            raise CheckpointError(
+                "the training data differs from that of the checkpoint; restore the files of task.source, or start a "
+                "new run"
+            )
         if len(state["places"]) != self.lanes:
-            raise CheckpointError(f"this run has {len(state['places'])} lanes, not {self.lanes}")
+            raise CheckpointError(
+                f"train.lanes = {self.lanes}, but the checkpoint has {len(state['places'])} lanes; resume with these"
+            )
         self._epoch, self._dealt = state["epoch"], state["dealt"]
         self._order = self._order_of(self._epoch)
         self._places = [(piece, position) for piece, position in state["places"]]
 
 
 def _pieces(lengths: Array, lanes: int) -> Array:
-    """(pieces, 3) rows of (document, first, last): documents, cut where longer than a lane's share of all places."""
+    """Cut documents longer than a lane's share of all tokens; return (pieces, 3) rows of (document, first, last)."""
+
     share = max(-(-int(lengths.sum()) // lanes), 1)
     pieces = []
     for index, length in enumerate(lengths.tolist()):

@@ -1,4 +1,4 @@
-"""Held-back documents read while someone watches what layers do, and how many keys heads of entmax weigh there."""
+"""Observes layers while held-out documents are read, and counts the keys with nonzero weight of entmax heads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,12 +26,16 @@ def watch_layers(
     unit: str = "byte",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Read documents as `longspan eval` does; `watch` is called after each layer of `cores`.
+    """Evaluate a model on documents and call `watch` after every forward pass of some of its cores.
 
     Args:
-        model, documents, chunk, unit, progress: as in `evaluate_text`.
-        cores: what is watched.
-        watch: a forward hook with keywords: (core, positional arguments, keywords, output).
+        model: a language model.
+        documents: to read.
+        cores: modules of the model to observe.
+        watch: forward hook, called as watch(core, positional arguments, keyword arguments, output).
+        chunk: tokens per row in one call.
+        unit: name of the units that the task counts.
+        progress: see `longspan.train.evaluate.Progress`.
     """
     hooks = [core.register_forward_hook(watch, with_kwargs=True) for core in cores]
     memory = bool(model.traits.streams)
@@ -44,7 +48,13 @@ def watch_layers(
 
 @dataclass
 class Support:
-    """Sums over the tokens read: (heads,) fp64 keys that got a weight (`kept`) and that could have got one (`seen`)."""
+    """Counts of keys per head, summed over all queries.
+
+    Attributes:
+        kept: (heads,) fp64, keys with a nonzero attention weight.
+        seen: (heads,) fp64, visible keys.
+        queries: number of queries.
+    """
 
     kept: Tensor
     seen: Tensor
@@ -52,12 +62,12 @@ class Support:
 
     @property
     def sizes(self) -> list[float]:
-        """Keys with a weight, a query, of each head."""
+        """Per head, the mean number of keys with nonzero weight per query."""
         return [float(size) for size in self.kept / max(self.queries, 1)]
 
     @property
     def shares(self) -> list[float]:
-        """Share of the keys seen that have a weight, of each head."""
+        """Per head, the share of visible keys with nonzero weight."""
         return [float(share) for share in self.kept / self.seen.clamp(min=1)]
 
 
@@ -70,17 +80,23 @@ def head_supports(
     unit: str = "byte",
     progress: Progress | None = None,
 ) -> tuple[Evaluation, list[Support]]:
-    """How many keys each head gives a weight that is not zero; arguments as in `watch_layers`."""
+    """Count the keys with nonzero weight of each head of some entmax layers; arguments are those of `watch_layers`.
+
+    Returns:
+        The evaluation of the documents, and the counts of each core in the order of `cores`.
+    """
     counted = {}
     for core in cores:
         zeros = torch.zeros(core.shape.num_heads, dtype=torch.float64)
         counted[id(core)] = Support(zeros, zeros.clone())
 
-    def watch(core: EntmaxMechanism, given: tuple[Any, ...], _keywords: dict[str, Any], _out: Any) -> None:
-        support, real = counted[id(core)], given[4].real_columns()
-        for totals, q in ((support.kept, given[0]), (support.seen, torch.zeros_like(given[0]))):
-            # with a query of zeros all scores are equal, and every key that is seen has a weight
-            counts = support_sizes(core, q, *given[1:5])
+    def watch(core: EntmaxMechanism, arguments: tuple[Any, ...], _keywords: dict[str, Any], _out: Any) -> None:
+        """Add the counts of one call of a core; its arguments are q, k, v, state and the batch layout."""
+        support, real = counted[id(core)], arguments[4].real_columns()
+        for totals, q in ((support.kept, arguments[0]), (support.seen, torch.zeros_like(arguments[0]))):
+            # with queries of zeros all scores are equal, so every visible key has a weight
+            counts = support_sizes(core, q, *arguments[1:5])
+
             totals += (counts * real[:, None]).sum((0, 2)).cpu()
         support.queries += int(real.sum())
 

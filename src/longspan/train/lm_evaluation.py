@@ -1,12 +1,12 @@
-"""Figures of a language model beyond one number: per byte, character, token and word; along a document, by how often a
-word is seen in training, and by how much context there is.
+"""Detailed evaluation of language models: loss per byte, character, token and word; by position in the document, by
+word frequency in the training text, and by context length.
 
-Everything is made of the loss of every place of every document (`place_nats`), read in one of two ways:
+All figures are computed from the loss of every token of every document (`place_nats`), read in one of two ways:
 
-- *carried*: the state goes on from a document's start to its end and is emptied between documents.
-- *windows* of `context` tokens with a `stride`: each window starts from an empty state and is scored on its last
-  `stride` places (the first of a document on all), so a scored token sees `context - stride + 1` to `context` tokens,
-  its own input counted, or all there are where the document began less far back. With `stride = context` these are
+- *carried*: the state is carried from the start of a document to its end and emptied between documents.
+- *windows* of `context` tokens with a `stride`: each window starts from an empty state, and its last `stride` tokens
+  are scored (all tokens of the first window of a document). So a scored token sees `context - stride + 1` to `context`
+  tokens including its own input, or all tokens from the start of its document. With `stride = context` windows are
   separate segments.
 """
 
@@ -26,28 +26,28 @@ from longspan.tasks.base import Array, Head
 from longspan.tasks.tokenizers import Tokenizer
 from longspan.tasks.words import Words
 from longspan.train.distributed import Group
-from longspan.train.evaluate import Progress, judge, read_documents
+from longspan.train.evaluate import Progress, read_documents, target_nats
 from longspan.train.loss import adaptive_head
 from longspan.train.statistics import Interval, share_bootstrap
 
-# words are told apart without these around them: "union," is seen as often as "union"
+# stripped from both ends of words before they are counted: "union," counts as "union"
 PUNCTUATION = b".,;:!?\"'()[]{}*_-`"
-# least occurrences in the training text of the words of a bucket, after the Compressive Transformer's (1, 100, 1K, 10K)
+# lower ends of the frequency buckets, after the Compressive Transformer's (1, 100, 1K, 10K)
 FREQUENCIES = (0, 1, 10, 100, 1_000, 10_000)
-# places of a document up to this one are one bucket; then every doubling is
+# the first bucket of positions in a document ends here; each of the next is twice as long
 FIRST_PLACES = 64
 _PIECE = 1 << 16
 
 
 class Window(NamedTuple):
-    """Reading with limited context; see the module."""
+    """Reading in windows of `context` tokens, of which the last `stride` are scored; see the module."""
 
     context: int
     stride: int
 
     @property
     def least(self) -> int:
-        """Tokens that a scored token sees at least, where the document has them."""
+        """Smallest number of tokens that a scored token sees, unless its document starts within them."""
         return self.context - self.stride + 1
 
 
@@ -60,36 +60,38 @@ def place_nats(
     batch: int = 16,
     progress: Progress | None = None,
 ) -> list[Array]:
-    """(length,) fp32 loss of every place of every document, in nats.
+    """Compute the loss of every token of every document in nats: a list of (length,) fp32 arrays.
 
     Args:
-        model, chunk, batch: as in `evaluate_text`.
+        model: a causal language model.
         documents: of a text.
-        window: None: carried.
-        progress: called with the tokens read and all there are; what it returns is not looked at.
+        window: context and stride; None: carry the state through each document.
+        chunk: tokens per row in one call; does not change the result.
+        batch: number of rows.
+        progress: called as progress(tokens read, tokens in all); its return value is ignored.
 
     Raises:
-        ConfigError: a stride that is not from 1 to the context.
-        UnsupportedError: carried, of a model that does not stream.
+        ConfigError: the stride is not from 1 to the context.
+        UnsupportedError: no window, and the model does not stream.
     """
     if window is not None and not 1 <= window.stride <= window.context:
-        raise ConfigError(f"a stride of {window.stride}: from 1 to the context, {window.context}")
+        raise ConfigError(f"window: stride = {window.stride}: must be from 1 to the context, {window.context}")
     if window is None and not model.traits.streams:
-        raise UnsupportedError("this model does not stream; give it windows")
+        raise UnsupportedError("place_nats: this model does not stream; give a window")
     cuts = cut(documents.lengths, window)
     read = documents if window is None else windowed(documents, cuts)
     losses = [np.zeros(length, dtype=np.float32) for length in documents.lengths.tolist()]
     done = np.zeros(len(read), dtype=np.int64)
     if window is not None and not model.traits.streams:
-        # such a model sees a window as a whole
+        # a model that does not stream reads a window in one call
         chunk, batch = window.context, max(batch * chunk // window.context, 1)
     group = Group(device=device_and_dtype(model).device)
-    # the loss of an adaptive softmax needs no whole distribution
+    # the loss of an adaptive softmax is computed from hidden states, without logits of the whole vocabulary
     head = adaptive_head(model)
     for out, part in read_documents(model, read, chunk=chunk, batch=batch, group=group, hidden=head is not None):
         if progress is not None:
             progress(int(done.sum()), int(read.lengths.sum()))
-        nats = judge(out, part.targets.to(out.device), head).float().cpu().numpy()
+        nats = target_nats(out, part.targets.to(out.device), head).float().cpu().numpy()
         for row, line in enumerate(part.document.numpy()):
             borders = [0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), len(line)]
             for first, last in itertools.pairwise(borders):
@@ -103,7 +105,12 @@ def place_nats(
 
 
 def cut(lengths: Array, window: Window | None) -> Array:
-    """(windows, 4) rows of document, first place, first scored place, last place (excluded)."""
+    """Cut documents into windows: (windows, 4) rows of document, first, first scored, and last position (excluded).
+
+    Args:
+        lengths: (documents,) number of tokens of each document.
+        window: context and stride; None: one window per document.
+    """
     rows: list[tuple[int, int, int, int]] = []
     for index, length in enumerate(lengths.tolist()):
         size, step = (length, 1) if window is None else window
@@ -114,7 +121,7 @@ def cut(lengths: Array, window: Window | None) -> Array:
 
 @dataclass(frozen=True)
 class _Part:
-    """Places of a document as a document."""
+    """The tokens `first` to `last` (excluded) of a document, as a document."""
 
     document: Document
     first: int
@@ -124,51 +131,53 @@ class _Part:
         return self.last - self.first
 
     def cut(self, first: int, last: int) -> Piece:
+        """Return the tokens `first` to `last` of this window."""
         return self.document.cut(self.first + first, self.first + last)
 
 
 def windowed(documents: Documents, cuts: Array) -> Documents:
-    """Each row of `cut` as a document of its own, without a name; of a window all places."""
+    """Return every window of `cut`, (windows, 4), as a separate document without a name."""
     items: list[Document] = [_Part(documents[index], first, last) for index, first, _, last in cuts.tolist()]
     return Documents(items, [""] * len(items))
 
 
 @dataclass(frozen=True)
 class TextCounts:
-    """What the places of documents stand for; arrays are (documents,) int64 unless said."""
+    """Counts of tokens, bytes, characters and words of documents; arrays are (documents,) int64 unless stated."""
 
     names: tuple[str, ...]
     tokens: Array
+    """number of tokens"""
     units: Array
-    """bytes"""
+    """number of bytes"""
     characters: Array
-    """of UTF-8, of what the bytes stand for; never more than these"""
+    """number of UTF-8 characters, at most the number of bytes"""
     words: Array
-    """between white space; with `lines_count`, ends of lines too"""
+    """number of words separated by white space; with `lines_count`, plus the ends of lines"""
     sizes: tuple[Array, ...]
-    """(tokens,) bytes of each token, for each document"""
+    """per document, (tokens,) bytes of each token"""
     word_of: tuple[Array, ...]
-    """(tokens,) int64 number of the word that each token belongs to, for each document"""
+    """per document, (tokens,) int64 index of the word that each token belongs to"""
     spelled: tuple[tuple[bytes, ...], ...]
-    """the words of each document"""
+    """per document, its words"""
     cut: tuple[bool, ...] = ()
-    """whether each document goes on behind its last byte, which is inside of a word or ends it; empty: none does"""
+    """per document, whether it was truncated within or right after a word; empty: none was"""
 
 
 def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool = False) -> TextCounts:
-    """Bytes, characters and words of documents.
+    """Count the bytes, characters and words of documents, and assign every token to a word.
 
-    A token belongs to the word in which its last byte lies; white space belongs to the word before it, whose end it
-    says. So the loss of a word is that of its bytes and of its end, whatever the tokens are.
+    A token belongs to the word that contains its last byte. White space belongs to the word before it, because it marks
+    its end. So the loss of a word includes its bytes and its end, for any tokenizer.
 
     Args:
         documents: of a text.
-        tokenizer: that made them.
-        lines_count: the end of a line is counted as a word (WikiText's official counts).
+        tokenizer: that encoded them.
+        lines_count: count the end of a line as a word, as the official counts of WikiText do.
     """
     table = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
     spelt = np.array([len(spelling) for spelling in table], dtype=np.int64)
-    # a token without bytes (the end of a line, for words) has no character either, though it is written as one
+    # a token of size 0 (the end of a line in word-level text) counts as no character, although it decodes to one
     begun = np.array([sum(byte & 0xC0 != 0x80 for byte in spelling) for spelling in table], dtype=np.int64)
     begun[tokenizer.sizes == 0] = 0
     counts: list[tuple[int, int, int]] = []
@@ -203,7 +212,7 @@ def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool 
 
 
 def _goes_on(item: Document) -> bool:
-    """Whether this is the head of a longer document."""
+    """Return whether a document is a truncated part (`Head`) of a longer one."""
     while isinstance(item, Head):
         if len(item) < len(item.document):
             return True
@@ -212,13 +221,13 @@ def _goes_on(item: Document) -> bool:
 
 
 def summary(nats: Sequence[Array], counts: TextCounts, words: int | None = None) -> dict[str, Interval]:
-    """Bits per byte and character, perplexity of a token and of a word, with intervals over documents.
+    """Return bits per byte and per character, and perplexity per token and per word, with intervals over documents.
 
     Args:
-        nats: of `place_nats`.
+        nats: per document the loss of each token, from `place_nats`.
         counts: of the same documents.
-        words: official number of words of all documents; None: those counted. PG-19 and WikiText-103 divide the nats of
-            all tokens, whatever these are, by it.
+        words: official number of words of all documents, by which published perplexities on PG-19 and WikiText-103
+            divide the total loss of any tokenizer; None: the counted number.
     """
     totals = totals_of(nats)
     share = 1.0 if words is None else words / max(int(counts.words.sum()), 1)
@@ -232,32 +241,43 @@ def summary(nats: Sequence[Array], counts: TextCounts, words: int | None = None)
 
 
 def totals_of(nats: Sequence[Array]) -> Array:
-    """(documents,) fp64 sums."""
+    """Return the total loss of each document, (documents,) fp64."""
     return np.array([losses.sum(dtype=np.float64) for losses in nats])
 
 
 def difference(nats: Sequence[Array], other: Sequence[Array], units: Array) -> Interval:
-    """Bits per byte of one reading minus those of another, paired by document."""
+    """Return the difference in bits per byte of two readings of the same documents, with a paired interval.
+
+    Args:
+        nats, other: per document the loss of each token, from `place_nats`.
+        units: (documents,) bytes of each document.
+    """
     return _share((totals_of(nats) - totals_of(other)) / math.log(2), units)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Loss in a part of the text."""
+    """Loss in one range of positions or of word frequencies."""
 
     first: int
+    """lower end of the range"""
     last: int | None
-    """excluded; None: no end"""
+    """upper end of the range, excluded; None: no upper end"""
     amount: int
-    """bytes (of places) or words in it"""
+    """number of bytes (for positions) or words (for frequencies) in it"""
     values: Mapping[str, Interval]
-    """bits per byte, or per word, of each reading"""
+    """per reading, bits per byte or per word"""
     gain: Interval | None
-    """of the first reading minus the second; None where there is one"""
+    """first reading minus second reading; None if there is only one"""
 
 
 def by_place(readings: Mapping[str, Sequence[Array]], counts: TextCounts) -> list[Bucket]:
-    """Bits per byte by the place of a token in its document: the first 64 tokens, and every doubling."""
+    """Compute bits per byte by position in the document: the first 64 tokens, then ranges that double in length.
+
+    Args:
+        readings: per reading, the loss of each token of each document, from `place_nats`.
+        counts: of the same documents.
+    """
     longest = int(counts.tokens.max(initial=1))
     edges = [0, FIRST_PLACES]
     while edges[-1] < longest:
@@ -270,10 +290,15 @@ def by_place(readings: Mapping[str, Sequence[Array]], counts: TextCounts) -> lis
 def by_frequency(
     readings: Mapping[str, Sequence[Array]], counts: TextCounts, seen: Mapping[bytes, int]
 ) -> list[Bucket]:
-    """Bits per word by how often the word stands in the training text (`count_words`), after the Compressive
-    Transformer.
+    """Compute bits per word by the number of occurrences of the word in the training text.
 
-    The last word of a document that was cut inside of it is left out: what there is of it is no word.
+    The buckets follow the Compressive Transformer (Rae et al. 2019). The last word of a document that was truncated
+    within it is left out.
+
+    Args:
+        readings: per reading, the loss of each token of each document, from `place_nats`.
+        counts: of the same documents.
+        seen: occurrences of each word in the training text, from `count_words`.
     """
     edges = [*FREQUENCIES, np.inf]
     buckets, words = [], []
@@ -292,8 +317,12 @@ def by_frequency(
 
 
 def count_words(texts: Iterable[tuple[str, Array]], tokenizer: Tokenizer | None = None) -> dict[bytes, int]:
-    """How often each word stands in documents (name, bytes), without punctuation around it. A tokenizer of words counts
-    what it makes of the text, all that it does not know as `<unk>`; with other ones words lie between white space.
+    """Count the occurrences of each word in a text, without the punctuation around it.
+
+    Args:
+        texts: documents as (name, bytes).
+        tokenizer: a word tokenizer counts its own tokens, unknown words as `<unk>`; for any other one, words are
+            separated by white space.
     """
     counter: Counter[bytes] = Counter()
     if isinstance(tokenizer, Words):
@@ -301,7 +330,7 @@ def count_words(texts: Iterable[tuple[str, Array]], tokenizer: Tokenizer | None 
         for name, data in texts:
             seen += np.bincount(tokenizer.encode(data, name), minlength=len(seen))
         for index in np.flatnonzero(seen).tolist():
-            # an end of a line spells no word
+            # the token for the end of a line contains no word
             counter.update(dict.fromkeys(tokenizer.decode([index]).split(), int(seen[index])))
     else:
         for _, data in texts:
@@ -313,14 +342,20 @@ def count_words(texts: Iterable[tuple[str, Array]], tokenizer: Tokenizer | None 
 
 
 def _bare(word: bytes) -> bytes:
+    """Return a word without the punctuation around it, or unchanged if it is only punctuation."""
     return word.strip(PUNCTUATION) or word
 
 
 def _buckets(
     readings: Mapping[str, Sequence[Array]], places: Sequence[Array], units: Array, edges: Sequence[float]
 ) -> list[Bucket]:
-    """Buckets between edges that hold anything, of losses divided by units (documents, buckets), given the number of
-    the bucket of each token of each document (-1: none).
+    """Return the loss in every bucket that is not empty.
+
+    Args:
+        readings: per reading, the loss of each token of each document.
+        places: per document, (tokens,) bucket index of each token; -1: in no bucket.
+        units: (documents, buckets) bytes or words by which the loss is divided.
+        edges: ends of the buckets, one more than there are buckets.
     """
     bits = {name: _sums(nats, places, len(edges) - 1) / math.log(2) for name, nats in readings.items()}
     buckets = []
@@ -338,7 +373,13 @@ def _buckets(
 
 
 def _sums(values: Sequence[Array], places: Sequence[Array], count: int) -> Array:
-    """(documents, count) fp64 sums of values by bucket."""
+    """Sum per-token values by bucket: (documents, count) fp64.
+
+    Args:
+        values: per document, (tokens,) values.
+        places: per document, (tokens,) bucket index of each token; -1: in no bucket.
+        count: number of buckets.
+    """
     rows = [
         np.bincount(bucket[bucket >= 0], weights=value[bucket >= 0], minlength=count)
         for value, bucket in zip(values, places, strict=True)
@@ -347,15 +388,23 @@ def _sums(values: Sequence[Array], places: Sequence[Array], count: int) -> Array
 
 
 def _share(amounts: Array, units: Array) -> Interval:
-    """Per unit over all documents: also the loss of one without a unit (a word, say) is divided by the others'.
+    """Return amounts per unit over all documents together, with a bootstrap interval.
 
-    Documents that hold neither do not count as drawn.
+    The loss of a document without a unit (such as a word) still counts. Documents with neither are not resampled.
+
+    Args:
+        amounts: (documents,) losses.
+        units: (documents,) bytes, characters, tokens or words.
+
+    Raises:
+        DataError: no document has a unit.
     """
     some = (units > 0) | (amounts != 0)
     if not (units > 0).any():
-        raise DataError("nothing to measure: the documents hold no words")
+        raise DataError("cannot compute the loss per word: the documents have no words; give other documents")
     return share_bootstrap(amounts[some], units[some])
 
 
 def _exponential(interval: Interval) -> Interval:
+    """Return the perplexity of a loss in nats and its interval; NaN stays NaN."""
     return Interval(*(math.exp(min(value, 700.0)) if value == value else value for value in interval))

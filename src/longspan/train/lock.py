@@ -1,7 +1,7 @@
-"""A run's folder belongs to one training at a time, and one that cannot begin leaves no trace in it.
+"""Locks the folder of a run for one training process, and cleans up after a training that fails to start.
 
-The lock is the system's own (`flock`) on `FOLDER/.lock`: it ends with the process that holds it, however that ends, so
-a file that a kill left behind locks nothing. Where a file system or the system has no such locks, there is none.
+The lock is a `flock` on `FOLDER/.lock`. It is released when its process ends in any way, so a lock file that a killed
+process left behind locks nothing. On systems or file systems without `flock` there is no lock.
 """
 
 import contextlib
@@ -25,21 +25,22 @@ _BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
 
 
 class Start:
-    """A training that is about to begin in a folder: `begun` where everything fits, so that what was written stays."""
+    """Start of a training in a folder: set `begun` when all checks have passed, so that the files written are kept."""
 
     begun = False
 
 
 @contextlib.contextmanager
 def reserved(folder: Path, *, resume: bool) -> Iterator[Start]:
-    """Lock a run's folder, which is made where it is missing; unless it is `begun` inside, it is left as it was.
+    """Lock the folder of a run, creating it if needed; restore it unless the yielded `Start` is marked as `begun`.
 
     Args:
         folder: of the run.
-        resume: the folder's tokenizer is that of the run; else one that stands there is of a start that failed.
+        resume: keep the tokenizer in the folder, which is that of the run. False: an existing tokenizer is a leftover
+            of a failed start and is set aside.
 
     Raises:
-        CheckpointError: the folder cannot be written, or another process trains in it.
+        CheckpointError: the folder cannot be written, or another process is training in it.
     """
     start = Start()
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -66,7 +67,11 @@ def reserved(folder: Path, *, resume: bool) -> Iterator[Start]:
 
 
 def _lock(folder: Path) -> int:
-    """The descriptor that holds the lock."""
+    """Lock a folder and return the file descriptor that holds the lock.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
     path = folder / NAME
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -78,11 +83,11 @@ def _lock(folder: Path) -> int:
             if error.errno in _BUSY:
                 os.close(descriptor)
                 raise CheckpointError(
-                    f"{folder}: another process trains here{f' ({holder})' if holder else ''}; stop it or wait for its "
-                    "end, or choose another folder"
+                    f"{folder}: another process is training in this folder{f' ({holder})' if holder else ''}; stop it, "
+                    "wait until it ends, or choose another folder"
                 ) from None
-            # a file system without locks: train without one
-        # its holder may have deleted the file between the two calls above
+            # the file system has no locks: train without one
+        # the previous holder may have deleted the file between the two calls above
         if path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor)):
             break
         os.close(descriptor)
@@ -93,7 +98,7 @@ def _lock(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _undone_unless_begun(folder: Path, start: Start, resume: bool) -> Iterator[None]:
-    """Clear away what a kill left half written; on failure, what was written since."""
+    """Delete leftovers of killed processes; on exit, delete what was written since unless the training has begun."""
     checkpoints, tokenizer = folder / "checkpoints", folder / "tokenizer.json"
     aside = folders.hidden_name(tokenizer)
     before = {path.name for path in folder.iterdir()}

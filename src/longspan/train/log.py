@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, one for each logged step and each evaluation."""
+"""The log of a run: one JSON line per logged step and per evaluation."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from longspan.files import write_atomically
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that a kill left torn, or that is damaged, is dropped."""
+    """Read the lines of a log as dicts; incomplete or damaged lines are skipped. A missing file gives no lines."""
     path, lines = Path(path), []
     if not path.exists():
         return []
@@ -27,11 +27,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """An append-only log.
+    """An append-only log file.
 
     Args:
-        path: of the file; made where missing.
-        step: lines beyond this step are dropped: the run that wrote them is going on from an earlier checkpoint.
+        path: of the file; created if it does not exist.
+        step: step at which the run continues; lines of later steps, logged after its checkpoint, are removed.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
@@ -42,25 +42,26 @@ class Log:
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; a CheckpointError where the disk is full or not writable."""
+        """Append a line; raises CheckpointError if the disk is full or not writable."""
         with self._explained():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
-        """Flush to disk, so that a log never ends before its checkpoint; errors as of `write`."""
+        """Flush the log to disk, so that it is never behind its checkpoint; raises CheckpointError if that fails."""
         with self._explained():
             os.fsync(self._file.fileno())
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
+        """Turn an OSError inside the context into a CheckpointError that names the file."""
         try:
             yield
         except OSError as error:
             reason = error.strerror or error
-            raise CheckpointError(f"{self.path}: cannot be written: {reason}; make room and resume") from None
+            raise CheckpointError(f"{self.path}: cannot be written: {reason}; free disk space and resume") from None
 
     def close(self) -> None:
-        """Close the file; what a full disk did not take is lost, as `write` has said."""
+        """Close the file; errors are ignored, because `write` has flushed and reported them."""
         with contextlib.suppress(OSError):
             self._file.close()

@@ -1,4 +1,4 @@
-"""What every training in a run folder has: steps, log, checkpoints, and an orderly end whatever ends it."""
+"""The training loop of all runs: steps, log, checkpoints, and saving on interruption."""
 
 import time
 from collections.abc import Callable
@@ -20,40 +20,40 @@ from longspan.train.step import DivergedError, Optimization
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended."""
+    """Outcome of a run."""
 
     folder: Path
     step: int
-    """optimiser steps done"""
+    """optimizer steps done"""
     tokens: int
     """predictions trained on"""
     seconds: float
-    """training time"""
+    """training time, without evaluation and saving"""
     evaluation: dict[str, Any] | None
-    """figures on the held-back documents, of `Evaluation.summary`; None where interrupted, and along a curriculum"""
+    """figures on held-out documents, from `Evaluation.summary`; None if interrupted, and for runs with a curriculum"""
     interrupted: bool = False
-    """stopped by Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved. Where `step` is the last of the schedule, the final
-    evaluation alone is missing; resuming the run makes it"""
+    """stopped by Ctrl-C, SIGTERM or SIGHUP, after saving a checkpoint. If `step` is the last one, only the final
+    evaluation is missing; resuming the run makes it"""
 
 
 class TrainingLoop:
-    """Trains a model on a task in a run folder; a subclass says what a step does.
+    """Trains a model on a task in the folder of a run; subclasses define what a step does.
 
     Args:
         model: on its device, in its dtype.
-        task: prepared.
-        config: of the run: when it ends, and how often it logs and saves.
+        task: prepared task.
+        config: `[train]` table: when the run ends, and how often it logs and saves.
         folder: of the run.
-        group: the processes.
-        display: what is shown; only the main process's is used.
+        group: processes of the run.
+        display: progress display; used in the main process only.
     """
 
     remedies = "a lower train.lr, a longer train.warmup or a smaller train.clip"
-    """what a run that diverged may try"""
+    """advice in the error message of a run that diverged"""
     config: Any
     optimization: Optimization
     data: Any
-    """where the run is in its data, with `state_dict` and `load_state_dict`"""
+    """position in the data, with `state_dict` and `load_state_dict`"""
 
     def __init__(self, model: Any, task: Any, config: Any, folder: Path, *, group: Group, display: Display) -> None:
         self.model, self.task, self.config, self.folder, self.group = model, task, config, folder, group
@@ -62,56 +62,61 @@ class TrainingLoop:
         self._saved_step: int | None = None
         self._stop = False
         self.trained = False
-        """whether the schedule has ended and the model is saved"""
+        """whether all steps are done and the model is saved"""
 
     def title(self) -> str:
-        """What is trained."""
+        """Describe the training data, for the first line of the display."""
         raise NotImplementedError
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint whose model this trainer was made with."""
+        """Continue from a checkpoint; the trainer must have been created with the model of the checkpoint."""
         self.position = checkpoint.position
         self._saved_step = self.position.step
         self.optimization.load_tensors(checkpoint.tensors)
         self.data.load_state_dict(checkpoint.position.lanes)
 
     def _train(self, rate: float) -> Any:
-        """An optimiser step: its tokens, units, and sums for the log."""
+        """Make one optimizer step with `rate` times the learning rates.
+
+        Returns:
+            An object with `tokens`, `units` and `sums` (name to amount) for the log.
+        """
         raise NotImplementedError
 
     def _line_is_due(self, outcome: Any) -> bool:
-        """Whether a line is logged behind this step, whatever its number."""
+        """Return whether this step is logged although `log_every` does not divide its number."""
         raise NotImplementedError
 
     def _figures(self, outcome: Any) -> dict[str, Any]:
-        """What a line of the log says of the training alone, of the sums in `position.pending`."""
+        """Return the figures of a log line that this kind of training adds, from the sums in `position.pending`."""
         raise NotImplementedError
 
-    def _shown(self) -> dict[str, Any]:
-        """What is shown besides a line of the log."""
+    def _display_fields(self) -> dict[str, Any]:
+        """Return further fields for the progress display, which are not logged."""
         return {}
 
     def _after_step(self, log: Log | None) -> None:
-        """What comes between a step and its checkpoint."""
+        """Hook between a step and its checkpoint, such as an evaluation."""
 
     def _finish(self, log: Log | None) -> tuple[dict[str, Any] | None, bool]:
-        """What comes behind the last checkpoint: figures, and whether it was interrupted."""
+        """Hook after the last checkpoint: return the final figures, and whether it was interrupted."""
         return None, False
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
+        """The folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     def fit(self, publish: Callable[[], None] | None = None) -> Result:
-        """Train to the end of the schedule, or until interrupted.
+        """Train until all steps (or minutes) are done, or until interrupted.
 
         Args:
-            publish: called in the main process between the last checkpoint and the final evaluation.
+            publish: writes the trained model; called in the main process between the last checkpoint and the final
+                evaluation.
 
         Raises:
-            DivergedError: the loss is not finite; says at which step and what to go back to.
-            CheckpointError: a checkpoint could not be saved; the last good one stands.
+            DivergedError: the loss is not finite; the message has the step, the last good checkpoint and advice.
+            CheckpointError: a checkpoint could not be saved; the message names the last good one.
         """
         log = Log(self.folder / "log.jsonl", step=self.position.step) if self.group.main else None
         self.display.start(self._title())
@@ -134,10 +139,11 @@ class TrainingLoop:
 
     @property
     def _done(self) -> bool:
+        """Whether the run has reached its number of steps or its time."""
         return bool(self.config.is_done(self.position.step, self.position.seconds))
 
     def _loop(self, log: Log | None) -> bool:
-        """Steps until the end; True where interrupted."""
+        """Make steps and save checkpoints until the end; return True if interrupted."""
         every = self.config.checkpoint_every
         while not self._done:
             if self.group.any(self._stop):
@@ -151,6 +157,7 @@ class TrainingLoop:
         return False
 
     def _save(self, log: Log | None) -> None:
+        """Save a checkpoint unless this step is saved; raises DivergedError if a parameter is not finite."""
         position = self.position
         if self._saved_step == position.step:
             return
@@ -166,6 +173,7 @@ class TrainingLoop:
         self._saved_step = position.step
 
     def _step(self, log: Log | None) -> None:
+        """Make one step, update the progress of the run, and log a line if one is due."""
         position, started = self.position, time.perf_counter()
         rate = self.config.rate(position.step, position.seconds)
         try:
@@ -175,7 +183,7 @@ class TrainingLoop:
         position.step += 1
         position.tokens += outcome.tokens
         position.units += outcome.units
-        # the clock of the main process counts, else processes would end at different steps
+        # all processes use the clock of the main one, otherwise they would end at different steps
         (seconds,) = self.group.sum(time.perf_counter() - started if self.group.main else 0.0)
         position.seconds += seconds
         pending = position.pending
@@ -196,24 +204,27 @@ class TrainingLoop:
         self._write(log, line)
 
     def _write(self, log: Log | None, line: dict[str, Any]) -> None:
-        """Log a line, and show it."""
+        """Write a line to the log and to the progress display."""
         if log is not None:
             log.write(line)
         seconds = self.position.seconds
         fraction = self.config.fraction_done(self.position.step, seconds)
         eta = seconds * (1 - fraction) / fraction if fraction else None
-        self.display.step({**line, "fraction": fraction, "eta": eta, "unit": self.task.unit, **self._shown()})
+        self.display.step({**line, "fraction": fraction, "eta": eta, "unit": self.task.unit, **self._display_fields()})
 
     def _title(self) -> str:
+        """Return the first line of the display: folder, size of the model, data and length of the run."""
         begin = f"from step {self.position.step} " if self.position.step else ""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return f"{self.folder}: {parameters:,} parameters, {self.title()}, {begin}to {self.config.ends}"
 
     def _advice(self) -> str:
+        """Return the end of the message about a diverged run: the last good checkpoint and what to change."""
         return f"{checkpoints.last_good(self.checkpoints)}; try {self.remedies}"
 
     def _stop_soon(self) -> None:
+        """Handle the first interrupt: stop after this step, and tell the user what happens."""
         self._stop = True
         after = "without the final evaluation; the trained model is saved" if self.trained else "after this step"
-        again = "again to stop at once" if self.trained else "again to stop at once, without saving"
+        again = "interrupt again to stop at once" if self.trained else "interrupt again to stop at once without saving"
         self.display.message(f"stopping {after}; {again}")

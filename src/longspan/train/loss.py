@@ -1,7 +1,7 @@
-"""The loss of next-token prediction.
+"""The loss of next-token prediction, with whole logits or in chunks.
 
-A target never lies in another document: a document's first token is predicted from the begin token that it is given
-(`longspan.tasks`), its last token predicts nothing, so no prediction crosses a border and none is lost.
+Predictions never cross documents: the first token of a document is predicted from its begin token (`longspan.tasks`),
+and its last token predicts nothing.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from longspan.models.head import CalledHead, Softmax
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """(batch, length) negative log-likelihood of each target in nats, in fp32 at least.
+    """Return the negative log-likelihood of each target in nats, (batch, length), in fp32 or fp64.
 
     Args:
         logits: (batch, length, vocabulary).
@@ -30,13 +30,22 @@ def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, graded: Tensor | None = None) -> Tensor:
-    """Sum of the nats of all targets that count (`graded` (batch, length) bool; None: all); a scalar with a graph."""
+    """Return the summed loss of next-token prediction in nats, a scalar with gradients.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        targets: (batch, length) int64.
+        graded: (batch, length) bool, the targets that count; None: all.
+    """
     nats = token_nats(logits, targets)
     return nats.sum() if graded is None else nats.masked_fill(~graded, 0).sum()
 
 
 def adaptive_head(model: Any) -> AdaptiveHead | None:
-    """The head of a model whose softmax is adaptive, whose losses need not the whole distribution; else None."""
+    """Return the output head of a model if it is an adaptive softmax, else None.
+
+    With such a head the loss is computed from hidden states, without logits of the whole vocabulary.
+    """
     try:
         head = model.head()
     except (AttributeError, UnsupportedError):
@@ -47,23 +56,24 @@ def adaptive_head(model: Any) -> AdaptiveHead | None:
 def chunked_next_token_loss(
     hidden: Tensor, head: Head | CalledHead | AdaptiveHead, targets: Tensor, graded: Tensor | None = None, *, chunk: int
 ) -> Tensor:
-    """`next_token_loss` of the logits that `head` makes of hidden states, of which only `chunk` rows ever exist.
+    """Return the summed loss of next-token prediction in nats, with logits of only `chunk` tokens at a time.
 
-    Logits are the largest tensors of a model with a large vocabulary: 403 MB in fp32 for 2 x 1,024 tokens of 49,152
-    classes, and their gradient as much again. Here the loss is found in chunks of rows and the backward pass makes each
-    chunk's logits once more: one product of four in place of one of three (Kitaev et al. 2020, section 3, propose
-    chunks; the recomputation is ours). Rows that do not count are left out. Under autocast the products are in its
-    type; losses and the sum of the weight's gradient are in fp32 at least.
+    The value is that of `next_token_loss` on the logits of `head`. Logits are the largest tensors of a model with a
+    large vocabulary: 403 MB in fp32 for 2 x 1,024 tokens and 49,152 classes, and the same again for their gradient.
+    Here the loss is computed in chunks of rows, and the backward pass recomputes the logits of each chunk: four matrix
+    products instead of three (Kitaev et al. 2020, section 3, propose chunks; the recomputation is ours). Rows that do
+    not count are left out. Under autocast the products use its dtype; losses and the summed weight gradient are in fp32
+    or fp64.
 
-    The loss of an adaptive softmax is a sum over softmaxes, each over the rows whose targets lie in its cluster, so the
-    others' logits are never made, in chunks or not.
+    The loss of an adaptive softmax is a sum over its softmaxes, each over the rows with targets in its cluster, so
+    logits of other clusters are never computed, with or without chunks.
 
     Args:
-        hidden: (batch, length, dim).
-        head: `model.head()`, where hidden states are those of `model.hidden(...)`.
+        hidden: (batch, length, dim) hidden states from `model.hidden(...)`.
+        head: `model.head()`.
         targets: (batch, length) int64.
-        graded: (batch, length) bool, targets that count; None: all.
-        chunk: rows whose logits exist at once; 0: all, kept for the backward pass.
+        graded: (batch, length) bool, the targets that count; None: all.
+        chunk: rows whose logits exist at once; 0: all rows, kept for the backward pass.
     """
     rows, classes = hidden.flatten(0, 1), targets.flatten()
     if graded is not None:
@@ -73,8 +83,13 @@ def chunked_next_token_loss(
 
 
 def head_nats(hidden: Tensor, head: Head | CalledHead | AdaptiveHead, targets: Tensor, *, chunk: int = 0) -> Tensor:
-    """`token_nats` of the logits that `head` makes of hidden states (batch, length, dim), as
-    `chunked_next_token_loss` finds them.
+    """Return the loss of each target in nats, (batch, length), computed from hidden states instead of logits.
+
+    Args:
+        hidden: (batch, length, dim) hidden states from `model.hidden(...)`.
+        head: `model.head()`.
+        targets: (batch, length) int64.
+        chunk: rows whose logits exist at once; 0: all rows.
     """
     total: Tensor | None = None
     for part in head.softmaxes(hidden.flatten(0, 1), targets.flatten()):
@@ -85,7 +100,7 @@ def head_nats(hidden: Tensor, head: Head | CalledHead | AdaptiveHead, targets: T
 
 
 def _nats(part: Softmax, chunk: int) -> Tensor:
-    """(rows,) losses of one softmax."""
+    """Return the loss of each row of one softmax in nats, (rows,), with logits of `chunk` rows at a time (0: all)."""
     if part.call is not None:
         return _called_nats(part.call, part.hidden, part.targets, chunk)
     assert part.weight is not None
@@ -97,10 +112,20 @@ def _nats(part: Softmax, chunk: int) -> Tensor:
 
 
 def _called_nats(call: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """The same where logits are made by a module, which is called again for each chunk in the backward pass."""
+    """Return the loss of each row in nats, (rows,), if a module computes the logits.
 
-    def nats(rows: Tensor, wanted: Tensor) -> Tensor:
-        return token_nats(call(rows)[None], wanted[None])[0]
+    With `chunk` rows at a time, the module is called again for each chunk in the backward pass.
+
+    Args:
+        call: maps hidden states (rows, dim) to logits (rows, classes).
+        hidden: (rows, dim).
+        targets: (rows,) int64.
+        chunk: rows per call; 0: all rows in one call.
+    """
+
+    def nats(rows: Tensor, classes: Tensor) -> Tensor:
+        """Return the losses of some rows, (rows,)."""
+        return token_nats(call(rows)[None], classes[None])[0]
 
     if not chunk or not len(hidden):
         return nats(hidden, targets)
@@ -111,7 +136,7 @@ def _called_nats(call: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
 
 
 class _ChunkedNats(FirstOrder):
-    """(rows,) nats in fp32 at least; kept are the inputs and one number a row."""
+    """Autograd function of the chunked loss: (rows,) nats in fp32 or fp64; saves its inputs and one number per row."""
 
     what = "the loss in chunks"
 
@@ -146,7 +171,7 @@ class _ChunkedNats(FirstOrder):
             for first in range(0, len(hidden), ctx.chunk):
                 part = slice(first, first + ctx.chunk)
                 here, factor = hidden[part].to(product), gradient[part, None]
-                # the softmax minus the target, in the place of the logits
+                # softmax minus one-hot target, computed in place of the logits
                 error = _logits(here, *head, wide).sub_(scale[part, None]).exp_().mul_(factor)
                 error.scatter_add_(1, targets[part, None], -factor)
                 if d_bias is not None:
@@ -168,8 +193,10 @@ class _ChunkedNats(FirstOrder):
 
 
 def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Cast the weight and the bias (or None) of the head to a dtype."""
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    """Return the logits of rows, (rows, classes): the product in the dtype of the weight, the result in `wide`."""
     return functional.linear(hidden.to(weight.dtype), weight, bias).to(wide)

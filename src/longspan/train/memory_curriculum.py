@@ -1,8 +1,8 @@
-"""Training a recurrent classifier on a memory task: short segments first, then longer ones, then more of them.
+"""Trains a recurrent classifier on a memory task: first on short segments, then on longer ones, then on more of them.
 
-Bulatov et al. 2023 (section 3) train one segment to convergence, then two, and so on. Here writing is learnt first, on
-two segments so short that a fact is most of what they say; the segments grow to their full length, and only then does
-their number. A batch is drawn at the stage reached or, half the time, from anything before it.
+Bulatov et al. 2023 (section 3) train one segment to convergence, then two, and so on. Here the model first learns to
+write its memory, on two segments so short that a fact is most of their text; then the segments grow to their full
+length, and then their number grows. Half of the batches are of the current stage, the others of earlier stages.
 """
 
 import math
@@ -24,21 +24,23 @@ from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer, Outco
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCurriculumConfig(CurriculumConfig):
-    """The `[train]` table of a recipe of the memory task; more of its fields in `CurriculumConfig`.
+    """Fields of `[train]` for the memory task; see `CurriculumConfig` for the others.
 
     Attributes:
-        short_segments: lengths of segments before the task's own.
-        first_segments: number of segments to begin with.
-        max_segments: the most that are ever trained on.
-        short_accuracy: like `accuracy` while segments are short.
-        gate_open: weight of the loss that asks the gate for `gate_evidence` at least where a whole fact stands.
-        gate_evidence: see `gate_open`; a logit.
-        gate_penalty: largest weight of the loss that asks for -`gate_margin` where no fact stands.
-        gate_margin: see `gate_penalty`; a logit.
-        gate_ramp: share of `gate_penalty` that is added in a step while accuracy is above `short_accuracy`; below it
-            the weight falls again. At full weight from the first step on, it would keep the memory from being written.
-        gate_floor: share of `gate_penalty` that always stays: without it a gate that is always open keeps accuracy too
-            low for the penalty to rise, and stays open.
+        short_segments: segment lengths of the first stages, in tokens, before the segment length of the task.
+        first_segments: number of segments per sample in the first stage.
+        max_segments: number of segments per sample in the last stage.
+        short_accuracy: accuracy that ends a stage with short segments; `accuracy` is for full-length segments.
+        gate_open: weight of the loss that raises the gate's logit to at least `gate_evidence` in segments with a whole
+            fact.
+        gate_evidence: target logit of `gate_open`.
+        gate_penalty: largest weight of the loss that lowers the gate's logit to -`gate_margin` in segments without a
+            fact.
+        gate_margin: target of `gate_penalty`, a logit.
+        gate_ramp: fraction of `gate_penalty` added to the weight per step while accuracy is above `short_accuracy`;
+            below it the weight decays. At full weight from the first step, the memory would never be written.
+        gate_floor: smallest fraction of `gate_penalty`. Without it, a gate that is always open keeps accuracy too low
+            for the penalty to rise, and stays open.
     """
 
     short_segments: tuple[int, ...] = (64, 128, 256)
@@ -56,21 +58,21 @@ class MemoryCurriculumConfig(CurriculumConfig):
         super().__post_init__()
         if self.first_segments < 1 or self.max_segments < self.first_segments:
             raise ConfigError(
-                f"train.first_segments = {self.first_segments}, max_segments = {self.max_segments}: 1 at least, and "
-                "not fewer than the first"
+                f"train.first_segments = {self.first_segments}, train.max_segments = {self.max_segments}: the first "
+                "must be at least 1, the second at least the first"
             )
         check_shares(self, "train", ("short_accuracy", "gate_floor"))
 
 
 @dataclass
 class MemoryCurriculum(Stages):
-    """Where a run is in its curriculum; see `Stages`.
+    """Progress of a run in the curriculum of the memory task; see `Stages`.
 
     Attributes:
-        segments: the most segments of a sample by now.
-        length: tokens of a segment by now, `full` in the end.
-        recent: accuracy of the last batches of any size.
-        penalty: weight of the loss on gates that open where no fact stands.
+        segments: largest number of segments per sample in the current stage.
+        length: tokens per segment in the current stage; `full` in the last stages.
+        recent: accuracy of the last `window` batches, of any number of segments.
+        penalty: current weight of the loss on gates that open in segments without a fact.
     """
 
     segments: int = 0
@@ -84,10 +86,11 @@ class MemoryCurriculum(Stages):
 
     @property
     def _lengths(self) -> list[int]:
+        """Segment lengths of the stages, ascending, ending with the full length."""
         return [*(length for length in sorted(self.config.short_segments) if length < self.full), self.full]
 
     def draw(self, step: int) -> tuple[int, int]:
-        """Segments and rows of the batch of a step."""
+        """Return the number of segments and of rows of the batch of a step."""
         random = np.random.default_rng([self.config.seed, step, 7])
         at_frontier = random.random() < self.config.frontier
         segments = self.segments if at_frontier else int(random.integers(1, self.segments + 1))
@@ -95,7 +98,7 @@ class MemoryCurriculum(Stages):
         return segments, max(8, min(64, rows))
 
     def add(self, segments: int, accuracy: float) -> bool:
-        """Count a batch; True where a new stage begins."""
+        """Record the accuracy of a batch, adapt the gate penalty, and return whether a new stage begins."""
         config = self.config
         self.recent = [*self.recent, accuracy][-config.window :]
         if self.segments >= 2 and math.fsum(self.recent) > config.short_accuracy * len(self.recent):
@@ -106,7 +109,7 @@ class MemoryCurriculum(Stages):
         return self.count(accuracy if segments == self.segments else None, threshold)
 
     def further(self) -> bool:
-        """Longer segments, then more of them."""
+        """Go to the next stage: longer segments, then more of them; return False in the last stage."""
         if self.length < self.full:
             self.length = self._lengths[self._lengths.index(self.length) + 1]
         elif self.segments < self.config.max_segments:
@@ -116,28 +119,38 @@ class MemoryCurriculum(Stages):
         return True
 
     def columns(self) -> dict[str, Any]:
-        """What a line of the log says of the stage."""
+        """Return the figures of the stage for a line of the log."""
         return {"segments": self.segments, "segment_length": self.length, "gate_penalty": self.penalty}
 
     @property
     def words(self) -> tuple[str, str]:
-        """The stage as two short texts."""
+        """The stage as two short texts for the progress display."""
         return f"up to {self.segments}", f"{self.length}"
 
 
 class Samples(NamedTuple):
-    """A batch of samples of one length: tokens (rows, segments * size) and answers (rows,) int64, and whether no part
-    (`none`) and all (`whole`) of a fact stands in each segment (rows, segments).
-    """
+    """A batch of samples of a memory task, all of the same length."""
 
     tokens: Tensor
+    """(rows, segments * size) int64"""
     answers: Tensor
+    """(rows,) int64 class of the correct answer"""
     none: Tensor
+    """(rows, segments) bool: the segment has no part of a fact"""
     whole: Tensor
+    """(rows, segments) bool: the segment has a whole fact"""
 
 
 def draw_samples(task: MemoryTask, segments: int, rows: int, size: int, seed: tuple[int, ...]) -> Samples:
-    """Training samples of a seed."""
+    """Generate a training batch of a memory task.
+
+    Args:
+        task: prepared task.
+        segments: number of segments per sample.
+        rows: number of samples.
+        size: tokens per segment.
+        seed: the same seed gives the same batch.
+    """
     drawn = [task.sample("train", segments, [*seed, row], size=size) for row in range(rows)]
     parts = [list(sample) for sample in drawn]
     tokens = np.stack([np.concatenate([part.tokens for part in sample]) for sample in parts])
@@ -147,8 +160,18 @@ def draw_samples(task: MemoryTask, segments: int, rows: int, size: int, seed: tu
 
 
 def gate_losses(traces: list[Trace], batch: Samples, config: MemoryCurriculumConfig) -> tuple[Tensor, Tensor]:
-    """What is asked of the gates, the last segment's apart, as nothing is read after it: the mean of softplus(logit +
-    margin) where no fact stands, and of softplus(evidence - largest logit) where a whole one does; else zeros.
+    """Return two losses on the logits of the write gates: one that closes them, one that opens them.
+
+    The last segment is excluded, because nothing is read after it.
+
+    Args:
+        traces: per segment, what the recurrent model recorded; traces without logits are skipped.
+        batch: which segments have a fact.
+        config: margins.
+
+    Returns:
+        The mean of softplus(logit + gate_margin) over segments without a fact, and the mean of
+        softplus(gate_evidence - largest logit) over segments with a whole fact; 0 if there are no such segments.
     """
     zero = batch.answers.new_zeros((), dtype=torch.float32)
     logits = [trace.logits for trace in traces if trace.logits is not None]
@@ -162,17 +185,17 @@ def gate_losses(traces: list[Trace], batch: Samples, config: MemoryCurriculumCon
 
 
 class MemoryTrainer(CurriculumTrainer):
-    """Trains a `RecurrentClassifier` on a `MemoryTask`; arguments as of the base."""
+    """Trains a `RecurrentClassifier` on a `MemoryTask`; arguments are those of `CurriculumTrainer`."""
 
     config: MemoryCurriculumConfig
     stages: MemoryCurriculum
 
     def first_stage(self) -> MemoryCurriculum:
-        """See the base."""
+        """Return the curriculum at its first stage."""
         return MemoryCurriculum(self.config, self.task.config.segment_length)
 
     def read(self) -> Outcome:
-        """See the base."""
+        """Draw the batch of this step, add its gradients, and update the curriculum."""
         config, step, curriculum = self.config, self.position.step, self.stages
         segments, rows = curriculum.draw(step)
         batch = draw_samples(self.task, segments, rows, curriculum.length, (config.seed, step))
@@ -180,12 +203,12 @@ class MemoryTrainer(CurriculumTrainer):
         return Outcome(loss, right, rows, batch.tokens.numel(), curriculum.add(segments, right))
 
     def title(self) -> str:
-        """See the base."""
+        """Describe the training data, for the first line of the display."""
         task = self.task.config
         return f"{task.kind}, up to {self.config.max_segments} segments of {task.segment_length}"
 
     def _backward(self, batch: Samples, size: int) -> tuple[float, float]:
-        """Add the gradient of a batch; its loss on answers and its accuracy."""
+        """Add the gradients of a batch; return its loss on answers (a mean over rows) and its accuracy."""
         batch = Samples(*(tensor.to(self.device) for tensor in batch))
         traces: list[Trace] = []
         aux_losses: list[Tensor] = []

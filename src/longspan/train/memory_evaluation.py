@@ -1,7 +1,7 @@
-"""How many questions a classifier answers rightly, at any number of segments, in constant memory.
+"""Evaluates how many questions of a memory task a classifier answers correctly, after any number of segments.
 
-Samples are made segment by segment as they are read, several rows side by side; nothing of a sample is kept but the
-model's state.
+Samples are generated segment by segment while they are read, several rows in parallel. Only the model's state is kept,
+so memory use is constant.
 """
 
 import math
@@ -23,21 +23,21 @@ from longspan.train.statistics import Interval
 
 @dataclass
 class MemoryEvaluation:
-    """What was found at one number of segments.
+    """Results of a memory task at one number of segments.
 
     Attributes:
-        kind: which task.
-        segments: of each sample.
-        tokens: of each sample.
-        right: whether each sample was answered rightly.
-        straddles: whether a fact of the sample was cut in two by a segment border.
-        false_writes: segments without any part of a fact (the last apart) in which a gate opened.
-        silent: how many such segments there were.
-        missed: segments with a whole fact (the last apart) in which no gate opened.
-        telling: how many such segments there were.
-        repeats: how often a noise sentence occurs in a sample, on average over those that occur.
-        seconds: of reading.
-        resident: most bytes of memory the process held meanwhile; None where the system does not say.
+        kind: of the task: `"memorize"`, `"detect"` or `"reasoning"`.
+        segments: number of segments per sample.
+        tokens: number of tokens per sample.
+        right: per sample, whether the answer was correct.
+        straddles: per sample, whether a segment border cut one of its facts in two.
+        false_writes: segments without any part of a fact in which a gate opened (last segments not counted).
+        silent: segments without any part of a fact (last segments not counted).
+        missed: segments with a whole fact in which no gate opened (last segments not counted).
+        telling: segments with a whole fact (last segments not counted).
+        repeats: mean number of times that a noise sentence occurs in a sample, over the sentences that occur.
+        seconds: reading time.
+        resident: largest memory use of the process while reading, in bytes; None if the system does not report it.
     """
 
     kind: str
@@ -55,20 +55,20 @@ class MemoryEvaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Share of correct answers, 0 to 1."""
         return sum(self.right) / max(len(self.right), 1)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rows together."""
+        """Reading speed of all rows together."""
         return self.tokens * len(self.right) / max(self.seconds, 1e-9)
 
     def interval(self) -> Interval:
-        """Accuracy with its 95 % Wilson interval, which says something at k = n too, where a bootstrap does not."""
+        """Return the accuracy with its 95 % Wilson interval, which, unlike a bootstrap, is not empty at 0 or 100 %."""
         return wilson(sum(self.right), len(self.right))
 
     def record(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the results as a dict for JSON, with `k` of `n` correct answers and the interval `low` to `high`."""
         plain = {key: value for key, value in vars(self).items() if key not in ("right", "straddles")}
         low, high = self.interval()[1:]
         return {
@@ -86,13 +86,13 @@ class MemoryEvaluation:
 
 
 def wilson(right: int, count: int) -> Interval:
-    """A share with its 95 % score interval (Wilson 1927)."""
+    """Return the share `right / count` with its 95 % score interval (Wilson 1927); NaN and [0, 1] for count 0."""
     if not count:
         return Interval(math.nan, 0.0, 1.0)
     z, share = 1.959964, right / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(share, max(0.0, center - half), min(1.0, center + half))
 
 
 @torch.no_grad()
@@ -108,20 +108,21 @@ def evaluate_memory(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, MemoryEvaluation]:
-    """Read `count` samples of each kind, and see what is answered.
+    """Let a classifier read `count` samples of each kind of memory task, and count its correct answers.
 
     Args:
-        model: put into evaluation mode.
-        task: prepared.
-        segments: of each sample.
-        count: samples of each kind.
-        kinds: side by side in every batch.
-        split, seed: of the noise and of the samples.
-        batch: rows read together.
-        progress: called with the share that is done.
+        model: to evaluate; it is put into evaluation mode.
+        task: prepared memory task.
+        segments: number of segments per sample.
+        count: number of samples of each kind.
+        kinds: kinds of the task; every batch mixes them.
+        split: of the noise text.
+        batch: rows per batch.
+        seed: of the samples.
+        progress: called with the share of the work that is done, 0 to 1.
 
     Returns:
-        By kind. Seconds and tokens per second are those of all kinds together, divided by their number.
+        The results per kind. Seconds and tokens per second are those of all kinds together, divided by their number.
     """
     model.eval()
     rows = [(kind, index) for index in range(count) for kind in kinds]
@@ -147,7 +148,16 @@ def evaluate_memory(
 def _read(
     model: RecurrentClassifier, samples: list[MemorySample], answers: list[MemoryEvaluation]
 ) -> Iterator[tuple[float, int]]:
-    """Read samples side by side and add to their answers; yields, now and then, the share done and resident bytes."""
+    """Read a batch of samples segment by segment and add the results to `answers`.
+
+    Args:
+        model: in evaluation mode.
+        samples: one per row.
+        answers: per row, the results to add to.
+
+    Yields:
+        Every 16 segments, the share of segments that is read and the memory use of the process in bytes (0: unknown).
+    """
     count = samples[0].segments
     streams, state = [iter(sample) for sample in samples], None
     cut = [False] * len(samples)

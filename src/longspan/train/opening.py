@@ -1,4 +1,4 @@
-"""Runs and pretrained models, opened for whoever reads with them: the command line, the evaluation harness."""
+"""Opens runs and pretrained models for evaluation and generation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,57 +27,61 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class OpenedRun(NamedTuple):
-    """A model in evaluation mode, on its device; a task ready to encode text (of a pretrained model a text task with
-    its tokenizer); and notes for whoever asked, a line each.
-    """
+    """An opened run or pretrained model."""
 
     model: Any
+    """in evaluation mode, on its device"""
     task: Task
+    """ready to encode text; for a pretrained model, a text task with its tokenizer"""
     notes: tuple[str, ...]
+    """one-line notes for the user"""
 
 
 def open_run(
     folder: str | Path, assignments: Sequence[str] = (), *, device: str = "auto", dtype: str = "", text: bool = False
 ) -> OpenedRun:
-    """The model and the task of a run, or of a folder of transformers.
+    """Open a run, or a folder of a transformers model: its model, its task, and notes for the user.
 
     Args:
-        folder: of the run, of a converted model, or of a plain model of transformers.
-        assignments: `model.a.b=c`, see `reshape`.
+        folder: of a run, of a converted model, or of an unchanged transformers model.
+        assignments: changed fields of the model, `model.a.b=c`, see `reshape`.
         device: as in `TrainConfig.device`.
         dtype: one of `DTYPES`; empty: as the weights are stored.
-        text: refuse a run that reads something else.
+        text: require a run that reads text.
 
     Raises:
-        CheckpointError: no run, a damaged one, or one that is not of text.
-        ConfigError: a field that does not exist or that the weights do not fit, an unknown type or device.
+        CheckpointError: the folder is not a run, is damaged, or, with `text`, is a run of another task.
+        ConfigError: an unknown field, dtype or device, or a field whose value the weights do not fit.
     """
-    parse_dtype(dtype)  # a wrong name is told before weights are read
+    parse_dtype(dtype)  # raise for a wrong name before weights are read
     if is_pretrained_folder(folder):
         if assignments:
-            raise ConfigError("--set: a pretrained model keeps its fields; convert it again with others")
+            raise ConfigError("--set: the fields of a converted model are fixed; run `longspan convert` with others")
         model, task, note = _open_pretrained(folder, dtype)
     else:
         model, task = load_run(folder)
         model, note = reshape(model, assignments)
     if text and not isinstance(task, TextTask):
-        raise CheckpointError(f"{folder}: a run of the task {type(task).__name__}, not of text, which this verb reads")
+        raise CheckpointError(
+            f"{folder}: this is a run of {type(task).__name__}, but the command needs one of the task text; "
+            "use longspan eval"
+        )
     model.to(choose_device(device, what="--device"), parse_dtype(dtype))
     return OpenedRun(model, task, (note,) if note else ())
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """The type of a name, None where it is empty; a ConfigError where it is none of `DTYPES`."""
+    """Return the torch dtype of a name, None for an empty name; raises ConfigError if it is not one of `DTYPES`."""
     if not name:
         return None
     if name not in DTYPES:
-        raise ConfigError(f"--dtype {name!r}: one of {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype {name!r}: must be one of {', '.join(DTYPES)}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def is_pretrained_folder(folder: str | Path) -> bool:
-    """Whether a folder holds a model as transformers keeps it, converted or plain, and no run."""
+    """Return whether a folder contains a saved transformers model, converted or not, rather than a run."""
     if is_converted(folder):
         return True
     path = Path(folder) / "config.json"
@@ -85,22 +89,23 @@ def is_pretrained_folder(folder: str | Path) -> bool:
 
 
 def recipe_table(folder: str | Path, name: str) -> dict[str, Any]:
-    """The table `name` of a run's recipe; empty where there is no run, or no such table."""
+    """Return the table `name` of a run's recipe; empty if the folder is not a run or the table does not exist."""
     path = Path(folder) / "recipe.json"
     return read_object(path).get(name, {}) if path.is_file() else {}
 
 
 def is_memory_run(folder: str | Path) -> bool:
-    """Whether a folder holds a classifier on a memory task."""
+    """Return whether a folder is a run of a classifier on a memory task."""
     return "classes" in recipe_table(folder, "model")
 
 
 def is_passkey_run(folder: str | Path) -> bool:
-    """Whether a folder holds a model that was trained along a curriculum of pass keys."""
+    """Return whether a folder is a run trained with the passkey curriculum (`curriculum = "passkey"`)."""
     return recipe_table(folder, "train").get("curriculum") in ("passkey", "retrieval")
 
 
 def _open_pretrained(folder: str | Path, dtype: str) -> tuple[Any, Task, str]:
+    """Open a transformers folder: return its model, a text task with its tokenizer, and a note (may be empty)."""
     from longspan.hf.decoder import end_tokens_of, load_converted
     from longspan.hf.opening import open_plain
 
@@ -111,22 +116,24 @@ def _open_pretrained(folder: str | Path, dtype: str) -> tuple[Any, Task, str]:
     else:
         opened = open_plain(folder, parse_dtype(dtype))
         if hasattr(opened.model, "conversion"):
-            note = f"{folder}: not converted; read with its own attention, as a baseline"
+            note = f"{folder}: is not converted; using its original attention, as a baseline"
     return opened.model, TextTask(tokenizer=borrow(opened.tokenizer, end_tokens_of(folder))), note
 
 
 def load_run(folder: str | Path) -> tuple[Any, Task]:
-    """The model of a run, in evaluation mode, and its task, ready to encode text; data is read only when asked for.
+    """Load the model of a run, in evaluation mode, and its task, ready to encode text; training data is not read.
 
-    The model is the trained one, or that of the newest sound checkpoint while the run is not over; a CheckpointError
-    where there is neither.
+    The model is the trained one or, while the run is not finished, that of the newest undamaged checkpoint.
+
+    Raises:
+        CheckpointError: the folder is not a run, is damaged, or has neither a trained model nor a checkpoint.
     """
     folder = Path(folder)
     recipe = stored_recipe(folder)
     task = tasks.build(recipe["task"])
     task.prepare(folder, main=False)
     if pretrained.is_pretrained(recipe):
-        pretrained.make_known()
+        pretrained.register_kind()
     folders.check_sealed(folder / "model")
     if is_converted(folder / "model"):
         from longspan.hf.decoder import load_converted
@@ -137,59 +144,74 @@ def load_run(folder: str | Path) -> tuple[Any, Task]:
     else:
         checkpoint = newest_sound(folder / "checkpoints", Display())
         if checkpoint is None:
-            raise CheckpointError(f"{folder}: this run has no checkpoint yet")
+            raise CheckpointError(f"{folder}: this run has no checkpoint yet; train it first")
         model = checkpoint.model
     if model.vocab_size < task.vocab_size:
         raise CheckpointError(
-            f"{folder}: the model knows {model.vocab_size} token ids, the tokenizer has {task.vocab_size}"
+            f"{folder}: the tokenizer has {task.vocab_size} token ids, but the model only {model.vocab_size}; restore "
+            "tokenizer.json of this run"
         )
     return model, task
 
 
 def stored_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe of a run; a CheckpointError where there is none, or a damaged one."""
+    """Read the recipe of a run; raises CheckpointError if it is missing or damaged."""
     if not (folder / "recipe.json").exists():
-        raise CheckpointError(f"{folder}: no run here (recipe.json is missing)")
+        raise CheckpointError(
+            f"{folder}: not a run (recipe.json is missing); give a folder that `longspan train` wrote"
+        )
     folders.check_sealed(folder)
     stored: dict[str, Any] = read_json(folder / "recipe.json")
     if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in TABLES):
-        raise CheckpointError(f"{folder / 'recipe.json'}: not the recipe of a run")
+        raise CheckpointError(f"{folder / 'recipe.json'}: is not the recipe of a run; restore the file")
     return stored
 
 
 def newest_sound(folder: Path, display: Display) -> Checkpoint | None:
-    """The newest checkpoint that can be read; each damaged one before it is named. None where there is none at all."""
+    """Load the newest undamaged checkpoint of a folder and report damaged newer ones; None if there are no checkpoints.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged.
+    """
     problem: CheckpointError | None = None
-    for path in checkpoints.found(folder):
+    for path in checkpoints.list_checkpoints(folder):
         try:
             checkpoint = checkpoints.read(path)
         except CheckpointError as error:
             problem = error
             continue
         if problem is not None:
-            display.message(f"{problem}; going on from {path}")
+            display.message(f"{problem}; continuing from {path}")
         return checkpoint
     if problem is not None:
-        raise CheckpointError(f"{problem}; no earlier checkpoint is sound")
+        raise CheckpointError(f"{problem}; no checkpoint of this run can be loaded")
     return None
 
 
 def reshape(model: Any, assignments: Sequence[str]) -> tuple[Any, str]:
-    """The same weights in a model of other settings (`model.a.b=c`), such as another length of memory, and a line that
-    says what differs from training; empty where nothing does.
+    """Build a model with the same weights and other settings, such as another length of memory.
+
+    Args:
+        model: trained model.
+        assignments: changed fields, `model.a.b=c`.
+
+    Returns:
+        The model in evaluation mode, and a note that lists what differs from training (empty if nothing).
 
     Raises:
-        ConfigError: an assignment that is not `model.a.b=c`, an unknown field, or weights that do not fit.
+        ConfigError: an assignment that is not `model.a.b=c`, an unknown field, or a value that the weights do not fit.
     """
     if not assignments:
         return model, ""
     if hasattr(model, "describe"):
-        raise ConfigError("--set: a pretrained model keeps its fields; convert it anew with others, and train that")
+        raise ConfigError(
+            "--set: the fields of a run of a pretrained model are fixed; convert the model with others and train that"
+        )
     trained = describe_model(model)
     data: dict[str, Any] = {"model": trained}
     for assignment in assignments:
         if not assignment.startswith("model."):
-            raise ConfigError(f"--set {assignment!r}: only the model can be changed here: model.a.b=c")
+            raise ConfigError(f"--set {assignment!r}: only fields of the model can be changed here: model.a.b=c")
         data = override(data, assignment)
     other = build_model(data["model"])
     try:
@@ -200,12 +222,12 @@ def reshape(model: Any, assignments: Sequence[str]) -> tuple[Any, str]:
     return other.eval(), f"not as trained, so figures may be worse: {'; '.join(changes)}" if changes else ""
 
 
-# the same outputs, whatever their values
+# fields that do not change the outputs of the model
 _SAME_OUTPUTS = ("checkpoint", "ffn_chunk", "dropout", "cache", "bptt_segments")
 
 
 def _with_defaults(table: Any) -> Any:
-    """A model's table with the defaults of its mixers filled in."""
+    """Return a model's table with the defaults of its mixers filled in, recursively."""
     if isinstance(table, list | tuple):
         return [_with_defaults(item) for item in table]
     if not isinstance(table, dict):
@@ -219,7 +241,7 @@ def _with_defaults(table: Any) -> Any:
 
 
 def _differences(before: Any, after: Any, path: str) -> list[str]:
-    """Settings that differ, as `model.mixers.0.window = 16 (trained with 64)`."""
+    """List the settings that differ between two tables, such as `model.mixers.0.window = 16 (trained with 64)`."""
     if isinstance(before, dict) and isinstance(after, dict):
         names = [name for name in after if not (name in _SAME_OUTPUTS and not isinstance(after[name], dict))]
         return [line for name in names for line in _differences(before.get(name), after[name], f"{path}.{name}")]

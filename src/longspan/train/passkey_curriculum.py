@@ -1,10 +1,10 @@
-"""Training a causal model to find one thing again in a long text: the pass key, along a curriculum.
+"""Trains a causal model to retrieve a passkey (a number) from a long text, along a curriculum.
 
-First a short text that tells the number several times, every one of them graded: finding it again is learnt from many
-places at once (with a single question the loss stays where it begins). Then fewer, then longer texts up to the task's
-length, and last a memory that is heavier than the text: where a memory only adds up what it reads (`infini` with the
-linear update and the paper's normalizer), having read the same filler `repeats` times is the memory times
-`repeats`, exactly; so a text of a few segments teaches what a million tokens of filler do to a memory.
+It begins with short texts that repeat the number several times and score every repetition, so that retrieval is learned
+at many positions at once (with a single question the loss does not fall). Then the repetitions become fewer, then the
+texts longer, up to the length of the task. Last, the memory is scaled up: if a memory only sums what it reads (`infini`
+with the linear update and the paper's normalizer), having read the same filler `repeats` times equals the memory
+multiplied by `repeats`, exactly. So a text of a few segments trains for what a million tokens of filler do to a memory.
 """
 
 import copy
@@ -30,16 +30,17 @@ from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer, Outco
 
 @dataclass(frozen=True, kw_only=True)
 class PasskeyCurriculumConfig(CurriculumConfig):
-    """The `[train]` table of a recipe of `passkey` or `needle` with `curriculum = "passkey"`; see `CurriculumConfig`.
+    """Fields of `[train]` for the tasks `passkey` and `needle` with `curriculum = "passkey"`; others:
+    `CurriculumConfig`.
 
     Attributes:
-        curriculum: names this table.
-        mentions: how often the number is told again at first; halved stage by stage.
-        first_length: of the first texts.
-        growth: from one length to the next.
-        repeats: how often, at most, a memory has read its filler before the text begins; 1 = never.
-        text: weight of the loss on a quarter of all other tokens.
-        at_end: share of texts that tell the number right before the question, where it is not in the memory yet.
+        curriculum: selects this table; always `"passkey"`.
+        mentions: number of repetitions of the number in the first stage; halved from stage to stage.
+        first_length: length of the texts in the first stages, in tokens.
+        growth: factor from one length to the next.
+        repeats: largest number of times that a memory has read its filler before the text begins; 1: no such stages.
+        text: weight of the loss on every fourth token of the text, in addition to the loss on the number.
+        at_end: share of texts with the number right before the question, where it has not been written to the memory.
     """
 
     curriculum: str = "passkey"
@@ -61,17 +62,19 @@ class PasskeyCurriculumConfig(CurriculumConfig):
         check_least(self, "train", {"mentions": 0, "first_length": 256, "repeats": 1, "text": 0})
         check_shares(self, "train", ["at_end"])
         if self.growth <= 1:
-            raise ConfigError(f"train.growth = {self.growth}: more than 1")
+            raise ConfigError(f"train.growth = {self.growth}: must be more than 1")
         if self.curriculum != "passkey":
-            raise ConfigError(f"train.curriculum = {self.curriculum!r}: there is only 'passkey'")
+            raise ConfigError(f"train.curriculum = {self.curriculum!r}: must be 'passkey' for this task")
 
 
 @dataclass
 class PasskeyCurriculum(Stages):
-    """Where a run is in its curriculum; see `Stages`.
+    """Progress of a run in the retrieval curriculum; see `Stages`.
 
     Attributes:
-        mentions, length, repeats: of the stage reached; the length of a text is `full` in the end.
+        mentions: repetitions of the number in the current stage; -1: not started.
+        length: tokens per text in the current stage; `full` in the last stages.
+        repeats: largest factor of the memory in the current stage.
     """
 
     mentions: int = -1
@@ -83,7 +86,7 @@ class PasskeyCurriculum(Stages):
         self.mentions = self.config.mentions if self.mentions < 0 else self.mentions
 
     def draw(self, step: int) -> tuple[int, int, float]:
-        """Mentions, length and repeats of the batch of a step."""
+        """Return the repetitions of the number, the text length and the memory factor of the batch of a step."""
         random = np.random.default_rng([self.config.seed, step, 7])
         shorter = int(random.integers(min(self.config.first_length, self.length), self.length + 1))
         length = self.length if random.random() < self.config.frontier else shorter
@@ -91,11 +94,11 @@ class PasskeyCurriculum(Stages):
         return mentions, length, math.exp(random.uniform(0, math.log(self.repeats)))
 
     def add(self, right: float) -> bool:
-        """Count a batch; True where a new stage begins."""
+        """Record the accuracy of a batch; return whether a new stage begins."""
         return self.count(right, self.config.accuracy)
 
     def further(self) -> bool:
-        """Fewer mentions, then longer texts, then heavier memories."""
+        """Go to the next stage: fewer repetitions, longer texts, larger memories; return False in the last stage."""
         if self.mentions:
             self.mentions //= 2
         elif self.length < self.full:
@@ -107,18 +110,28 @@ class PasskeyCurriculum(Stages):
         return True
 
     def columns(self) -> dict[str, Any]:
-        """What a line of the log says of the stage."""
+        """Return the figures of the stage for a line of the log."""
         return {"mentions": self.mentions, "length": self.length, "repeats": self.repeats}
 
     @property
     def words(self) -> tuple[str, str]:
-        """The stage as two short texts."""
+        """The stage as two short texts for the progress display."""
         return f"up to {self.length:,}", f"memory x {self.repeats:,.0f}"
 
 
 def repeated(model: Decoder, state: StackState, times: float) -> StackState:
-    """The state of a model that has read the same text `times` times over, where its memories only add; a ConfigError
-    where one does more. Windows and open segments stay. (`linear` would not be exact: positions reach its keys.)
+    """Return the state of a model as if it had read the same text `times` times, by scaling its additive memories.
+
+    Window caches and unfinished segments stay as they are. `linear` is not supported: it would not be exact, because
+    positions affect its keys.
+
+    Args:
+        model: of the state.
+        state: after reading the text once.
+        times: factor of the memories.
+
+    Raises:
+        ConfigError: a memory of the model does more than sum what it reads.
     """
     layers = []
     for block, memory in zip(model.layers, state.layers, strict=True):
@@ -127,7 +140,7 @@ def repeated(model: Decoder, state: StackState, times: float) -> StackState:
             memory = memory._replace(values=memory.values * times, keys=memory.keys * times)
         elif not isinstance(core, WindowMechanism):
             raise ConfigError(
-                f"train.repeats: the memory of {type(core).__name__} is not a sum over what it has read; "
+                f"train.repeats: the memory of {type(core).__name__} is not a sum over the tokens it has read; "
                 "set train.repeats = 1, or use infini with update linear and normalizer paper"
             )
         layers.append(memory)
@@ -135,19 +148,19 @@ def repeated(model: Decoder, state: StackState, times: float) -> StackState:
 
 
 class PasskeyTrainer(CurriculumTrainer):
-    """Trains a `Decoder` that streams on a `PasskeyTask`; arguments as of the base."""
+    """Trains a `Decoder` that streams on a `PasskeyTask`; arguments are those of `CurriculumTrainer`."""
 
     config: PasskeyCurriculumConfig
     stages: PasskeyCurriculum
 
     def first_stage(self) -> PasskeyCurriculum:
-        """See the base."""
+        """Return the curriculum at its first stage; raises ConfigError if `repeats` does not fit the model."""
         if self.config.repeats > 1:
-            repeated(self.model, self.model.init_state(1), 2.0)  # refuses memories that do more than add
+            repeated(self.model, self.model.init_state(1), 2.0)  # raises for memories that do more than sum
         return PasskeyCurriculum(self.config, self.task.config.length)
 
     def read(self) -> Outcome:
-        """See the base."""
+        """Draw the batch of this step, add its gradients, and update the curriculum."""
         config, step = self.config, self.position.step
         mentions, length, repeats = self.stages.draw(step)
         rows = max(4, config.tokens // length)
@@ -166,11 +179,11 @@ class PasskeyTrainer(CurriculumTrainer):
         return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.add(right))
 
     def title(self) -> str:
-        """See the base."""
+        """Describe the training data, for the first line of the display."""
         return f"{type(self.task).__name__}, texts of up to {self.task.config.length:,}"
 
     def _filled(self, rows: int, repeats: float, step: int) -> StackState:
-        """What two segments of filler leave behind, read `repeats` times over."""
+        """Return the state of `rows` rows after two segments of filler, with memories scaled by `repeats`."""
         random = np.random.default_rng([self.config.seed, step, 11])
         size = 2 * (self.model.traits.segment or 128)
         text = self.task.filler(random, 2 * size, "train")
@@ -183,8 +196,17 @@ class PasskeyTrainer(CurriculumTrainer):
 def draw_texts(
     task: PasskeyTask, rows: int, length: int, mentions: int, seed: tuple[int, ...], *, at_end: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Training texts of a seed: tokens (rows, length + 1), and which targets are graded (rows, length)."""
-    # a copy, as a task may hold texts it has read
+    """Generate a training batch: tokens, (rows, length + 1) int64, and which targets are scored, (rows, length) bool.
+
+    Args:
+        task: whose other settings are used.
+        rows: of the batch.
+        length: number of predicted tokens per row.
+        mentions: repetitions of the number.
+        seed: the same seed gives the same batch.
+        at_end: share of texts with the number right before the question.
+    """
+    # a shallow copy, because a task may have loaded large texts
     same = copy.copy(task)
     same.config = dataclasses.replace(task.config, length=length, mentions=mentions, graded="mentions", depth=None)
     drawn = []

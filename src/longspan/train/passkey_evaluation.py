@@ -1,7 +1,7 @@
-"""Whether a number told at a depth of a long text is found again, at any length, in constant memory.
+"""Evaluates whether a model retrieves a number hidden at some depth of a long text, of any length, in constant memory.
 
-The text before the number is the same for every depth, so it is read once: the state is kept where each depth begins,
-and what follows is read from there, all samples of a depth side by side.
+All depths share the text before the number, so it is read only once: the state is kept at each depth, and the rest of
+the text is read from there, all samples of a depth in one batch.
 """
 
 import time
@@ -23,16 +23,16 @@ CHUNK = 4096
 
 @dataclass
 class PasskeyEvaluation:
-    """What was found at one length.
+    """Results of a passkey or needle task at one text length.
 
     Attributes:
-        length: tokens of each text.
-        contained: by depth (percent), of each sample whether the answer holds the number.
-        digits: by depth, the share of digits said at their places, over its samples.
-        state_bytes: of the state of one text at its end.
-        tokens: that were read, shared ones counted once.
-        seconds: of reading.
-        resident: most bytes of memory the process held meanwhile; None where the system does not say.
+        length: number of tokens per text.
+        contained: per depth (percent), for each sample whether the answer contains the number.
+        digits: per depth, the share of digits at their correct position, over all samples.
+        state_bytes: size of the state of one text at its end.
+        tokens: number of tokens read; text shared between samples counts once.
+        seconds: reading time.
+        resident: largest memory use of the process while reading, in bytes; None if the system does not report it.
     """
 
     length: int
@@ -45,16 +45,16 @@ class PasskeyEvaluation:
 
     @property
     def right(self) -> int:
-        """Samples whose answer holds the number."""
+        """Number of samples whose answer contains the number."""
         return sum(sum(answers) for answers in self.contained.values())
 
     @property
     def count(self) -> int:
-        """All samples."""
+        """Number of samples."""
         return sum(len(answers) for answers in self.contained.values())
 
     def record(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the results as a dict for JSON, with `k` of `n` correct answers."""
         return {
             "length": self.length,
             "k": self.right,
@@ -79,16 +79,18 @@ def evaluate_passkey(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> PasskeyEvaluation:
-    """Ask for numbers told at each depth, in texts as long as the task's `length`; texts of a task with the same filler
-    in every sample share what they have read.
+    """Measure how many numbers a model retrieves from texts of the task's `length`, at each depth.
+
+    The answer is generated greedily, one token per digit of the number. If all samples have the same filler, the shared
+    text is read once.
 
     Args:
-        model: a causal model that streams; put into evaluation mode.
-        task: its held-back texts; the answer is generated greedily, as many tokens as the number has digits.
-        depths: in percent.
-        count: samples of each depth, side by side.
+        model: a causal model that streams; it is put into evaluation mode.
+        task: whose held-out texts are read.
+        depths: of the number in the text, in percent.
+        count: number of samples per depth, read as one batch.
         seed: of the samples.
-        progress: called with the share that is done.
+        progress: called with the share of the work that is done, 0 to 1.
     """
     model.eval()
     measured, started = PasskeyEvaluation(task.config.length), time.perf_counter()
@@ -109,7 +111,18 @@ def evaluate_passkey(
 def _prefixes(
     model: Decoder, task: PasskeyTask, part: Passkey, depths: Sequence[int], measured: PasskeyEvaluation
 ) -> Iterator[tuple[int, StackState]]:
-    """Each depth, and the state after all that stands before the number there."""
+    """Read the text before the number once, stopping at each depth.
+
+    Args:
+        model: to read with.
+        task: of the texts.
+        part: the sample whose text is read.
+        depths: in percent, ascending.
+        measured: whose `tokens` are counted up.
+
+    Yields:
+        Each depth and the state after the text before it, of one row.
+    """
     done, begin = 0, torch.tensor([[task.tokenizer.begin]])
     state = read(model, _tokens([part.head]), read(model, begin, model.init_state(1)))
     for depth in depths:
@@ -123,7 +136,16 @@ def _prefixes(
 def _ask(
     model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, state: StackState, measured: PasskeyEvaluation
 ) -> None:
-    """Read what follows the state, a row for each sample, and generate the answers."""
+    """Continue from the state with number, rest of the text and question, one row per sample, and score the answers.
+
+    Args:
+        model: to read with.
+        task: of the texts.
+        group: samples, one per row.
+        depth: of the number, in percent.
+        state: of one row, after the text before the number.
+        measured: results to add to.
+    """
     rows = states.select(state, torch.zeros(len(group), dtype=torch.int64, device=state.live.device))
     told = [part.told + part.filler[part.place(depth) :] + part.asked for part in group]
     tokens = _tokens(told).to(state.live.device)
@@ -144,11 +166,12 @@ def _ask(
 
 
 def _tokens(texts: Sequence[bytes]) -> Tensor:
+    """Return texts of equal length as byte tokens, (texts, length) int64."""
     return torch.from_numpy(np.stack([np.frombuffer(text, dtype=np.uint8) for text in texts]).astype(np.int64))
 
 
 def read(model: Decoder, tokens: Tensor, state: StackState) -> StackState:
-    """Read tokens in chunks that end where a segment does."""
+    """Feed tokens, (batch, length), to a model in chunks that end at multiples of 4,096 positions; return the state."""
     first, tokens = 0, tokens.to(state.live.device)
     while first < tokens.shape[1]:
         last = min(first + CHUNK - int(state.live[0]) % CHUNK, tokens.shape[1])

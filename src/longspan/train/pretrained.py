@@ -1,4 +1,4 @@
-"""Runs of pretrained models: their kind is known, their paths hold, and text is cut by their own tokenizer."""
+"""Support for runs of pretrained models: registers the model kind and completes recipes with path and tokenizer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +13,22 @@ KIND = "pretrained"
 
 
 def is_pretrained(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe's model is a pretrained one."""
+    """Return whether the model of a recipe has `kind = "pretrained"`."""
     model = recipe.get("model", {})
     return isinstance(model, Mapping) and model.get("kind") == KIND
 
 
-def make_known() -> None:
-    """Make the kind of pretrained models known; an UnsupportedError where transformers is missing."""
-    import longspan.hf.tuned  # noqa: F401 - registers it
+def register_kind() -> None:
+    """Register the model kind `"pretrained"`; raises UnsupportedError if transformers is not installed."""
+    import longspan.hf.tuned  # noqa: F401 - importing it registers the kind
 
 
-def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with what follows from a pretrained model: a path that holds anywhere, and its tokenizer."""
+def complete_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe of a pretrained model with an absolute `model.source` and `task.tokenizer = "model"`.
+
+    Raises:
+        ConfigError: the recipe names another task or tokenizer.
+    """
     model, task = dict(recipe["model"]), dict(recipe.get("task", {}))
     if model.get("source") and Path(model["source"]).is_dir():
         model["source"] = str(Path(model["source"]).resolve())
@@ -32,19 +36,23 @@ def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
         task.setdefault("tokenizer", "model")
     if task.get("tokenizer") != "model":
         raise ConfigError(
-            "model.kind = 'pretrained' reads text through its own tokenizer: task.name = 'text', "
-            "task.tokenizer = 'model'"
+            "model.kind = 'pretrained' needs its own tokenizer: set task.name = 'text' and task.tokenizer = 'model', "
+            "or leave both out"
         )
     return {**recipe, "model": model, "task": task}
 
 
 def write_tokenizer(model: Mapping[str, Any], folder: Path) -> None:
-    """Put the tokenizer of a pretrained model (the recipe's table) into a run's folder, where there is none yet.
+    """Write the tokenizer of a pretrained model to the folder of a run, unless it has one.
+
+    Args:
+        model: the table `model` of the recipe.
+        folder: of the run.
 
     Raises:
-        ConfigError: its source is not converted, and gets no memory either.
-        CheckpointError: it cannot be read.
-        UnsupportedError: it is not one that counts bytes.
+        ConfigError: the source is not a converted model, and the recipe has no table `model.memory`.
+        CheckpointError: the tokenizer cannot be read.
+        UnsupportedError: the bytes of its tokens cannot be determined.
     """
     from longspan.hf.decoder import end_tokens_of, open_tokenizer
     from longspan.tasks.tokenizers import borrow
@@ -52,8 +60,8 @@ def write_tokenizer(model: Mapping[str, Any], folder: Path) -> None:
     source = model["source"]
     if "memory" not in model and not is_converted(source):
         raise ConfigError(
-            f"model.source = {source!r} is no folder that `longspan convert` wrote; convert it first, or add a table "
-            "model.memory"
+            f"model.source = {source!r}: is not a folder that `longspan convert` wrote; convert the model first, or "
+            "add a table model.memory"
         )
     if Path(source).is_dir():
         check_sealed(Path(source))
@@ -63,7 +71,8 @@ def write_tokenizer(model: Mapping[str, Any], folder: Path) -> None:
 
 
 def publish(model: Any, folder: Path) -> None:
-    """The trained model as a folder: a pretrained one as transformers keeps it, others as this library does."""
+    """Write a trained model to a folder: a pretrained one in the format of transformers, others in our own."""
+
     if hasattr(model, "export"):
         model.export(folder)
     else:

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live line on a terminal, plain lines elsewhere, or nothing."""
+"""Progress displays of a training run: a live line on a terminal, plain lines elsewhere, or nothing."""
 
 import sys
 import time
@@ -15,27 +15,30 @@ from longspan.errors import ConfigError
 
 
 class Display:
-    """Shows nothing; the base of the others, and what a caller's own display may override."""
+    """Shows nothing; base class of all displays, also of your own. Its methods are called by the training loop."""
 
     def start(self, title: str) -> None:
-        """A run begins or goes on."""
+        """Called when a run starts or resumes."""
 
     def step(self, line: dict[str, Any]) -> None:
-        """A line of the log was written; besides it `line` holds `fraction`, `eta` (seconds or None), `unit`, and,
-        along a curriculum, `stage` (two short texts)."""
+        """Called with each line of the log.
+
+        `line` also has `fraction` (of the run, 0 to 1), `eta` (seconds or None), `unit` and, with a curriculum, `stage`
+        (two short texts).
+        """
 
     def evaluating(self, read: int, total: int) -> None:
-        """Held-back documents are being read: so many tokens of so many."""
+        """Called during an evaluation with the number of tokens read and to read."""
 
     def message(self, text: str) -> None:
-        """Something to know, in one line."""
+        """Called with a one-line message for the user."""
 
     def stop(self) -> None:
-        """The run is over."""
+        """Called when the run ends in any way."""
 
 
 class PlainDisplay(Display):
-    """Lines on standard error, at most one every `interval` seconds."""
+    """Prints plain lines on standard error, at most one per `interval` seconds."""
 
     def __init__(self, interval: float = 5.0) -> None:
         self.interval = interval
@@ -46,28 +49,29 @@ class PlainDisplay(Display):
         self.message(title)
 
     def step(self, line: dict[str, Any]) -> None:
-        """Print a line if the last one is long enough ago, or holds an evaluation."""
+        """Print the figures if the last line is `interval` seconds old, or if they include an evaluation."""
         if self._is_due("validation" in line):
             self.message("  ".join(part for part in describe(line).values() if part))
 
     def evaluating(self, read: int, total: int) -> None:
-        """Print how far the evaluation is, if the last line is long enough ago."""
+        """Print the progress of the evaluation if the last line is `interval` seconds old."""
         if self._is_due():
-            self.message(f"evaluating {read / max(total, 1):4.0%} of {total:,} held-back tokens")
+            self.message(f"evaluating {read / max(total, 1):4.0%} of {total:,} held-out tokens")
 
     def _is_due(self, always: bool = False) -> bool:
+        """Return whether to print now, and remember the time if so."""
         now = time.monotonic()
         due = always or now - self._last >= self.interval
         self._last = now if due else self._last
         return due
 
     def message(self, text: str) -> None:
-        """Print a line."""
+        """Print a line on standard error."""
         print(text, file=sys.stderr, flush=True)
 
 
 class LiveDisplay(Display):
-    """One line that is redrawn, by rich; what a narrow terminal has no room for is left out."""
+    """One status line on standard error that is redrawn with rich; on a narrow terminal, some figures are left out."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -75,44 +79,44 @@ class LiveDisplay(Display):
         self._line = Line()
 
     def start(self, title: str) -> None:
-        """Begin to draw."""
+        """Print the title and start the status line."""
         self._console.print(title, markup=False, highlight=False)
         self._live = RichLive(self._line, console=self._console, refresh_per_second=10)
         self._live.start()
 
     def step(self, line: dict[str, Any]) -> None:
-        """Draw the line anew."""
-        # figures that this line does not hold stay as they were
+        """Update the figures of the status line."""
+        # figures that this log line does not have stay as they were
         self._line.fields |= {name: text for name, text in describe(line).items() if text}
         self._line.fields["evaluation"] = ""
         self._line.fraction = line["fraction"]
 
     def evaluating(self, read: int, total: int) -> None:
-        """Draw how far the evaluation is."""
+        """Show the progress of the evaluation."""
         self._line.fields["evaluation"] = f"evaluating {read / max(total, 1):4.0%}"
 
     def message(self, text: str) -> None:
-        """Print above the line."""
+        """Print a message above the status line."""
         self._console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
-        """Leave the last line standing."""
+        """Stop redrawing; the last status line stays visible."""
         self._line.fields["evaluation"] = ""
         if self._live is not None:
             self._live.stop()
 
 
 class Line:
-    """A bar and figures, as many as there is room for.
+    """A progress bar and as many figures as fit into the width of the terminal.
 
     Attributes:
-        fields: text of each figure by its name, in the order of `ORDER`.
-        fraction: of the bar, 0 to 1.
+        fields: text of each figure by name; shown in the order of `ORDER`.
+        fraction: filled part of the bar, 0 to 1.
     """
 
     ORDER = ("step", "loss", "validation", "evaluation", "speed", "memory", "eta")
     LEAST_FIRST = ("memory", "speed", "validation", "eta", "loss", "evaluation")
-    """What is left out first."""
+    """Figures in the order in which they are left out on a narrow terminal."""
     BAR, LEAST_BAR = 24, 8
 
     def __init__(self) -> None:
@@ -121,7 +125,7 @@ class Line:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown = [name for name in self.ORDER if self.fields.get(name)]
-        # the last column stays free, as some terminals go to the next line behind it
+        # the last column stays free, because some terminals wrap after writing to it
         width = options.max_width - 1
         leaving = [name for name in self.LEAST_FIRST if name in shown]
         while leaving and len(self._text(shown)) > width:
@@ -137,22 +141,23 @@ class Line:
         yield row
 
     def _text(self, names: Sequence[str]) -> str:
+        """Join the texts of some figures."""
         return " ".join(self.fields[name] for name in names)
 
 
 def describe(line: dict[str, Any]) -> dict[str, str]:
-    """A log line in words, by column; empty where it holds no such figure."""
+    """Return a short text for each figure of a log line, by the names of `Line.ORDER`; empty if the line lacks it."""
     unit = line["unit"]
-    bits, held_back = line.get(f"bits_per_{unit}"), line.get("validation", {}).get(f"bits_per_{unit}")
+    bits, held_out = line.get(f"bits_per_{unit}"), line.get("validation", {}).get(f"bits_per_{unit}")
     speed, memory, eta = line.get("tokens_per_second"), line.get("memory"), line.get("eta")
-    right = line.get("accuracy")
+    accuracy = line.get("accuracy")
     loss = "" if bits is None else f"{bits:.4f} bits/{unit}"
-    if right is not None:
-        loss = f"{right:4.0%} right at {' x '.join(line['stage'])}"
+    if accuracy is not None:
+        loss = f"{accuracy:4.0%} correct at {' x '.join(line['stage'])}"
     return {
         "step": f"step {line['step']}",
         "loss": loss,
-        "validation": "" if held_back is None else f"held back {held_back:.4f}",
+        "validation": "" if held_out is None else f"held-out {held_out:.4f}",
         "speed": "" if speed is None else f"{speed:,.0f} tokens/s",
         "memory": "" if memory is None else f"{memory / 2**30:.2f} GiB",
         "eta": "" if eta is None else f"{_clock(eta)} left",
@@ -160,16 +165,20 @@ def describe(line: dict[str, Any]) -> dict[str, str]:
 
 
 def _clock(seconds: float) -> str:
+    """Format a duration as `1:05` (minutes) or `2:00:00` (hours)."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def make(progress: "str | Display") -> Display:
-    """A display by name: `"auto"` (live on a terminal, else plain), `"live"`, `"plain"`, `"none"`, or one of your own.
+def make_display(progress: "str | Display") -> Display:
+    """Return the progress display of a name; an instance of your own subclass of `Display` is returned unchanged.
+
+    Args:
+        progress: `"auto"` (live on a terminal, else plain), `"live"`, `"plain"`, `"none"`, or a display.
 
     Raises:
-        ConfigError: no such name.
+        ConfigError: the name is unknown.
     """
     if isinstance(progress, Display):
         return progress
@@ -177,5 +186,5 @@ def make(progress: "str | Display") -> Display:
         progress = "live" if sys.stderr.isatty() else "plain"
     known: dict[str, type[Display]] = {"live": LiveDisplay, "plain": PlainDisplay, "none": Display}
     if progress not in known:
-        raise ConfigError(f"progress = {progress!r} is not one of 'auto', 'live', 'plain', 'none'")
+        raise ConfigError(f"progress = {progress!r}: must be one of 'auto', 'live', 'plain', 'none'")
     return known[progress]()

@@ -1,14 +1,14 @@
-"""Runs: a recipe and a folder in, a trained model out.
+"""Trains the model of a recipe in a folder, the run.
 
 FOLDER/recipe.json      the recipe with every default filled in
 FOLDER/log.jsonl        one line per logged step and per evaluation
-FOLDER/tokenizer.json   what text is cut into
-FOLDER/digests.json     digests of the recipe and the tokenizer, so that damage is noticed
+FOLDER/tokenizer.json   the tokenizer of the text
+FOLDER/digests.json     digests of the recipe and the tokenizer, to detect damage
 FOLDER/checkpoints/     see `longspan.train.checkpoint`
-FOLDER/model/           the trained model, once the training is over
+FOLDER/model/           the trained model, when the training is finished
 
-A folder belongs to one training at a time (`longspan.train.lock`), and holds nothing before task, tokenizer and model
-fit.
+Only one process trains in a folder at a time (`longspan.train.lock`). Nothing is written to it before the task, the
+tokenizer and the model have been checked to fit together.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from longspan.train.loop import Result, TrainingLoop
 from longspan.train.memory_curriculum import MemoryCurriculumConfig, MemoryTrainer
 from longspan.train.opening import TABLES, newest_sound, stored_recipe
 from longspan.train.passkey_curriculum import PasskeyCurriculumConfig, PasskeyTrainer
-from longspan.train.progress import Display, make
+from longspan.train.progress import Display, make_display
 from longspan.train.trainer import Trainer
 from longspan.version import __version__
 
@@ -42,14 +42,14 @@ _CURRICULA: dict[str, tuple[type[CurriculumConfig], tuple[str, ...]]] = {
     "passkey": (PasskeyCurriculumConfig, ("passkey", "needle")),
     "copy": (CopyCurriculumConfig, ("copy",)),
 }
-"""What `train.curriculum` names, and the tasks that it is for."""
+"""Values of `train.curriculum`: the class of the table and the tasks that it supports."""
 _TRAINERS: dict[type[CurriculumConfig], type[CurriculumTrainer]] = {
     MemoryCurriculumConfig: MemoryTrainer,
     PasskeyCurriculumConfig: PasskeyTrainer,
     CopyCurriculumConfig: CopyTrainer,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
-# what may change when a run goes on; the rest would make it another run
+# fields of `[train]` that may change when a run is resumed
 FREE = (
     *("steps", "minutes", "log_every", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "keep"),
     *("threads", "device", "accumulation"),
@@ -57,13 +57,13 @@ FREE = (
 
 
 def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe with every default filled in; `model.vocab_size` only where it is given, as it follows the task.
+    """Check a recipe and fill in every default, except for `model.vocab_size`, which follows from the task.
 
     Args:
         recipe: tables `model`, `task`, `train`, and an optional text `about`.
 
     Raises:
-        ConfigError: an unknown table or field (with the nearest name), or a value that does not fit.
+        ConfigError: an unknown table or field (with a suggestion), or an invalid value.
     """
     recipe = renames.recipe(recipe)
     for name in recipe:
@@ -73,19 +73,19 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(recipe.get(name, {}), Mapping):
             raise ConfigError(f"recipe.{name}: expected a table of fields, got {recipe[name]!r}")
     if pretrained.is_pretrained(recipe):
-        pretrained.make_known()
-        recipe = pretrained.completed(recipe)
+        pretrained.register_kind()
+        recipe = pretrained.complete_recipe(recipe)
     return {
         "longspan": __version__,
         "about": recipe.get("about", ""),
-        "model": resolve_model(_placed(recipe)),
+        "model": resolve_model(_with_position_shape(recipe)),
         "task": tasks.resolve(recipe.get("task", {})),
         "train": to_dict(from_dict(_train_config(recipe), recipe.get("train", {}), "train")),
     }
 
 
-def _placed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The model's table; factorized positions without a shape take the coordinates of the task's documents."""
+def _with_position_shape(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the model's table; factorized positions without a shape take the shape of the task's documents."""
     model: Mapping[str, Any] = recipe.get("model", {})
     if model.get("positions") != "factorized" or model.get("position_shape"):
         return model
@@ -94,7 +94,14 @@ def _placed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _train_config(recipe: Mapping[str, Any]) -> type[Any]:
-    """Of a classifier on a memory task its curriculum, of tasks that have one theirs where it is named, else usual."""
+    """Return the class of the `[train]` table of a recipe.
+
+    Classifiers on a memory task have `MemoryCurriculumConfig`, tasks with `train.curriculum` the class that it names,
+    all others `TrainConfig`.
+
+    Raises:
+        ConfigError: the curriculum is unknown, or does not support the task.
+    """
     name, table = recipe.get("task", {}).get("name"), recipe.get("train", {})
     if name == "memory" and "classes" in recipe.get("model", {}):
         return MemoryCurriculumConfig
@@ -103,8 +110,10 @@ def _train_config(recipe: Mapping[str, Any]) -> type[Any]:
         config, known = _CURRICULA.get(table["curriculum"], (of_task, (name,)))
         if config is None or name not in known:
             words = {curriculum: " and ".join(tasks) for curriculum, (_, tasks) in _CURRICULA.items()}
-            only = ", ".join(f"{curriculum!r} for {tasks} only" for curriculum, tasks in words.items())
-            raise ConfigError(f"train.curriculum = {table['curriculum']!r}: {only}; the task is {name!r}")
+            choices = ", ".join(f"{curriculum!r} for {tasks}" for curriculum, tasks in words.items())
+            raise ConfigError(
+                f"train.curriculum = {table['curriculum']!r}: not available for task.name = {name!r}; known: {choices}"
+            )
         return config
     return TrainConfig
 
@@ -116,22 +125,23 @@ def run(
     resume: bool = False,
     progress: str | Display = "auto",
 ) -> Result:
-    """Train what a recipe says, in a folder; under torchrun every process calls it.
+    """Train the model of a recipe in a folder; with torchrun, every process calls this function.
 
     Args:
-        recipe: see `resolve`. With `resume`, None or any part of it, which must agree with the recipe that the run
-            began with, but for its length, intervals, threads and device.
-        folder: of the run; made where missing.
-        resume: go on from the newest sound checkpoint, bit for bit.
-        progress: `"auto"` (live on a terminal, else lines), `"live"`, `"plain"`, `"none"`, or a display of your own.
+        recipe: see `resolve`. With `resume`, None or the fields to change: only length, intervals, threads, device and
+            accumulation may differ from the recipe with which the run began.
+        folder: of the run; created if it does not exist.
+        resume: continue from the newest undamaged checkpoint, with results identical bit for bit.
+        progress: `"auto"` (live on a terminal, else plain lines), `"live"`, `"plain"`, `"none"`, or your own display.
 
     Raises:
-        ConfigError: a recipe that does not fit itself, its task, or the run that is resumed.
-        DataError: text that is missing or cannot be read.
-        CheckpointError: no run to resume, a run already there, nothing sound to go on from, or nowhere to save.
+        ConfigError: the recipe is invalid, or differs from that of the resumed run.
+        DataError: the text is missing or cannot be read.
+        CheckpointError: there is no run to resume, the folder has a run already, all checkpoints are damaged, or the
+            disk cannot be written.
         DivergedError: the loss is not finite.
     """
-    folder, display = Path(folder), make(progress)
+    folder, display = Path(folder), make_display(progress)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
     config = from_dict(_train_config(resolved), resolved["train"], "train")
     staged = isinstance(config, CurriculumConfig)
@@ -145,24 +155,35 @@ def run(
 
 @contextlib.contextmanager
 def _reserved(folder: Path, resume: bool, group: Group) -> Iterator[Start]:
-    """The folder for this run alone; an error of the main process ends the others too."""
+    """Lock the folder for this run; an error in the main process is raised in all processes."""
     with contextlib.ExitStack() as stack:
         start, problem = Start(), None
         if group.main:
             try:
                 start = stack.enter_context(reserved(folder, resume=resume))
-                if not resume and (checkpoints.found(folder / "checkpoints") or (folder / "model").is_dir()):
-                    raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
+                if not resume and (checkpoints.list_checkpoints(folder / "checkpoints") or (folder / "model").is_dir()):
+                    raise CheckpointError(f"{folder}: contains a run already; resume it, or choose another folder")
             except CheckpointError as error:
                 problem = error
         if group.any(problem is not None):
-            raise problem or CheckpointError(f"{folder}: the main process cannot begin here")
+            raise problem or CheckpointError(f"{folder}: the main process cannot train here; see its error message")
         yield start
 
 
 def _train(
     resolved: dict[str, Any], config: Any, folder: Path, resume: bool, group: Group, display: Display, start: Start
 ) -> Result:
+    """Prepare task and model in the locked folder, train, and publish the model.
+
+    Args:
+        resolved: recipe with all defaults.
+        config: its `[train]` table.
+        folder: of the run.
+        resume: continue from the newest checkpoint.
+        group: processes of the run.
+        display: progress display.
+        start: marked as begun when everything has been checked.
+    """
     if group.main and pretrained.is_pretrained(resolved):
         pretrained.write_tokenizer(resolved["model"], folder)
     task = tasks.build(resolved["task"])
@@ -174,47 +195,51 @@ def _train(
     known = resolved["model"].setdefault("vocab_size", task.vocab_size)
     if known < task.vocab_size:
         raise ConfigError(
-            f"model.vocab_size = {known}, but the task has {task.vocab_size} token ids; leave it out to follow the task"
+            f"model.vocab_size = {known}: the task has {task.vocab_size} token ids; leave it out to use that number"
         )
     if isinstance(config, CurriculumConfig):
         _check_staged(resolved, config)
     checkpoint = newest_sound(folder / "checkpoints", display) if resume else None
     if resume and checkpoint is None:
-        display.message(f"{folder}: no checkpoint to resume; training begins at step 0")
+        display.message(f"{folder}: there is no checkpoint to resume from; training starts at step 0")
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
     trainer = _trainer(model, task, config, folder, group, display)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if isinstance(config, TrainConfig) and config.carry and model.traits.streams and not model.traits.bounded:
-        display.message("this model's state grows with a document's length; train.carry = false cuts it at segments")
+        display.message(
+            "the state of this model grows with the length of documents; set train.carry = false to start each segment "
+            "from an empty state"
+        )
     if group.main:
         _begin(folder, resolved, start)
 
     def publish() -> None:
+        """Write the trained model to the folder `model`."""
         try:
             folders.write_folder(folder / "model", lambda filled: pretrained.publish(model, filled), folders.seal)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}; {checkpoints.last_good(folder / 'checkpoints')} and holds the trained model; make room and "
-                "resume"
+                f"{error}; {checkpoints.last_good(folder / 'checkpoints')} and has the trained model; free disk space "
+                "and resume"
             ) from None
 
-    # adapters become part of the weights that are published, so models that have them are evaluated first
+    # publishing merges adapters into the weights, so models with adapters are evaluated first
     early = not hasattr(model, "export")
     result = trainer.fit(publish if early else None)
     if not early and group.main and trainer.trained:
         publish()
     if result.interrupted and trainer.trained:
-        display.message(f"trained to step {result.step}, saved in {folder}; resume it for the final evaluation")
+        display.message(f"trained to step {result.step}, saved in {folder}; resume the run for the final evaluation")
     elif result.interrupted:
-        display.message(f"stopped at step {result.step}, saved in {folder}; resume it to go on")
+        display.message(f"stopped at step {result.step}, saved in {folder}; resume the run to continue")
     group.barrier()
     return result
 
 
 def _trainer(model: Any, task: Any, config: Any, folder: Path, group: Group, display: Display) -> TrainingLoop:
-    """What trains by this configuration, its model on the device of the group."""
+    """Return the trainer for a `[train]` table, with its model on the device of the group."""
     if isinstance(config, TrainConfig):
         group.share_parameters(model.to(group.device, DTYPES[config.dtype]))
         return Trainer(model, task, config, folder, group=group, display=display)
@@ -222,33 +247,39 @@ def _trainer(model: Any, task: Any, config: Any, folder: Path, group: Group, dis
 
 
 def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:
-    """Everything fits: from here on the folder is that of a run."""
-    # deleted first, as a kill between the two files would leave digests of an earlier recipe
+    """Write the recipe and the digests to the folder, when everything has been checked, and mark the run as begun."""
+    # deleted first: a kill between writing the two files would leave the digests of an earlier recipe
     (folder / folders.DIGESTS).unlink(missing_ok=True)
     write_json(folder / "recipe.json", resolved)
     start.begun = True
     folders.seal_files(folder, ("recipe.json", "tokenizer.json"))
     if (folder / "model").is_dir():
-        # of an earlier end of this run; until the next end the newest checkpoint is the model
+        # left by an earlier end of this run; until it ends again, the newest checkpoint has the model
         folders.remove(folder / "model")
 
 
 def _check_staged(resolved: dict[str, Any], config: CurriculumConfig) -> None:
-    """What a recipe's tables must agree on."""
+    """Raise ConfigError if the model, task and curriculum of a recipe do not fit together."""
     if isinstance(config, (PasskeyCurriculumConfig, CopyCurriculumConfig)):
         if resolved["model"]["kind"] != "decoder" or "memory" in resolved["model"]:
-            raise ConfigError(f"train.curriculum = {config.curriculum!r} trains a decoder without a table model.memory")
+            raise ConfigError(
+                f"train.curriculum = {config.curriculum!r}: needs model.kind = 'decoder' without a table model.memory"
+            )
         return
     memory = resolved["model"]["memory"]
     if memory["segment_length"] != resolved["task"]["segment_length"]:
         raise ConfigError(
             f"model.memory.segment_length = {memory['segment_length']}, but task.segment_length = "
-            f"{resolved['task']['segment_length']}: a question must end a segment; give both the same"
+            f"{resolved['task']['segment_length']}; set both to the same number, because a question must end a segment"
         )
 
 
 def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored recipe with what may change taken from `recipe`."""
+    """Return the stored recipe of a run with the changed fields of `recipe`.
+
+    Raises:
+        ConfigError: a field differs that may not change when a run is resumed.
+    """
     with renames.reading_saved():
         stored = renames.recipe(stored_recipe(folder))
     recipe = renames.recipe(recipe)
@@ -256,19 +287,19 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     resolved = resolve(merged)
     for name in TABLES:
         for key, value in resolved[name].items():
-            # what an older version did not know began as its default
+            # a field that an older version did not have began with its default
             began = stored[name].get(key, value)
             if value != began and not (name == "train" and key in FREE) and (name, key) != ("task", "cache"):
                 raise ConfigError(
                     f"{name}.{key} = {value!r}, but the run in {folder} began with {began!r}; "
-                    "keep it, or start another run"
+                    "resume with that value, or start a new run"
                 )
     return resolved
 
 
 @contextlib.contextmanager
 def _caller_undisturbed(group: Group, threads: int) -> Iterator[None]:
-    """Leave the caller's random numbers and threads as they were."""
+    """Set the number of threads inside the context; restore it and the caller's random generators on exit."""
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""An orderly end on Ctrl-C, on SIGTERM, and when the terminal is closed."""
+"""Stops a training at the end of a step on Ctrl-C, on SIGTERM, and when the terminal is closed."""
 
 import contextlib
 import threading
@@ -11,9 +11,9 @@ from longspan.process import handle_signal, stop_signals
 
 @contextlib.contextmanager
 def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at the first SIGINT, SIGTERM or SIGHUP; a second one does what it always did.
+    """Call `stop` on the first SIGINT, SIGTERM or SIGHUP while the context is open; a second one has its usual effect.
 
-    In the main thread only. A SIGHUP that is ignored, as nohup has it, stays ignored.
+    Without effect outside the main thread. A SIGHUP that is ignored (nohup) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

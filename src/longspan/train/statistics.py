@@ -1,4 +1,4 @@
-"""Intervals by resampling whole documents: tokens of one document are not independent, documents are."""
+"""Bootstrap intervals over whole documents: documents are independent of each other, tokens within one are not."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from longspan.tasks.base import Array
 
 
 class Interval(NamedTuple):
-    """A value and the interval of its bootstrap; `low` and `high` are NaN where there is one document only."""
+    """A value and its confidence interval; `low` and `high` are NaN if there is only one document."""
 
     value: float
     low: float
@@ -18,8 +18,14 @@ class Interval(NamedTuple):
 
 
 def bootstrap(nats: Array, units: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
-    """Bits per unit with an interval, of the total nats (documents,) and bytes or tokens (documents,) of each document;
-    other arguments as of `share_bootstrap`.
+    """Return bits per unit over all documents with a bootstrap interval.
+
+    Args:
+        nats: (documents,) total loss of each document.
+        units: (documents,) bytes or tokens of each document.
+        samples: number of resamples of the documents.
+        level: of the interval.
+        seed: of the resampling.
     """
     return paired_bootstrap(nats, np.zeros_like(nats), units, samples=samples, level=level, seed=seed)
 
@@ -27,27 +33,37 @@ def bootstrap(nats: Array, units: Array, *, samples: int = 10_000, level: float 
 def paired_bootstrap(
     nats: Array, other: Array, units: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Bits per unit of one evaluation minus another's of the same documents, with an interval; other arguments as of
-    `share_bootstrap`. Each resampling draws the same documents for both, so what makes a document hard cancels.
+    """Return the difference in bits per unit of two evaluations of the same documents, with a paired interval.
+
+    Each resample has the same documents for both evaluations, so the difficulty of a document cancels.
+
+    Args:
+        nats, other: (documents,) total loss of each document in the two evaluations.
+        units: (documents,) bytes or tokens of each document.
+        samples: number of resamples of the documents.
+        level: of the interval.
+        seed: of the resampling.
 
     Raises:
-        DataError: the evaluations are not of the same documents.
+        DataError: the numbers of documents differ, or are 0.
     """
     nats, other, units = (np.asarray(array, dtype=np.float64) for array in (nats, other, units))
     if not nats.shape == other.shape == units.shape or not len(nats):
-        raise DataError(f"evaluations of {len(nats)} and {len(other)} documents cannot be paired")
+        raise DataError(
+            f"cannot compare evaluations of {len(nats)} and {len(other)} documents; both must be of the same documents"
+        )
     return share_bootstrap((nats - other) / math.log(2), units, samples=samples, level=level, seed=seed)
 
 
 def share_bootstrap(
     amounts: Array, units: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Amounts per unit over all documents together (right predictions per prediction, say), with an interval.
+    """Return a ratio of totals over all documents, such as correct predictions per prediction, with an interval.
 
     Args:
-        amounts: (documents,) total of each.
-        units: (documents,) what it is divided by.
-        samples: resamplings of the documents.
+        amounts: (documents,) numerator of each document.
+        units: (documents,) denominator of each document.
+        samples: number of resamples of the documents.
         level: of the interval.
         seed: of the resampling.
     """
@@ -57,11 +73,11 @@ def share_bootstrap(
         return Interval(value, math.nan, math.nan)
     generator = np.random.default_rng(seed)
     drawn, uniform = [], np.full(len(amounts), 1 / len(amounts))
-    # in parts, so that many documents need no table of samples x documents
+    # in parts, to avoid a table of samples x documents
     for first in range(0, samples, 1000):
         counts = generator.multinomial(len(amounts), uniform, size=min(1000, samples - first))
         divided = counts @ units
-        # of few documents a draw may hold none that has a unit, which says nothing
+        # with few documents, a resample may have no units at all; it is ignored
         drawn.append((counts @ amounts)[divided > 0] / divided[divided > 0])
     low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))

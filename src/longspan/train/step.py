@@ -1,4 +1,4 @@
-"""One optimiser step: segments of all lanes forward, one backward per graph, gradients of all processes, AdamW."""
+"""One optimizer step: forward and backward over the segments of all lanes, gradients summed over processes, AdamW."""
 
 import contextlib
 import math
@@ -16,35 +16,39 @@ from longspan.train.distributed import Group
 from longspan.train.lanes import Batch
 from longspan.train.loss import adaptive_head, chunked_next_token_loss, next_token_loss
 
-# offsets of the seed, so that initialisation, dropout and redraws draw from streams of their own
+# offsets of the seed, so that initialization, dropout and redraws of random features use separate random streams
 _DROPOUT, _AFTER_STEP = 1, 2
 
 
 class DivergedError(LongspanError):
-    """A loss or a gradient that is not finite."""
+    """Raised when the loss, the gradient norm or a parameter is not finite."""
 
 
 class StepResult(NamedTuple):
     """Totals of a step over all processes."""
 
     nats: float
+    """summed loss"""
     tokens: int
+    """number of predictions that count"""
     units: int
+    """bytes (or whatever the task counts) of their targets"""
     grad_norm: float
+    """norm of the gradient before clipping"""
 
     @property
     def sums(self) -> dict[str, float]:
-        """What a line of the log adds up."""
+        """Amounts that are summed up for a line of the log."""
         return {"nats": self.nats, "units": self.units}
 
 
 class Optimization:
-    """An optimiser, the learning rates its groups began with, random generators, and the states carried on (`carried`).
+    """AdamW with the base learning rates of its groups, the random generators of training, and the carried states.
 
     Args:
         model: with `parameter_groups` and `after_step`.
-        config: of the run.
-        group: the processes.
+        config: `[train]` table of the run.
+        group: processes of the run.
     """
 
     def __init__(self, model: Any, config: Any, group: Group) -> None:
@@ -58,29 +62,33 @@ class Optimization:
         torch.manual_seed((config.seed + _DROPOUT) * 1_000_003 + group.rank)
 
     def begin(self) -> None:
-        """Training mode, and no gradients."""
+        """Put the model into training mode and clear its gradients."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, step: int, rate: float) -> float:
-        """Step with `rate` times the learning rates, after `step` others; the norm of the gradient.
+        """Clip the gradients, update the parameters, and return the norm of the gradient before clipping.
+
+        Args:
+            step: number of steps done before this one.
+            rate: factor of the base learning rates.
 
         Raises:
-            DivergedError: the gradient is not finite; parameters are as before the step.
+            DivergedError: the gradient is not finite; the parameters are unchanged.
         """
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._clip))
         if not math.isfinite(norm):
-            raise DivergedError(f"the gradient of step {step + 1} has norm {norm}")
+            raise DivergedError(f"the gradient norm of step {step + 1} is {norm}, not a finite number")
         for parameters, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             parameters["lr"] = base * rate
         self.optimizer.step()
-        # torch's fused step writes weights without counting their versions, which tell caches that weights changed
+        # the fused step of torch does not increment the version counters by which caches notice changed weights
         torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
         self.model.after_step(step + 1, self.generator)
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """Optimiser moments and random generators, those of all processes; every process calls it."""
+        """Return optimizer moments and random generators of all processes, by name; every process calls it."""
         tensors = {
             f"optimizer.{key}.{name}": moment
             for name, parameter in self.model.named_parameters()
@@ -96,11 +104,11 @@ class Optimization:
         return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Go on where `tensors` was taken; a process that was not there then starts from its seed."""
+        """Restore what `tensors` returned; a process that did not exist then keeps the generator of its seed."""
         parameters = dict(self.model.named_parameters())
         for path, moment in tensors.items():
             kind, key, name = (*path.split(".", 2), "", "")[:3]
-            # earlier versions had parameters that nothing used
+            # checkpoints of earlier versions may have parameters that no longer exist
             if kind == "optimizer" and name in parameters:
                 self.optimizer.state[parameters[name]][key] = moment.clone().to(parameters[name].device)
         self.generator.set_state(tensors["random.after_step"])
@@ -112,17 +120,17 @@ class Optimization:
 
 
 class Stepper(Optimization):
-    """A language model in training on lanes, and what these carry; arguments as of the base.
+    """Trains a language model on lanes and keeps the carried states; arguments are those of `Optimization`.
 
     Raises:
-        ConfigError: a process's lanes cannot be split evenly into groups.
-        UnsupportedError: `loss_chunk` with a model whose output layer is no linear map.
+        ConfigError: processes x `accumulation` does not divide `lanes`.
+        UnsupportedError: `loss_chunk` with a model whose output layer is not a linear map.
     """
 
     def __init__(self, model: Any, config: TrainConfig, group: Group) -> None:
         if config.lanes % (config.accumulation * group.world_size):
             raise ConfigError(
-                f"train.lanes = {config.lanes} cannot be split evenly by {group.world_size} processes and "
+                f"train.lanes = {config.lanes}: must be a multiple of {group.world_size} processes x "
                 f"train.accumulation = {config.accumulation}"
             )
         if config.loss_chunk:
@@ -134,10 +142,15 @@ class Stepper(Optimization):
         self.carried = [None] * config.accumulation
 
     def step(self, batches: Sequence[Batch], *, step: int, rate: float) -> StepResult:
-        """Train on `bptt_segments` consecutive segments of this process's lanes; other arguments as of `update`.
+        """Make one optimizer step on `bptt_segments` consecutive segments of this process's lanes.
+
+        Args:
+            batches: the segments, one batch each.
+            step: number of steps done before this one.
+            rate: factor of the base learning rates.
 
         Raises:
-            DivergedError: the loss or the gradient is not finite; parameters are as before the step.
+            DivergedError: the loss or the gradient is not finite; the parameters are unchanged.
         """
         config, group = self.config, self.group
         own_tokens = sum(int(batch.graded.sum()) for batch in batches)
@@ -145,7 +158,7 @@ class Stepper(Optimization):
         tokens, units = group.sum(own_tokens, own_units)
         self.begin()
         rows = batches[0].tokens.shape[0] // config.accumulation
-        # a penalty is a mean over a call's tokens, so a step takes the mean over its calls
+        # an auxiliary loss is a mean over the tokens of a call, so a step takes the mean over its calls
         calls = len(batches) * config.accumulation * group.world_size
         nats = 0.0
         for index, state in enumerate(self.carried):
@@ -165,12 +178,12 @@ class Stepper(Optimization):
                 state = state if self.carry else None
             total = torch.stack(losses).sum()
             with_aux_losses(total / max(tokens, 1.0), aux_losses, calls).backward()
-            # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
+            # contiguous, like a state that was loaded: the last bit of a matrix product may depend on strides
             self.carried[index] = None if state is None else states.clone(states.detach(state))
             nats += float(total.detach())
         (nats,) = group.sum(nats)
         if not math.isfinite(nats):
-            raise DivergedError(f"the loss of step {step + 1} is {nats}")
+            raise DivergedError(f"the loss of step {step + 1} is {nats}, not a finite number")
         group.sum_gradients(self.model.parameters())
         redraws = self.model.redraw_count
         norm = self.update(step, rate)
@@ -179,6 +192,7 @@ class Stepper(Optimization):
         return StepResult(nats, int(tokens), int(units), norm)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of the forward pass: autocast for dtype bfloat16, else none."""
         if self.config.dtype == "bfloat16":
             return torch.autocast(self.group.device.type, torch.bfloat16)
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Training on documents in lanes: steps, log, and evaluations on the way and at the end."""
+"""Training of language models on documents in lanes, with evaluations during the run and at the end."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,10 @@ from longspan.train.step import Stepper, StepResult
 
 
 class Trainer(TrainingLoop):
-    """Trains a model on documents in lanes; `longspan.train.run` makes one from a recipe. Arguments as of the base."""
+    """Trains a language model on documents in lanes; `longspan.train.run` creates it from a recipe.
+
+    Arguments are those of `TrainingLoop`.
+    """
 
     config: TrainConfig
     remedies = 'a lower train.lr, a longer train.warmup, a smaller train.clip or train.dtype = "float32"'
@@ -38,12 +41,12 @@ class Trainer(TrainingLoop):
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """See the base; a CheckpointError where data, lanes or groups are not this run's."""
+        """Continue from a checkpoint; raises CheckpointError if its data, lanes or groups of lanes differ."""
         super().restore(checkpoint)
         self.stepper.carried = checkpoints.carried_states(checkpoint, self.model, self.config.accumulation, self.group)
 
     def title(self) -> str:
-        """See the base."""
+        """Describe the training data, for the first line of the display."""
         return f"{self.config.lanes} lanes x {self.config.segment_length} tokens"
 
     def _title(self) -> str:
@@ -52,17 +55,17 @@ class Trainer(TrainingLoop):
     def _loop(self, log: Log | None) -> bool:
         step = self.position.step
         if self._saved_step == step and self._evaluates_at(step) and self._logged() is None:
-            # Ctrl-C has ended it
+            # Ctrl-C stopped the evaluation of this step in the earlier process
             self._evaluate(log, self.config.eval_tokens)
         return super()._loop(log)
 
     def _after_step(self, log: Log | None) -> None:
         if self._evaluates_at(self.position.step):
-            # None: Ctrl-C has ended the evaluation, and the loop ends with a checkpoint
+            # if Ctrl-C stops the evaluation, the loop ends with a checkpoint
             self._evaluate(log, self.config.eval_tokens)
 
     def _finish(self, log: Log | None) -> tuple[dict[str, Any] | None, bool]:
-        """Figures on the held-back documents, of a run that was over already what it logged; None where interrupted."""
+        """Return the final figures, and whether the evaluation was interrupted; a logged evaluation is not repeated."""
         figures = self._logged()
         if figures is None:
             figures = self._evaluate(log, self.config.final_eval_tokens)
@@ -71,12 +74,12 @@ class Trainer(TrainingLoop):
         return figures, figures is None
 
     def _evaluates_at(self, step: int) -> bool:
-        """Whether an evaluation on the way is due."""
+        """Return whether an evaluation during the run is due after this step."""
         every = self.config.eval_every
         return bool(step and every and step % every == 0 and not self._done)
 
     def _logged(self) -> dict[str, Any] | None:
-        """The figures that the log holds of this step."""
+        """Return the evaluation that the log has for the current step, or None."""
         lines = [line for line in read_log(self.folder / "log.jsonl") if "validation" in line]
         figures = [line["validation"] for line in lines if line["step"] == self.position.step]
         return cast(dict[str, Any], figures[-1]) if figures else None
@@ -98,7 +101,12 @@ class Trainer(TrainingLoop):
         }
 
     def _evaluate(self, log: Log | None, tokens: int) -> dict[str, Any] | None:
-        """The figures, logged and shown; None where Ctrl-C has ended it."""
+        """Evaluate on held-out documents, log and show the figures; None if Ctrl-C stopped it.
+
+        Args:
+            log: of the run; None in all but the main process.
+            tokens: number of held-out tokens to read; 0: all.
+        """
         try:
             figures = evaluate_text(
                 self.model,
@@ -111,7 +119,7 @@ class Trainer(TrainingLoop):
                 progress=self._show_evaluation,
             ).summary()
         except EvaluationStopped:
-            # another process may have been told alone
+            # perhaps only another process received the signal
             self._stop = True
             return None
         position = self.position
@@ -120,10 +128,11 @@ class Trainer(TrainingLoop):
         return figures
 
     def _show_evaluation(self, read: int, total: int) -> bool:
+        """Show the progress of an evaluation; return False to stop it after an interrupt."""
         self.display.evaluating(read, total)
         return not self._stop
 
 
 def bits(nats: float, units: float) -> float:
-    """Nats of a number of units as bits per unit."""
+    """Convert a summed loss in nats to bits per unit."""
     return nats / max(units, 1) / math.log(2)

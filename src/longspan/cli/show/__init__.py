@@ -1,4 +1,4 @@
-"""`longspan show`: what mechanisms look at, and what those of a trained model have learned to look at."""
+"""`longspan show`: reports of attention patterns, learned spans, sparsity, and scaling laws."""
 
 from longspan.cli.show.patterns import patterns
 from longspan.cli.show.scaling import scaling

@@ -1,4 +1,4 @@
-"""Heads of a trained model: where those of one mechanism are."""
+"""Finds the heads of one mechanism in a trained model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,22 +14,28 @@ C = TypeVar("C", bound="Mechanism")
 
 
 @dataclass(frozen=True)
-class Found(Heads, Generic[C]):
-    """A mechanism in a layer (from 1), and the number of its first head there (from 1)."""
+class MechanismHeads(Heads, Generic[C]):
+    """One mechanism of a layer: number of the layer, number of its first head (both from 1), and its core module."""
 
     core: C
 
 
-def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
-    """The mechanisms of a kind in a model, parts of `heads` among them, in the order of the layers.
+def find_mechanisms(model: Any, kind: type[C], run: str, name: str) -> list[MechanismHeads[C]]:
+    """Return all mechanisms of one class in a model, in the order of the layers, also those inside `heads` mixers.
+
+    Args:
+        model: to search.
+        kind: class of the cores to find.
+        run: folder of the model, for the error message.
+        name: of the mechanism, for the error message.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the model has no such mechanism.
     """
     from longspan.mechanisms.mixed_heads.layer import MixedHeadsMechanism
     from longspan.mixers import Mechanism
 
-    matches: list[Found[C]] = []
+    matches: list[MechanismHeads[C]] = []
     parts: set[int] = set()
     layer, core_names = 0, set()
     for module in model.modules():
@@ -40,10 +46,11 @@ def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
         if isinstance(module, MixedHeadsMechanism):
             parts |= {id(part) for part in module.modules()}
             inside = [(core, heads.start + 1) for core, heads in zip(module.cores, module.queries, strict=True)]
-        matches += [Found(layer, first, core) for core, first in inside if isinstance(core, kind)]
+        matches += [MechanismHeads(layer, first, core) for core, first in inside if isinstance(core, kind)]
         core_names |= {type(core).__name__.removesuffix("Mechanism") for core, _ in inside}
     if not matches:
         raise ConfigError(
-            f"{run}: no layer of this run is {name}; its layers are {', '.join(sorted(core_names)) or 'none'}"
+            f"{run}: this run has no layer of {name}, only of {', '.join(sorted(core_names)) or 'no mechanism'}; "
+            "give another run"
         )
     return matches

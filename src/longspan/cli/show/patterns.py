@@ -18,45 +18,48 @@ if TYPE_CHECKING:
     from longspan.mixers import Mixer
     from longspan.report import Block, Section
 
-# of the layers that are drawn: `examples` are for four heads
+# size of the drawn layers; the `examples` of the mechanisms are made for four heads
 _HEADS, _HEAD_DIM = 4, 16
 _LONGEST = 512
 _LEAD = (
-    "Queries down, keys across. Measured on the mechanisms themselves: the value of one key after the other is "
-    "changed, and a cell is colored where that changes the output of the query. Darker is heavier in its row; grey is "
-    "not read. Keys are counted as the mean over the queries."
+    "Rows are queries, columns are keys. Patterns are measured: the value of one key at a time is changed, and a cell "
+    "is colored if that changes the output of the query. A darker cell has more weight within its row; gray keys are "
+    "not read. The number of keys is the mean over the queries."
 )
 
 
 def patterns(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Mechanisms; none: all of them.", show_default=False),
+        typer.Argument(metavar="NAME", help="Mechanisms to draw. None: all of them.", show_default=False),
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="FIELD=VALUE",
-            help="Draw one mechanism with these fields, the others at their defaults. Repeatable.",
+            help="Draw one mechanism with these fields, all others at their defaults. Repeatable.",
             show_default=False,
         ),
     ] = None,
     length: Annotated[
-        int, typer.Option("--length", "-n", min=1, max=_LONGEST, help="Tokens of the sequence that is drawn.")
+        int, typer.Option("--length", "-n", min=1, max=_LONGEST, help="Length of the drawn sequence in tokens.")
     ] = 64,
     bidirectional: Annotated[
-        bool, typer.Option("--bidirectional", help="Draw the bidirectional form, where there is one.")
+        bool, typer.Option("--bidirectional", help="Draw the bidirectional form of each mechanism that has one.")
     ] = False,
     both_sides: Annotated[bool, typer.Option("--both-sides", hidden=True)] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of weights and inputs, where what is seen depends on them.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Random seed of weights and inputs, on which some patterns depend.")
+    ] = 0,
     output: PageOption = Path("out/patterns"),
 ) -> None:
-    """Draw which keys each query reads, as the papers' figures do: queries down, keys across.
+    """Draw which keys each query attends to, as in the papers' figures: rows are queries, columns are keys.
 
-    Nothing is drawn from a formula: the mechanism itself runs, one value after the other is changed, and the outputs
-    that change are those of the queries that read it. Darker is heavier in its row; grey is not read. Heads that read
-    the same share a panel. Without --set every form of a mechanism is drawn, with small fields.
+    Patterns are measured, not derived from a formula: the mechanism runs while the value of one key at a time is
+    changed; the queries whose outputs change have read that key. A darker cell has more weight within its row; gray
+    keys are not read. Heads with equal patterns share a panel. Without --set, every form of a mechanism is drawn, with
+    small fields.
 
     Writes report.html, report.json and figures/NAME.png.
 
@@ -75,7 +78,7 @@ def patterns(
     bidirectional = bidirectional or both_sides
     chosen = _chosen(names)
     if set_ and len(chosen) != 1:
-        raise ConfigError(f"--set {set_[0]!r}: name the one mechanism that has this field")
+        raise ConfigError(f"--set {set_[0]!r}: applies to one mechanism; give exactly one NAME")
     chosen_fields: dict[str, Any] = functools.reduce(override, set_ or [], {})
     rows, sections = [], []
     for name in chosen:
@@ -91,7 +94,7 @@ def patterns(
         elif names:
             raise ConfigError(f"{name}: has no bidirectional form; leave --bidirectional out")
     if not sections:
-        raise ConfigError("--bidirectional: none of these mechanisms has a bidirectional form")
+        raise ConfigError("--bidirectional: none of these mechanisms has a bidirectional form; leave the option out")
     path = write_report(
         output,
         "longspan: which keys a query reads",
@@ -105,7 +108,11 @@ def patterns(
 
 
 def _chosen(names: list[str] | None) -> list[str]:
-    """Names that there are; of all, those that load."""
+    """Return the names of the mechanisms to draw: those on the command line, or all that can be loaded.
+
+    Raises:
+        ConfigError: a name on the command line is unknown or cannot be loaded.
+    """
     from longspan.contract.registry import mechanism_class
     from longspan.contract.registry import names as all_names
 
@@ -116,14 +123,14 @@ def _chosen(names: list[str] | None) -> list[str]:
         except ConfigError as error:
             if names:
                 raise
-            say(f"left out: {error}")
+            say(f"skipped: {error}")
         else:
             chosen.append(name)
     return chosen
 
 
 def _build(name: str, fields: dict[str, Any], bidirectional: bool, seed: int) -> "Mixer | None":
-    """A layer to be drawn; None where it has no bidirectional form."""
+    """Build a layer of a mechanism to draw; None if the bidirectional form is requested and does not exist."""
     import torch
 
     from longspan import mixers as registry
@@ -137,7 +144,7 @@ def _build(name: str, fields: dict[str, Any], bidirectional: bool, seed: int) ->
         torch.manual_seed(seed)
         mixer = registry.build(name, dim=_HEADS * _HEAD_DIM, num_heads=_HEADS, causal=not bidirectional, **fields)
         with torch.no_grad():
-            # some memories say nothing until they are trained; what they read is to be seen all the same
+            # some memories start with zero weights; random ones make visible which keys they read
             for parameter in mixer.core.parameters():
                 if parameter.ndim > 1 and not parameter.any():
                     parameter.normal_(0, 0.1)
@@ -147,7 +154,14 @@ def _build(name: str, fields: dict[str, Any], bidirectional: bool, seed: int) ->
 def _section(
     name: str, forms: "list[tuple[dict[str, Any], Mixer]]", length: int, seed: int
 ) -> "tuple[Section, list[dict[str, Any]]]":
-    """The figure of a mechanism in all its forms, and a record of each."""
+    """Return the report section of one mechanism with a panel per form, and a record per form for the JSON.
+
+    Args:
+        name: of the mechanism.
+        forms: fields and layer of each form.
+        length: tokens of the drawn sequence.
+        seed: of the random inputs.
+    """
     from longspan.mixers.probe import influence
     from longspan.report import Section, Text
     from longspan.report.figures import Panel, pattern_figure, picture
@@ -172,12 +186,12 @@ def _section(
     about = mixers[0].core.about().partition("\n\n")[0]
     blocks: list[Block] = [Text(about), figure]
     if any(mixer.traits.selects or mixer.traits.sparse for mixer in mixers):
-        blocks.append(Text("What is read depends on the data: these are untrained weights and random inputs."))
+        blocks.append(Text("The pattern depends on the data; here: untrained weights and random inputs."))
     return Section(name, blocks), rows
 
 
 def _alike(weights: "Tensor") -> list[list[int]]:
-    """Heads, counted from one, that read the same keys."""
+    """Group heads that read the same keys; weights: (heads, queries, keys). Returns head numbers from 1, per group."""
     groups: dict[bytes, list[int]] = {}
     for number, read in enumerate((weights > 0).cpu().numpy(), 1):
         groups.setdefault(read.tobytes(), []).append(number)
@@ -185,7 +199,7 @@ def _alike(weights: "Tensor") -> list[list[int]]:
 
 
 def _words(fields: dict[str, Any]) -> str:
-    """Fields as they are given on the command line; parts side by side with a bar between."""
+    """Format fields as on the command line, `a=1, b=x`; the mechanisms of a `heads` mixer are separated by `|`."""
     if "mixers" in fields:
         parts = [dict(part) for part in fields["mixers"]]
         return " | ".join(
@@ -196,11 +210,12 @@ def _words(fields: dict[str, Any]) -> str:
 
 
 def _print(rows: list[dict[str, Any]], length: int) -> None:
+    """Print a table of the mean number of keys per query, a row per form."""
     from longspan.report import Table
 
-    def mean(keys: list[float]) -> str:
+    def key_range(keys: list[float]) -> str:
         low, high = (f"{value:.1f}" for value in (min(keys), max(keys)))
         return low if low == high else f"{low} to {high}"
 
-    cells = [(row["name"], _words(row["fields"]) or "defaults", mean(row["keys_per_query"])) for row in rows]
-    print_table(Table(columns=("mechanism", "fields", f"keys a query, of {length}"), rows=cells, right=(2,)))
+    cells = [(row["name"], _words(row["fields"]) or "defaults", key_range(row["keys_per_query"])) for row in rows]
+    print_table(Table(columns=("mechanism", "fields", f"keys per query, of {length}"), rows=cells, right=(2,)))

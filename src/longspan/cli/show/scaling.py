@@ -19,21 +19,26 @@ _OF_LAW = ("parameters", "intervals", "undetermined", "residual")
 
 
 def scaling(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of the runs to fit.", show_default=False)
+    ],
     form: Annotated[
-        str, typer.Option("--form", help="Of the law in parameters and tokens: chinchilla, kaplan, or none.")
+        str, typer.Option("--form", help="Joint law in parameters and tokens: chinchilla, kaplan, or none.")
     ] = "chinchilla",
     flops: Annotated[
-        float, typer.Option("--flops", min=0, help="A budget to spend, 6 N D; 0: ten times that of the largest run.")
+        float,
+        typer.Option(
+            "--flops", min=0, help="Compute budget (6 N D) to find the best model for; 0: 10 times the largest run."
+        ),
     ] = 0.0,
     output: PageOption = Path("out/scaling"),
 ) -> None:
-    """Fit scaling laws to trained runs: loss by training FLOPs, by parameters, by tokens, and by both.
+    """Fit scaling laws to trained runs: loss by training FLOPs, parameters, tokens, and parameters and tokens together.
 
-    Of each run: parameters without embeddings, tokens trained on, FLOPs with the keys that its mechanism attends to,
-    and the loss of its last evaluation on held-back documents, tokens and FLOPs up to then. Laws of one variable are
-    meant for runs that have enough of the other. Brackets are 95 % intervals, found by drawing the runs anew. Needs
-    the extra `scaling`.
+    For each run, N is its parameters without embeddings, D the tokens it was trained on, and C its training FLOPs,
+    including attention to the keys that its mechanism reads. The loss is that of the last evaluation on held-out
+    documents; D and C count up to then. A law in one variable assumes that the other one does not limit the runs.
+    Brackets are 95 % bootstrap intervals over the runs. Needs the extra `scaling`.
 
     Writes report.html, report.json and figures/.
 
@@ -42,7 +47,7 @@ def scaling(
       longspan show scaling runs/* --form kaplan --flops 1e18
     """
     if form not in ("chinchilla", "kaplan", "none"):
-        raise ConfigError(f"--form {form!r}: chinchilla, kaplan or none")
+        raise ConfigError(f"--form {form!r}: must be chinchilla, kaplan or none")
     from longspan.cost.scaling import fit
     from longspan.report import Block, Section, Text, write_report
 
@@ -55,7 +60,7 @@ def scaling(
             continue
         law = fit("power", {"x": [row[key] for row in rows], "loss": [row["loss"] for row in rows]})
         data["laws"][name] = {key: getattr(law, key) for key in _OF_LAW}
-        blocks += [Text(f"{said(law, key)} ({name})"), law_figure(name, law, rows, key, label)]
+        blocks += [Text(f"{law_text(law, key)} ({name})"), law_figure(name, law, rows, key, label)]
     if form != "none":
         joint_law(form, rows, flops or 10 * max(row["C"] for row in rows), blocks, data)
     path = write_report(output, "longspan: scaling laws", [Section("Scaling laws", blocks)], data)
@@ -68,10 +73,10 @@ def scaling(
 
 
 def _read_runs(runs: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Runs and what they were; what is no run, or was never evaluated, is named and left out.
+    """Return the usable runs and a record of each; print why others are skipped (not a run, never evaluated).
 
     Raises:
-        CheckpointError: nothing is left.
+        CheckpointError: no run is usable.
     """
     rows, problems = [], []
     for run in runs:
@@ -80,18 +85,18 @@ def _read_runs(runs: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
         except (LongspanError, OSError) as error:
             problems.append(str(error))
     if not rows:
-        raise CheckpointError(f"no run among {len(runs)}: {problems[0]}" if len(runs) > 1 else problems[0])
+        raise CheckpointError(f"none of {len(runs)} runs is usable: {problems[0]}" if len(runs) > 1 else problems[0])
     for problem in problems:
-        say(f"left out: {problem}")
+        say(f"skipped: {problem}")
     return [row["run"] for row in rows], rows
 
 
 def read_run(run: str) -> dict[str, Any]:
-    """Parameters N, tokens D, FLOPs C and held-back loss of a run.
+    """Return a record of a run: non-embedding parameters N, tokens D, training FLOPs C, held-out loss (nats per token).
 
     Raises:
-        CheckpointError: no run, or one that was never evaluated.
-        ConfigError: a model that does not say which keys it attends to.
+        CheckpointError: the folder is not a run, or the run was never evaluated.
+        ConfigError: the model is not a decoder, or its attention FLOPs are unknown.
     """
     from longspan.cost.scaling import model_training_flops, non_embedding
     from longspan.files import read_json
@@ -100,7 +105,7 @@ def read_run(run: str) -> dict[str, Any]:
 
     model, _ = load_run(run)
     if not isinstance(model, Decoder):
-        raise ConfigError(f"{run}: scaling laws are fitted to decoders, this is a {type(model).__name__}")
+        raise ConfigError(f"{run}: scaling laws need decoders, this is a {type(model).__name__}; leave it out")
     tokens, loss = evaluated(read_log(Path(run) / "log.jsonl"), run)
     table = read_json(Path(run) / "recipe.json")["train"]
     carried = table["carry"] and model.traits.streams
@@ -110,13 +115,17 @@ def read_run(run: str) -> dict[str, Any]:
 
 
 def evaluated(lines: list[dict[str, Any]], run: str) -> tuple[int, float]:
-    """Tokens trained on and held-back loss at the last evaluation that a log holds.
+    """Return the training tokens and the held-out loss (nats per token) at the last evaluation in a log.
 
-    A run that is stopped, or still trains, has gone on since: its last tokens belong to no loss. Evaluations of older
-    logs do not say their tokens; those of the step line at or before them do.
+    Tokens after that evaluation do not count, because a run that was stopped or still trains has no loss for them.
+    Evaluation lines of older logs have no token count; the last step line before them supplies it.
+
+    Args:
+        lines: of the log, as dicts.
+        run: folder of the run, for error messages.
 
     Raises:
-        CheckpointError: no evaluation, or none whose tokens are known.
+        CheckpointError: the log has no evaluation, or none with a known number of tokens.
     """
     tokens = last = loss = None
     for line in lines:
@@ -125,24 +134,28 @@ def evaluated(lines: list[dict[str, Any]], run: str) -> tuple[int, float]:
         if isinstance(validation, dict) and isinstance(validation.get("loss"), int | float):
             tokens, loss = last, float(validation["loss"])
     if loss is None:
-        raise CheckpointError(f"{run}: was never evaluated on held-back documents; let it end, or set train.eval_every")
+        raise CheckpointError(
+            f"{run}: was never evaluated on held-out documents; train it to the end, or set train.eval_every"
+        )
     if tokens is None:
-        raise CheckpointError(f"{run}: its log holds no step at or before its evaluation; set train.log_every lower")
+        raise CheckpointError(f"{run}: its log has no step line before the evaluation; lower train.log_every")
     if not isinstance(tokens, int) or tokens < 1 or not 0 < loss < math.inf:
-        raise CheckpointError(f"{run}: no law fits a loss of {loss:g} after {tokens} tokens; its log.jsonl holds it")
+        raise CheckpointError(
+            f"{run}/log.jsonl: cannot fit a loss of {loss:g} after {tokens} tokens; leave this run out"
+        )
     return tokens, loss
 
 
 def check_same_text(runs: list[str]) -> None:
-    """Losses are compared, so they must be of one text, in one tokenizer's tokens.
+    """Check that all runs have the same text and tokenizer, so that their losses are comparable.
 
     Raises:
-        ConfigError: they are not; names the runs, and the field where it is one.
+        ConfigError: two runs differ; the message names them and the field that differs.
     """
     from longspan.files import read_json
 
     def read(run: str) -> tuple[dict[str, Any], str]:
-        # where ids are kept changes nothing
+        # the folder of cached token ids does not matter
         task = {**read_json(Path(run) / "recipe.json")["task"], "cache": None}
         tokenizer = Path(run) / "tokenizer.json"
         return task, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else ""
@@ -153,27 +166,30 @@ def check_same_text(runs: list[str]) -> None:
         for name in (*first, *task):
             if task.get(name) != first.get(name):
                 raise ConfigError(
-                    f"{run}: task.{name} = {task.get(name)!r}, of {runs[0]} it is {first.get(name)!r}; "
-                    "a law is fitted to losses on one text, by one tokenizer"
+                    f"{run}: task.{name} = {task.get(name)!r}, but {first.get(name)!r} in {runs[0]}; "
+                    "give runs on the same text with the same tokenizer"
                 )
         if tokenizer != known:
-            raise ConfigError(f"{run}: another tokenizer than that of {runs[0]}; losses of a token are not comparable")
+            raise ConfigError(
+                f"{run}: its tokenizer differs from that of {runs[0]}, so losses per token are not comparable; "
+                "give runs with the same tokenizer"
+            )
 
 
-def said(law: "Fit", key: str) -> str:
-    """A power law in a line."""
+def law_text(law: "Fit", key: str) -> str:
+    """Describe a power law in one line: formula, interval of the exponent, and mean deviation from the runs."""
     if law.undetermined:
-        return f"no law in {key}: these {law.runs} runs are too much alike; vary {key} more"
+        return f"no law in {key}: these {law.runs} runs are too similar; vary {key} more"
     exponent = law.parameters["a"]
     between = "[{:.4f}, {:.4f}]".format(*law.intervals["a"]) if "a" in law.intervals else "without an interval"
     return (
         f"loss = ({law.parameters['x_c']:.3g} / {key})^{exponent:.4f}, exponent {between}, "
-        f"{law.residual:.1%} from the runs"
+        f"deviation from the runs {law.residual:.1%}"
     )
 
 
 def runs_table(rows: list[dict[str, Any]]) -> "Table":
-    """What the runs were."""
+    """Return a table of the runs with their parameters, tokens, FLOPs and losses, sorted by FLOPs."""
     from longspan.report import Table
 
     lines = [
@@ -185,7 +201,15 @@ def runs_table(rows: list[dict[str, Any]]) -> "Table":
 
 
 def law_figure(name: str, law: "Fit", rows: list[dict[str, Any]], key: str, label: str) -> "Picture":
-    """Runs as points, the law through them."""
+    """Return a figure of the runs as points and a power law as a line, on logarithmic axes.
+
+    Args:
+        name: of the law, part of the file name.
+        law: the fitted power law.
+        rows: records of the runs.
+        key: `"C"`, `"N"` or `"D"`, the quantity on the x axis.
+        label: of the x axis.
+    """
     import numpy as np
 
     from longspan.report.figures import Series, line_figure, picture
@@ -200,14 +224,24 @@ def law_figure(name: str, law: "Fit", rows: list[dict[str, Any]], key: str, labe
     return picture(
         f"scaling-{name}",
         lambda theme: line_figure(
-            series, xlabel=label, ylabel="held-back loss, nats a token", xscale="log2", yscale="log", theme=theme
+            series, xlabel=label, ylabel="held-out loss, nats per token", xscale="log2", yscale="log", theme=theme
         ),
-        alt=f"Held-back loss of the runs against {label}, and the power law through them.",
+        alt=f"Held-out loss of the runs by {label}, and the fitted power law.",
     )
 
 
 def joint_law(form: str, rows: list[dict[str, Any]], flops: float, blocks: list[Any], data: dict[str, Any]) -> None:
-    """The law in parameters and tokens, and what it says of a budget; a line where the runs are too few."""
+    """Fit the joint law in parameters and tokens; append its text and the best model for a budget to the report.
+
+    If the runs are too few, the text says so.
+
+    Args:
+        form: `"chinchilla"` or `"kaplan"`.
+        rows: records of the runs.
+        flops: compute budget, 6 N D.
+        blocks: of the report; extended in place.
+        data: of report.json; extended in place.
+    """
     from longspan.cost.scaling import fit, optimal
     from longspan.report import Text
 
@@ -215,29 +249,29 @@ def joint_law(form: str, rows: list[dict[str, Any]], flops: float, blocks: list[
     try:
         law = fit(form, table)  # type: ignore[arg-type]
     except ConfigError as error:
-        blocks.append(Text(f"No law in parameters and tokens: {error}"))
+        blocks.append(Text(f"No joint law in parameters and tokens: {error}"))
         return
     values = ", ".join(_parameter(law, name) for name in law.parameters)
-    sentence = f"{form}: {values}; {law.residual:.1%} from the runs."
+    sentence = f"{form}: {values}; deviation from the runs {law.residual:.1%}."
     data["laws"][form] = {key: getattr(law, key) for key in _OF_LAW}
     try:
         best = optimal(law, flops)
     except ConfigError as error:
-        blocks.append(Text(f"{sentence} No budget can be spent by it: {error}."))
+        blocks.append(Text(f"{sentence} It cannot tell the best model for a budget: {error}."))
         return
     shares = [1 - 6 * row["N"] * row["D"] / row["C"] for row in rows]
     blocks.append(
         Text(
-            f"{sentence} With {flops:.3g} FLOPs: {best.parameters:,.0f} parameters on {best.tokens:,.0f} tokens, "
-            f"expected loss {best.loss:.4f}. The budget is spent as 6 N D, without the term of the context, which is "
-            f"{min(shares):.0%} to {max(shares):.0%} of these runs' FLOPs."
+            f"{sentence} Best model for {flops:.3g} FLOPs: {best.parameters:,.0f} parameters on {best.tokens:,.0f} "
+            f"tokens, expected loss {best.loss:.4f}. The budget counts 6 N D, without attention to the context, which "
+            f"is {min(shares):.0%} to {max(shares):.0%} of these runs' FLOPs."
         )
     )
     data["optimum"] = {"flops": flops, "N": best.parameters, "D": best.tokens, "loss": best.loss, "context": "left out"}
 
 
 def _parameter(law: "Fit", name: str) -> str:
-    """A parameter with its interval, where it has one."""
+    """Format a fitted parameter, with its interval if it has one."""
     value = f"{name} = {law.parameters[name]:.4g}"
     if name in law.undetermined:
         return f"{value} (not determined)"

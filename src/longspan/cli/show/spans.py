@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_table, reading_progress
-from longspan.cli.options import DeviceOption, DtypeOption, RunArgument, check_page
+from longspan.cli.options import DeviceOption, DtypeOption, PageOption, RunArgument
 from longspan.cli.runs import open_any_run
 
 if TYPE_CHECKING:
-    from longspan.cli.show.heads import Found
+    from longspan.cli.show.heads import MechanismHeads
     from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanMechanism
     from longspan.report import Block
 
@@ -18,47 +18,45 @@ if TYPE_CHECKING:
 def spans(
     run: RunArgument,
     tokens: Annotated[
-        int, typer.Option("--tokens", min=1, help="Dynamic spans are the mean over so many held-back tokens.")
+        int,
+        typer.Option("--tokens", min=1, help="Number of held-out tokens over which dynamic spans are averaged."),
     ] = 8192,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figure go.", callback=check_page),
-    ] = Path("out/spans"),
+    output: PageOption = Path("out/spans"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "",
 ) -> None:
-    """Show how far each head of a trained model has learned to look, in tokens.
+    """Report the learned attention span of each head of a trained model, in tokens.
 
-    Of a run with layers of adaptive_span. Writes report.html, report.json and figures/spans.png.
+    For runs with layers of adaptive_span. Writes report.html, report.json and figures/spans.png.
 
     Examples:
       longspan train lm/adaptive_span -o runs/spans
       longspan show spans runs/spans
     """
-    from longspan.cli.show.heads import find
+    from longspan.cli.show.heads import find_mechanisms
     from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanMechanism
     from longspan.report import Section, Text, number, write_report
     from longspan.report.heads import head_figure, head_table
 
     model, task = open_any_run(run, device=device, dtype=dtype)
-    mechanisms = find(model, AdaptiveSpanMechanism, run, "adaptive_span")
+    mechanisms = find_mechanisms(model, AdaptiveSpanMechanism, run, "adaptive_span")
     dynamic = [mechanism for mechanism in mechanisms if mechanism.core.config.dynamic]
     read = _dynamic_spans(model, task, run, dynamic, tokens) if dynamic else {}
     rows = [(mechanism, read.get(id(mechanism.core), mechanism.core.spans)) for mechanism in mechanisms]
     values = [value for _, line in rows for value in line]
-    most, ramps = (
+    longest, ramps = (
         sorted({getattr(mechanism.core.config, name) for mechanism in mechanisms}) for name in ("max_span", "ramp")
     )
     words = (
-        f"{len(values)} heads look {number(sum(values) / len(values), 1)} tokens far on average, "
+        f"The spans of {len(values)} heads are {number(sum(values) / len(values), 1)} tokens on average, "
         f"{number(min(values), 1)} to {number(max(values), 1)}, "
-        f"of at most {' or '.join(f'{size:,}' for size in most)}. "
-        f"Beyond its span a head's weights fall to zero over {' or '.join(str(ramp) for ramp in ramps)} tokens."
+        f"of at most {' or '.join(f'{size:,}' for size in longest)}. "
+        f"Beyond its span, the weights of a head fall to zero over {' or '.join(str(ramp) for ramp in ramps)} tokens."
     )
     table = head_table(rows, lambda value: number(value, 1))
     blocks: list[Block] = [Text(words), head_figure("spans", rows, ylabel="span in tokens"), table]
     if dynamic:
-        blocks.append(Text("Dynamic spans depend on the token: these are means over held-back documents."))
+        blocks.append(Text("Dynamic spans depend on the token; these are means over held-out documents."))
     data = {
         "run": run,
         "spans": [
@@ -71,16 +69,23 @@ def spans(
             for mechanism, line in rows
         ],
     }
-    path = write_report(output, f"longspan: how far {run} looks", [Section("Spans", blocks)], data)
+    path = write_report(output, f"longspan: attention spans of {run}", [Section("Spans", blocks)], data)
     print_table(table)
     console().print(words, markup=False)
     console().print(f"wrote {path}", markup=False)
 
 
 def _dynamic_spans(
-    model: Any, task: Any, run: str, mechanisms: "list[Found[AdaptiveSpanMechanism]]", tokens: int
+    model: Any, task: Any, run: str, mechanisms: "list[MechanismHeads[AdaptiveSpanMechanism]]", tokens: int
 ) -> dict[int, list[float]]:
-    """Mean dynamic spans of each head over held-back documents, by id of the core."""
+    """Measure the mean dynamic span of each head over held-out documents, in tokens; keys are `id(core)`.
+
+    Args:
+        model, task: of the run.
+        run: its folder.
+        mechanisms: the adaptive_span layers with dynamic spans.
+        tokens: total number of tokens to read.
+    """
     import torch
 
     from longspan.cli.show.reading import chosen
