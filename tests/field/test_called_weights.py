@@ -155,6 +155,8 @@ def test_a_saved_model_is_loaded_with_a_device_map(kind: str, tmp_path: Path) ->
     load = transformers.AutoModelForCausalLM.from_pretrained if kind == "own" else hf.load
     loaded = load(tmp_path / "model", offload_folder=tmp_path / "rest", **options)
     assert any(p.is_meta for p in loaded.parameters())
+    if not hasattr(loaded, "hf_device_map"):
+        pytest.skip(f"transformers {transformers.__version__} runs no model all of which is on disk")
     close(streamed(loaded, ids), expected)
     if kind == "converted":
         for network in (model, loaded):

@@ -1,6 +1,8 @@
 """The fused CPU kernel and its replacement by plain products are one function."""
 
+import functools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ def test_plain_products_equal_the_fused_kernel(
     kv_heads: int, kind: str, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = drawn(2, 4, 5, 8), drawn(2, kv_heads, keys, 8, seed=1), drawn(2, kv_heads, keys, 8, seed=2)
-    assert flash.fused(q, k, v), "the fused kernel is gone from torch: every CPU op falls back"
+    fits = flash.GROUPED or kv_heads == 4
+    assert flash.fused(q, k, v) is fits, "the fused kernel is gone from torch: every CPU op falls back"
     mask = mask_with_an_empty_row(5, keys) if kind == "mask" else None
     out, lse = flash.attend(q, k, v, scale=0.3, causal=kind == "causal", mask=mask)
     grad = drawn(*out.shape, seed=3)
@@ -55,12 +58,40 @@ def test_overlapping_keys_need_no_copy() -> None:
     assert torch.equal(shared, flash.attend(q, windows.clone(), windows.clone(), scale=1.0)[0])
 
 
-def test_inputs_that_the_kernel_cannot_take_use_plain_products() -> None:
+@pytest.mark.parametrize("strided", [None, False])
+def test_a_mask_has_any_strides(strided: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.7 ignores the last one; `strided`: whether the kernel reads it, None = as this torch has it."""
+    q, k, v = drawn(2, 3, 7, 8), drawn(2, 3, 40, 8, seed=1), drawn(2, 3, 40, 8, seed=2)
+    mask = drawn(7, 40, seed=3)
+    if strided is not None:
+        monkeypatch.setattr(flash, "STRIDED_MASKS", strided)
+    grad, last_strides = drawn(2, 3, 7, 8, seed=4), set[int]()
+
+    def noted(kernel: Any, *args: Any, attn_mask: Tensor, **keywords: Any) -> Any:
+        last_strides.add(attn_mask.stride(-1))
+        return kernel(*args, attn_mask=attn_mask, **keywords)
+
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(flash, name, functools.partial(noted, getattr(flash, name)))
+    whole = flash.attend(q, k, v, scale=0.3, mask=mask)
+    gradients = flash.attend_backward(grad, q, k, v, *whole, scale=0.3, mask=mask)
+    for same in (mask.T.contiguous().T, torch.stack([mask, mask], -1)[..., 0]):
+        results = flash.attend(q, k, v, scale=0.3, mask=same)
+        again = flash.attend_backward(grad, q, k, v, *results, scale=0.3, mask=same)
+        for a, b in zip((*results, *again), (*whole, *gradients), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    assert last_strides == ({1, 2, 7} if flash.STRIDED_MASKS else {1})
+
+
+def test_inputs_that_the_kernel_cannot_take_use_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     q = drawn(1, 2, 3, 8)
     assert not flash.fused(q[:, :, :0], q, q)  # it divides by the size
     assert not flash.fused(q.mT.contiguous().mT, q, q)  # it ignores the last stride
     assert not flash.fused(q.half(), q.half(), q.half())
     assert not flash.fused(q, q, q[..., :4])
+    monkeypatch.setattr(flash, "GROUPED", False)
+    assert flash.fused(q, q, q)
+    assert not flash.fused(q, q[:, :1], q[:, :1])  # before torch 2.9 it reads beyond the keys
     out, lse = flash.attend(q, q[:, :, :0], q[:, :, :0], scale=1.0)
     assert not out.any()
     assert not lse.any()

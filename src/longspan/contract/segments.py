@@ -43,7 +43,7 @@ class SegmentMechanism(BoundedMechanism):
     `operations` and `memory_cost`.
     """
 
-    State = SegmentState
+    State: Any = SegmentState  # or a NamedTuple of the same fields
     segment: int
     features: int
 
@@ -107,7 +107,7 @@ class SegmentMechanism(BoundedMechanism):
             return None
         return rotate_by_column(q, k, self.shape.rope, rows, period)
 
-    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SegmentState:
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> Any:
         """Return a state with an empty memory and no tokens."""
         kv_heads, dim = self.shape.num_kv_heads, self.shape.head_dim
         wide = self.memory_dtype(device, dtype)

@@ -2,7 +2,7 @@
 
 PyTorch has a fused CPU kernel that returns the log-sum-exp and reads keys through any strides, so that overlapping
 windows need no copy. It has no public name; only this file uses it. If it is missing, or if tensors are not on a CPU or
-have an unsupported dtype or width, plain matrix products give the same result.
+have an unsupported dtype, width or number of heads, plain matrix products give the same result.
 """
 
 import math
@@ -15,6 +15,11 @@ from torch import Tensor
 FORWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 _DTYPES = (torch.float32, torch.float64)
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+# before torch 2.9 it reads and writes beyond the end of keys that have fewer heads than the queries
+GROUPED = _TORCH >= (2, 9)
+# torch 2.7 takes every mask for one whose last stride is 0 or 1, without a word; 2.13 does not
+STRIDED_MASKS = _TORCH >= (2, 13)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -26,10 +31,16 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.device.type == "cpu"
         and q.dtype in _DTYPES
         and q.dtype == k.dtype == v.dtype
+        and (GROUPED or q.shape[1] == k.shape[1])
         and q.shape[-1] == v.shape[-1]
         and min(q.numel(), k.numel()) > 0
         and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     )
+
+
+def _readable(mask: Tensor | None) -> Tensor | None:
+    """The mask as the fused kernel can read it."""
+    return mask if mask is None or STRIDED_MASKS or mask.stride(-1) in (0, 1) else mask.contiguous()
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -66,7 +77,7 @@ def attend(
         out (batch, heads, queries, head_dim), lse (batch, heads, queries); both are 0 for a query that sees no key.
     """
     if fused(q, k, v):
-        out, lse = FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        out, lse = FORWARD(q, k, v, 0.0, causal, attn_mask=_readable(mask), scale=scale)
         return out, lse
     return _plain(q, k, v, scale, causal, mask)
 
@@ -99,7 +110,7 @@ def attend_backward(
         mask: see `attend`.
     """
     if fused(q, k, v):
-        dq, dk, dv = BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        dq, dk, dv = BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=_readable(mask), scale=scale)
         return dq, dk, dv
     return _plain_backward(grad, q, k, v, out, lse, scale, causal, mask)
 

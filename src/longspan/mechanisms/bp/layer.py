@@ -35,14 +35,8 @@ class BPConfig:
             raise ConfigError(f"bp.max_level = {self.max_level}: must be from 0 to 24")
 
 
-class BPState(ops.TreeNodes):
-    """State of `bp`: the spans that later tokens may still see, and running sums of incomplete spans."""
-
-    __slots__ = ()
-
-    def accumulators(self) -> tuple[str, ...]:
-        """Names of the fields that stay in fp32 or wider when the state is cast."""
-        return "open_k", "open_v", "open_mass"
+BPState = ops.TreeNodes
+"""State of `bp`: the spans that later tokens may still see, and running sums of incomplete spans."""
 
 
 class BPMechanism(BoundedMechanism):
@@ -92,7 +86,7 @@ class BPMechanism(BoundedMechanism):
             positioned=None if self.shape.rope is None else self.rotate(q, k, rows),
             lengths=rows.lengths,
             start=rows.origin,
-            state=None if state is None else ops.TreeNodes(*state)._replace(live=rows.offset),
+            state=None if state is None else state._replace(live=rows.offset),
         )
         if nodes is None:
             return out, None
@@ -101,10 +95,9 @@ class BPMechanism(BoundedMechanism):
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> BPState:
         """Return the empty state of `batch_size` rows, with slots for all spans (zeros)."""
         config, shape = self.config, self.shape
-        nodes = ops.empty_nodes(
+        return ops.empty_nodes(
             batch_size, shape.num_kv_heads, shape.head_dim, config.k, config.max_level, device, dtype
         )
-        return BPState(*nodes)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Count the FLOPs (2 per multiply-add) for `batch_size` rows of `length` tokens."""

@@ -40,6 +40,10 @@ class TreeNodes(NamedTuple):
     open_mass: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "open_k", "open_v", "open_mass"
+
 
 class Nodes(NamedTuple):
     """Weighted mean keys and values (..., kv_heads, head_dim), and log sums of weights (..., kv_heads)."""

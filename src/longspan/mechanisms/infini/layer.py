@@ -3,15 +3,15 @@
 import functools
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
-from longspan.contract.segments import Operation, SegmentMechanism, SegmentState
+from longspan.contract.segments import Operation, SegmentMechanism
 from longspan.errors import ConfigError
 
 
@@ -40,8 +40,21 @@ class InfiniConfig:
         check_least(self, "infini", {"segment": 1, "bptt_segments": 1})
 
 
-class InfiniState(SegmentState):
-    """State of `infini`: memory sums, and keys and values of the incomplete segment."""
+class InfiniState(NamedTuple):
+    """State of `infini`: memory sums, and keys and values of the incomplete segment.
+
+    The fields are those of `SegmentState`. It is a type of its own, as torch 2.7 exports no subclass of one.
+    """
+
+    values: Tensor
+    keys: Tensor
+    k: Tensor
+    v: Tensor
+    live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Names of the fields that stay in fp32 or wider when the state is cast."""
+        return "values", "keys"
 
     def sums(self) -> tuple[str, ...]:
         """Names of the fields that are ever-growing sums and stay in fp64 when the state is cast."""
