@@ -1,3 +1,3 @@
 """The version of the library, in its own module so that every other may import it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
