@@ -63,8 +63,6 @@ KEYWORDS: dict[str, dict[str, str]] = {
     "with_aux_losses": _AUX_LOSSES,
     "register": {"core_class": "mechanism_class"},
     "Mixer.forward": _AUX_LOSSES,
-    "Mixer.mix": _AUX_LOSSES,
-    "Mechanism.run": _AUX_LOSSES,
     "Decoder.forward": {**_AUX_LOSSES, "give": "output"},
     "Encoder.forward": _AUX_LOSSES,
     "MaskedLM.forward": {**_AUX_LOSSES, "give": "output"},
@@ -73,6 +71,9 @@ KEYWORDS: dict[str, dict[str, str]] = {
     "RecurrentClassifier.forward": _AUX_LOSSES,
 }
 """By function of `longspan.ops` and `longspan.reference`, of `longspan.mixers`, or by method: old to new keywords."""
+
+UNWRAPPED = ("Decoder.forward",)
+"""Methods that take old keywords themselves, as every token goes through them: see `keywords`."""
 
 _REDRAWN = ("Mechanism", "Mixer", "Stack", "RecurrentMemory", "RecurrentClassifier", "ConvertedDecoder")
 ATTRIBUTES: dict[str, dict[str, str]] = {name: {"draw": "redraw_count"} for name in _REDRAWN}
@@ -229,12 +230,38 @@ def accept_old_names(namespace: Any) -> None:
         for old, new in new_of_old.items() if isinstance(namespace.get(name), type) else ():
             setattr(namespace[name], old, _old_attribute(name, old, new))
     for path, new_of_old in KEYWORDS.items():
+        if path in UNWRAPPED:
+            continue
         owner, _, method = path.rpartition(".")
         if not owner and path in namespace:
             namespace[path] = _with_old_keywords(namespace[path], new_of_old, path)
         elif isinstance(namespace.get(owner), type):
             cls = namespace[owner]
             setattr(cls, method, _with_old_keywords(getattr(cls, method), new_of_old, path))
+
+
+def keywords(where: str, call: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a call, some of them given under their old names: for a method that is not wrapped.
+
+    Args:
+        where: the method, a key of `KEYWORDS`.
+        call: its keywords and what they were given as, or their defaults.
+        old: keywords that the method does not have.
+
+    Raises:
+        TypeError: one of `old` is not an old name.
+        ConfigError: a keyword is given under both names.
+    """
+    new_of_old, current = KEYWORDS[where], dict(call)
+    for key, item in old.items():
+        if key not in new_of_old:
+            raise TypeError(f"{where}() got an unexpected keyword argument {key!r}")
+        new = new_of_old[key]
+        if current[new] not in (None, "logits"):
+            raise ConfigError(f"{where}: {key!r} is the old name of {new!r}; leave {key!r} out")
+        warn(f"{where}: {key!r}", repr(new), stacklevel=4)
+        current[new] = item
+    return current
 
 
 def _old_attribute(owner: str, old: str, new: str) -> property:

@@ -54,13 +54,13 @@ def test_a_folder_that_is_no_run_is_named_and_left_out(longspan: Command, byte_r
     runs = copied_runs(byte_run, tmp_path, (768, 800, 900))
     outcome = longspan("show", "scaling", runs[0], *wrong, *runs[1:], "-o", tmp_path / "page")
     assert outcome.code == 0
-    assert [line.startswith("left out: ") for line in outcome.err.splitlines()] == [True] * 4
+    assert [line.startswith("skipped: ") for line in outcome.err.splitlines()] == [True] * 4
     assert all(str(path) in line for path, line in zip(wrong, outcome.err.splitlines(), strict=True))
     assert all(str(path.name) in outcome.out for path in runs)
-    assert "no run" in longspan("show", "scaling", *wrong, "-o", tmp_path / "page").error
+    assert "not a run" in longspan("show", "scaling", *wrong, "-o", tmp_path / "page").error
 
 
 def test_one_run_is_evaluated_at_a_time(longspan: Command, byte_run: Path, subword_run: Path) -> None:
     error = longspan("eval", byte_run, subword_run).error
-    assert f"{subword_run}: a run, not a text" in error
+    assert f"{subword_run}: is a run, not a text" in error
     assert f"longspan eval {subword_run}" in error

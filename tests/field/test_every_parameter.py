@@ -32,7 +32,7 @@ def forms() -> list[Any]:
         pytest.param({"name": name, **fields}, id=f"{name}-{number}")
         for name in NAMES
         for number, fields in enumerate(ls.mixers.examples(name))
-        if fields.get("memory") != "kv"  # for inference alone
+        if fields.get("cache") != "kv"  # for inference alone
     ]
 
 

@@ -59,7 +59,7 @@ def cuts(length: int, segment: int) -> Iterator[list[int]]:
 
 
 def test_the_recorded_settings_are_there_and_small() -> None:
-    expected = {"plain", "alike", "narrower", "own_maps", "factorized", "one_cluster", "untied", "no_memory"}
+    expected = {"plain", "alike", "narrower", "own_maps", "factorised", "one_cluster", "untied", "no_memory"}
     assert set(NAMES) == expected
     assert sum(path.stat().st_size for path in FILES) < 200_000
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from longspan import renames
 from longspan.contract.maps import is_hooked, table_of
 from longspan.mixers import BatchLayout
 from longspan.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
@@ -57,13 +58,17 @@ class Decoder(Stack):
         aux_losses: list[Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
         output: Literal["logits", "last", "hidden", "head"] = "logits",
+        **old: Any,
     ) -> Any:
         """Return logits (batch, length, vocab_size) of tokens (batch, length), and the next state; see the class for
         arguments.
 
         `output` selects the result for `last`, `hidden` and `head`, which go through this call so that hooks are
-        triggered.
+        triggered. `old`: `penalties` and `give`, the names of `aux_losses` and `output` in version 0.1.
         """
+        if old:
+            call = {"mask": mask, "reset": reset, "aux_losses": aux_losses, "inputs_embeds": inputs_embeds}
+            return self(tokens, state, **renames.keywords("Decoder.forward", {**call, "output": output}, old))
         if output == "head":
             return self._head()
         with all_or_nothing():

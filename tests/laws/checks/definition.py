@@ -1,5 +1,6 @@
 """Law 4: a mixer on the fast ops and the same mixer on their dense definitions agree."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,16 +33,19 @@ def defined_by(fast: Any, slow: Any) -> Iterator[list[str]]:
         return call
 
     folders = [module for name, module in sys.modules.items() if name.startswith("longspan.mechanisms.")]
-    replaced = [(fast, n) for n in names]
-    replaced += [(module, n) for module in folders for n in names if vars(module).get(n) is ops[n]]
+    replaced = [(fast, n, ops[n]) for n in names]
+    for module in folders:
+        here = {n: vars(module)[n] for n in names if n in vars(module)}
+        # `longspan.ops` wraps functions that still take old keywords
+        replaced += [(module, n, op) for n, op in here.items() if inspect.unwrap(op) is inspect.unwrap(ops[n])]
     spies = {n: spy(n) for n in names}
-    for module, name in replaced:
+    for module, name, _ in replaced:
         setattr(module, name, spies[name])
     try:
         yield called
     finally:
-        for module, name in replaced:
-            setattr(module, name, ops[name])
+        for module, name, op in replaced:
+            setattr(module, name, op)
 
 
 def ready(make: Make, **keywords: Any) -> Any:

@@ -73,7 +73,7 @@ class PersistentSpans(nn.Module):
         return self.decoder.logits(self.decoder.norm(nodes[:, :count])), None
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """Always 0: the model has no random projections."""
         return 0
 

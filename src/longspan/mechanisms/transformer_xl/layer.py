@@ -115,7 +115,7 @@ class TransformerXLMechanism(RelativeMechanism):
         assert hidden is not None, "transformer_xl projects hidden states"
         if self.config.cache == "kv" and torch.is_grad_enabled() and k.requires_grad:
             raise UnsupportedError(
-                "transformer_xl: memory='kv' is for inference only; use torch.no_grad(), or train with memory='hidden'"
+                "transformer_xl: cache='kv' is for inference only; use torch.no_grad(), or train with cache='hidden'"
             )
         past, old_k, old_v = self._past(state, hidden, rows)
         memory = 0 if old_k is None else old_k.shape[2]
