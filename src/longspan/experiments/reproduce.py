@@ -70,6 +70,11 @@ def reproduce(
 
 
 def _write_docs(docs: Path) -> int:
+    """Write `docs/claims.md` from the results in `docs/claims/`; return exit status 0.
+
+    Raises:
+        ConfigError: there are no results.
+    """
     from longspan.experiments import claims
     from longspan.files import write_atomically
 

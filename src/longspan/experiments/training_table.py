@@ -65,11 +65,13 @@ class TrainingTable(Display):
             self._live.update(self.draw())
 
     def _show_validation(self, text: str) -> None:
+        """Put a held-out loss into the newest row and keep that row."""
         if self._last:
             self._last[2] = text
             self._pin()
 
     def _pin(self) -> None:
+        """Keep the newest row in the table; outside a terminal, print it."""
         self._rows.append(self._last)
         self._pinned = time.monotonic()
         if self._live is None:
@@ -92,6 +94,7 @@ class TrainingTable(Display):
             self._live.stop()
 
     def _aligned(self, row: list[str]) -> str:
+        """Return a row as text, with cells aligned to the widths of the columns."""
         return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(row, self.columns, strict=True)).rstrip()
 
     def draw(self) -> Group:
@@ -129,6 +132,7 @@ def recall_cells(line: dict[str, Any]) -> list[str]:
 
 
 def _running(line: dict[str, Any]) -> list[str]:
+    """Return the last cells of a row: tokens per second, memory, and the time left."""
     memory, eta = line.get("memory"), line.get("eta")
     return [
         f"{line['tokens_per_second']:,.0f}",

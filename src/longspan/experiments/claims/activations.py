@@ -36,6 +36,7 @@ def measure_step(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[s
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
+        """Count the bytes of a tensor that autograd saves, unless it is a parameter; return the tensor unchanged."""
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()

@@ -103,6 +103,7 @@ def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
 
 
 def _reading(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
+    """Return a function without arguments that runs the model on tokens (1, length), for timing."""
     return lambda: model.last(tokens)
 
 
@@ -129,6 +130,15 @@ def _beyond(models: ModelRecords) -> Interval:
 def _figures(
     models: ModelRecords, looks: list[dict[str, Any]], spans: list[float], layers: list[list[float]], plan: Plan
 ) -> list[Figure]:
+    """Return the rows of the results table.
+
+    Args:
+        models: evaluations of all models.
+        looks: what `inspect_heads` returned, per seed.
+        spans: learned spans of all heads, layers and seeds.
+        layers: the same spans by layer.
+        plan: sizes.
+    """
     near = sum(value < NEAR for value in spans) / len(spans)
     flops, counted = looks[0]["flops"], looks[0]["counted"]
     papers = {ADAPTIVE: "as good: enwik8 1.02 (12 layers; Transformer-XL 1.06)"}

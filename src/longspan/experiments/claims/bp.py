@@ -118,6 +118,14 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 def _figures(
     measured: Mapping[str, Any], slopes: Mapping[str, float], persisting: Interval, plan: Plan
 ) -> list[Figure]:
+    """Return the rows of the results table.
+
+    Args:
+        measured: evaluations (`models`, `forms`) and computed costs (`growth`).
+        slopes: exponent of the growth of FLOPs with the length, by model.
+        persisting: bits per byte of persistent spans minus those of recomputed spans.
+        plan: sizes.
+    """
     forms, grown = measured["forms"], measured["growth"]
     return [
         *bit_figures(measured["models"], DENSE, {BP: "as good or better: enwik8 1.02 (Transformer-XL 1.06)"}),

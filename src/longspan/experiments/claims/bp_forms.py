@@ -131,6 +131,7 @@ def compare_forms(
     length = config.segment_length
 
     def measured(form: str, seed: int) -> dict[str, Any]:
+        """Train one form with one seed and return its evaluation, number of parameters and training time."""
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             model = build_form(form, length, nearest, **fields)

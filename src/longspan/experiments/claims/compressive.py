@@ -174,12 +174,14 @@ def _gain(buckets: Sequence[lm.Bucket]) -> float:
 
 
 def _seen(bucket: lm.Bucket) -> str:
+    """Return the range of word frequencies in a bucket as text, such as "10 to 99"."""
     if bucket.last is None:
         return f"{bucket.first:,} and more"
     return f"{bucket.first:,}" if bucket.last == bucket.first + 1 else f"{bucket.first:,} to {bucket.last - 1:,}"
 
 
 def _picture(buckets: Sequence[lm.Bucket]) -> Picture:
+    """Plot the difference in bits per word to Transformer-XL against the frequency of words."""
     gains = [bucket.gain for bucket in buckets if bucket.gain is not None]
     series = interval_series(range(len(gains)), gains, kind="points")
     return picture_of(

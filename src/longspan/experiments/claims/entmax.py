@@ -92,6 +92,7 @@ def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
 
 
 def _training(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
+    """Return a function without arguments, to be timed: a forward and backward pass on tokens (batch, length)."""
     return lambda: model(tokens)[0].sum().backward()
 
 
@@ -106,6 +107,14 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _figures(models: ModelRecords, looks: list[dict[str, Any]], spreads: list[float], share: float) -> list[Figure]:
+    """Return the rows of the results table.
+
+    Args:
+        models: evaluations of both models.
+        looks: what `inspect_heads` returned, per seed.
+        spreads: range of the learned alphas, per seed.
+        share: share of visible keys with a nonzero weight.
+    """
     alphas, sizes = by_layer(looks, "alpha"), by_layer(looks, "sizes")
     times = [look["seconds"][LEARNED] / look["seconds"][SOFTMAX] for look in looks]
     return [

@@ -59,6 +59,11 @@ def peak_bytes(prepare: Callable[..., Step], *arguments: Any) -> int:
 
 
 def _peak(prepare: Callable[..., Step], arguments: Sequence[Any]) -> int:
+    """Return the peak memory of one step in bytes, above that before it; runs in a process of its own.
+
+    Raises:
+        UnsupportedError: the system does not tell the memory of a process.
+    """
     torch.set_num_threads(1)
     step = prepare(*arguments)
     now, most = (resident_bytes, process_peak) if forget_peak() else (highest_bytes, highest_bytes)

@@ -49,6 +49,7 @@ class MemorySetting:
 
 @torch.no_grad()
 def _measure(folder: Path, plan: None, say: Say) -> Outcome:
+    """Compute the sizes of the paper's table and compare them with the states of real layers."""
     setting = MemorySetting()
     counts = {name: getattr(setting, name)() for name in _PRINTED}
     figures = [Figure(f"numbers carried, {name}", _PRINTED[name], f"{count:,}") for name, count in counts.items()]

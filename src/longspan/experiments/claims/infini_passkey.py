@@ -64,6 +64,7 @@ def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> 
     """Accuracy of a run at one length, read from the file of an earlier evaluation if there is one."""
 
     def measure() -> dict[str, Any]:
+        """Load the model of the run and return its accuracy at this length."""
         model, task = load_run(folder)
         config = dataclasses.replace(cast(PasskeyTask, task).config, length=length)
         return evaluate_passkey(model, PasskeyTask(config), depths=depths, count=count).record()
@@ -72,6 +73,7 @@ def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> 
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train all variants, then evaluate each at all lengths; a second call resumes from the folder."""
     by_variant: dict[str, list[dict[str, Any]]] = {}
     names = list(VARIANTS)[: plan.variants]
     folders = {name: folder / f"variant-{list(VARIANTS).index(name)}" for name in names}
@@ -89,6 +91,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: float) -> Outcome:
+    """Return the verdict and the numbers next to the paper's, from the records of each variant by length."""
     figures = []
     for name, records in by_variant.items():
         for record in records:
@@ -130,6 +133,7 @@ def _paper(name: str, length: int) -> str:
 
 
 def _picture(by_variant: dict[str, list[dict[str, Any]]]) -> Picture:
+    """Plot the share of retrieved pass keys against the length, one line per variant."""
     series = [
         Series(
             x=[record["length"] for record in records],

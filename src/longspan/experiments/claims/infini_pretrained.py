@@ -87,6 +87,7 @@ def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: b
     session = StreamSession(model)
 
     def nats_of(piece: torch.Tensor) -> float:
+        """Feed a chunk (tokens,) to the session and return its mean loss in nats."""
         if not memory:
             session.reset()
         # the first token of a stream has no context, so it does not count
@@ -98,7 +99,11 @@ def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: b
 
 @torch.no_grad()
 def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> dict[str, Any]:
-    """The same for the original model, which caches every key."""
+    """Read a text (tokens,) with the original model, which caches every key, and record the cost of each part.
+
+    Returns:
+        The record of `read_in_parts`, and `state`: bytes of the cached keys and values after the whole text, in fp32.
+    """
     from transformers import DynamicCache
 
     from longspan.hf.cache import CACHE
@@ -106,6 +111,7 @@ def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> di
     cache, last = DynamicCache(config=model.config), torch.zeros(0, model.config.vocab_size)
 
     def nats_of(piece: torch.Tensor) -> float:
+        """Feed a chunk (tokens,) to the model with its cache and return its mean loss in nats."""
         nonlocal last
         logits = model(piece[None], use_cache=True, **{CACHE: cache}).logits[0]
         before, last = torch.cat([last, logits[:-1]]), logits[-1:].clone()
@@ -132,6 +138,7 @@ def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Measure the claim with SmolLM2-135M-Instruct."""
     from longspan.experiments.bundled_models import open_smollm
 
     return measure(folder, plan, open_smollm, say)
@@ -159,6 +166,7 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say
     measured: dict[str, Any] = {}
 
     def record(name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Store the result of `measure` under `name`, from the file of an earlier call if there is one."""
         measured[name] = measure_once(folder / f"{name}.json", measure)
         say(f"{name}: done")
 
@@ -243,6 +251,7 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
 
 
 def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
+    """Plot perplexity against the number of tokens read, for the converted model and the original."""
     labels = {"tuned": "converted, trained", "local": "the same, no memory", "original": "original"}
     series = []
     for name, label in labels.items():

@@ -61,6 +61,15 @@ def recipe_of(name: str) -> dict[str, Any]:
 
 
 def _train(folder: Path, name: str, seed: int, limits: Mapping[str, Any], plan: Plan) -> None:
+    """Train a mechanism's recipe in a folder, or resume it.
+
+    Args:
+        folder: of the run.
+        name: of the recipe, `lm/NAME.toml`.
+        seed: of the training.
+        limits: fields of `[train]` that end the run, `steps` or `minutes`.
+        plan: sizes.
+    """
     recipe = recipe_of(name)
     del recipe["train"]["steps"]
     # the loss that counts is measured afterwards
@@ -90,6 +99,7 @@ def evaluate_held_out(
     """
 
     def evaluate() -> dict[str, Any]:
+        """Evaluate the model of the run, with carried states and without where both apply."""
         model, task = load_run(folder)
         documents = choose(task.documents("validation"))
         train = read_json(folder / "recipe.json")["train"]
@@ -155,6 +165,7 @@ def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _record(run: Path, plan: Plan, target_steps: int) -> dict[str, Any]:
+    """Evaluate a run; return its losses, its steps, the steps it should have made, its tokens and its time."""
     steps_done, read = steps_and_tokens(run)
     record = measure(run, plan) | {"steps": steps_done, "wanted": target_steps, "trained_on": read}
     return record | {"seconds": trained_seconds([run])}
@@ -167,6 +178,7 @@ def curve(run: Path) -> dict[str, list[float]]:
 
 
 def _report(say: Say, what: str, record: Mapping[str, Any]) -> None:
+    """Print the held-out bits per byte of a run."""
     say(f"{what}: {as_trained(record).bits_per_unit:.3f} bits per byte after {record['steps']:,} steps")
 
 
@@ -279,6 +291,7 @@ def lead(ours: list[dict[str, Any]], alone: list[dict[str, Any]], width: int = 1
 
 
 def _memory_picture(longer: dict[str, list[dict[str, Any]]]) -> Picture:
+    """Plot the training loss of each model with memory minus that of the same model without, by bytes read."""
     series = []
     for name, alone in WITHOUT.items():
         x, y = lead(longer[name], longer[alone])
@@ -295,6 +308,7 @@ def _memory_picture(longer: dict[str, list[dict[str, Any]]]) -> Picture:
 
 
 def _picture(by_setting: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
+    """Plot held-out bits per byte of every mechanism, with the range over seeds, for each setting."""
     first = next(iter(by_setting.values()))
     order = sorted(first, key=lambda name: bits_of(first[name]))
     series = [

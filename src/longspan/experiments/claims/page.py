@@ -42,6 +42,7 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
 
 
 def _writer(image: bytes) -> Callable[[Path], object]:
+    """Return a function that writes an image to a path, for `write_atomically`."""
     return lambda to: to.write_bytes(image)
 
 

@@ -40,6 +40,7 @@ def _error(scale: float, count: int, kind: str, draws: int) -> float:
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Compare FAVOR+ with exact attention on random inputs, by number of features, scale and kind of features."""
     counts, draws = plan
     errors_by_input = {
         f"{kind}, inputs of scale {scale:g}": [_error(scale, count, kind, draws) for count in counts]

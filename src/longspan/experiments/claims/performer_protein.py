@@ -79,6 +79,7 @@ def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
     """Evaluation on held-out sequences, read from the file of an earlier one if there is one."""
 
     def measure() -> dict[str, Any]:
+        """Evaluate the model on the documents and return the record."""
         width = read_json(folder / "recipe.json")["train"]["segment_length"]
         return evaluate_text(model, documents, chunk=width, memory=False, unit="residue").record()
 
@@ -90,6 +91,7 @@ def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
     """Attention between amino acids over sequences, read from the file of an earlier call if there is one."""
 
     def measure() -> dict[str, Any]:
+        """Sum the attention between amino acids over all documents."""
         parts = [attention_between(model, torch.from_numpy(document.tokens)) for document in documents]
         return {"between": np.sum(parts, 0).tolist()}
 
@@ -117,6 +119,7 @@ def by_frequency(documents: Documents, frequencies: Array, prior: float = math.i
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train the three models, score them on held-out sequences and map their attention; a second call resumes."""
     scores: dict[str, Evaluation] = {}
     maps: dict[str, Array] = {}
     words: dict[str, Array] = {}
@@ -149,6 +152,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _score_text(evaluation: Evaluation) -> str:
+    """Return perplexity and accuracy with their intervals as text."""
     bits, share = evaluation.interval(), evaluation.accuracy_interval()
     return (
         f"perplexity {2**bits.value:.2f} [{2**bits.low:.2f}, {2**bits.high:.2f}], "
@@ -164,6 +168,16 @@ def _outcome(
     mapped: int,
     seconds: float,
 ) -> Outcome:
+    """Return the verdict and the numbers next to the paper's.
+
+    Args:
+        plan: sizes.
+        recipe: of the model with exact attention.
+        scores: evaluation of each model and of the predictors by frequency.
+        ways: (20, 20) similarities by method ("by heads", "by pairs", "of embeddings") and model.
+        mapped: number of sequences whose attention was measured.
+        seconds: of training.
+    """
     blosum = blosum62()
     agreed = {
         way: {name: agreement(matrix, blosum) for name, matrix in matrices.items()} for way, matrices in ways.items()
@@ -223,6 +237,7 @@ def _outcome(
 
 
 def _agreed(match: Agreement) -> str:
+    """Return both correlations with their p-values as text."""
     pearson = f"Pearson {match.pearson:.2f} (p {match.pearson_p:.4f})"
     return f"{pearson}, Spearman {match.spearman:.2f} (p {match.spearman_p:.4f})".replace("-", "−")
 
@@ -259,6 +274,7 @@ def judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[V
 
 
 def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Array) -> Picture:
+    """Draw the similarity of amino acids in BLOSUM62 and in the attention of each model as heat maps."""
     order = [AMINO_ACIDS.index(letter) for letter in ORDER]
     panels = [Panel("BLOSUM62", _shown(blosum, order))]
     for name, similarity in by_heads.items():

@@ -60,7 +60,7 @@ def embed(model: Any, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_all(model: Any, tokens: Tensor, batch: int = 20) -> Tensor:
-    """The same for many passages, without gradients."""
+    """Return embeddings of unit norm, (passages, dim), of token ids (passages, length), without gradients."""
     return torch.cat([embed(model, part) for part in tokens.split(batch)])
 
 
@@ -150,6 +150,7 @@ def other_draw(tuned: Any, teacher: Any, plan: Plan, seed: int, held_out: Tensor
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Measure the claim with all-MiniLM-L6-v2, or read the measurements of an earlier call."""
     from longspan.experiments.bundled_models import open_minilm
 
     opened = open_minilm()
@@ -200,6 +201,7 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
 
 
 def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
+    """Plot the cosine to the original embeddings against the number of features, untrained and distilled."""
     features = [int(count) for count in measured["untrained"]]
     draws = [[draw["cosine"] for draw in measured["untrained"][str(count)]] for count in features]
     series = [

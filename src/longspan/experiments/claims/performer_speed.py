@@ -22,6 +22,7 @@ _DENSE, _WEIGHTS, _NONE, _OURS = "dense", "dense, all weights kept", "no attenti
 
 @cache
 def _projection() -> Tensor:
+    """Return the projection of all FAVOR+ layers, (features, head_dim), made once."""
     return ops.orthogonal_projection(_FEATURES, _DIM, generator=torch.Generator().manual_seed(0))
 
 
@@ -42,6 +43,7 @@ def step_of(name: str, length: int) -> Step:
     """Forward and backward pass of a layer on normal numbers, after a warm-up on a short text."""
 
     def step(count: int) -> Step:
+        """Return a forward and backward pass on inputs of `count` tokens."""
         inputs = [torch.randn(1, _HEADS, count, _DIM, requires_grad=True) for _ in range(3)]
         return lambda: torch.autograd.grad(LAYERS[name](*inputs).sum(), inputs)
 
@@ -50,6 +52,7 @@ def step_of(name: str, length: int) -> Step:
 
 
 def _measured(length: int) -> dict[str, dict[str, float]]:
+    """Return seconds and peak bytes of each kind of attention at one length, and how long measuring took."""
     names = [name for name in LAYERS if length <= _MOST.get(name, length)]
     started = time.perf_counter()
     return {
@@ -60,6 +63,7 @@ def _measured(length: int) -> dict[str, dict[str, float]]:
 
 
 def _measure(folder: Path, lengths: tuple[int, ...], say: Say) -> Outcome:
+    """Time all kinds of attention at all lengths; a second call resumes from the folder."""
     measured: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "took": {}}
     for length in lengths:
         for what, values in measure_once(folder / f"length-{length}.json", partial(_measured, length)).items():

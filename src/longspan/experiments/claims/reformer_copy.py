@@ -69,7 +69,13 @@ def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
 
 
 def with_rounds(model: Any, table: dict[str, Any], seed: int) -> Any:
-    """The same weights with another mixer, with rotations that were not used in training."""
+    """Return a model with the same weights and another mixer, whose hash rotations were not used in training.
+
+    Args:
+        model: trained model.
+        table: mixer of the new model.
+        seed: seed of its rotations.
+    """
     described = {**describe_model(model), "mixers": [{**table, "seed": seed}]}
     rehashed = build_model(described)
     weights = {name: t for name, t in model.state_dict().items() if not name.endswith(("core.rotations", "core.draws"))}
@@ -111,6 +117,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _name(rounds: int) -> str:
+    """Return a number of hash rounds as text, "full" for full attention."""
     return "full" if rounds == FULL else str(rounds)
 
 
@@ -155,6 +162,7 @@ def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, se
 
 
 def _picture(selection: str, rows: dict[str, dict[str, float]]) -> Picture:
+    """Draw accuracy by hash rounds in training (rows) and at evaluation (columns) as a heat map."""
     return picture_of(
         heat_figure,
         f"reformer-copy-{selection}",

@@ -43,6 +43,7 @@ PLANS: dict[str, Plan] = {
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Measure a training step of each kind of block at each depth; a second call resumes from the folder."""
     by_mode: dict[str, list[dict[str, float]]] = {}
     for mode in KINDS:
         for layers in plan.layers:
@@ -108,10 +109,12 @@ def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
 
 
 def _megabytes(values: list[float]) -> str:
+    """Return bytes as text in MB, separated by commas."""
     return ", ".join(f"{value / 1e6:.1f}" for value in values)
 
 
 def _picture(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Picture:
+    """Plot peak memory against the number of layers, one line per kind of block."""
     series = [
         Series(x=list(plan.layers), y=[record["peak"] / 1e6 for record in records], label=KINDS[mode], kind="marked")
         for mode, records in by_mode.items()

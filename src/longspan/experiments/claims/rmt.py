@@ -56,6 +56,7 @@ def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> 
     """The answers of a run, read from the file of an earlier evaluation if there is one."""
 
     def measure() -> dict[str, Any]:
+        """Load the model of the run and return its answers after `segments` segments."""
         model, task = load_run(folder)
         answers = evaluate_memory(
             model, cast(MemoryTask, task), segments=segments, count=count, kinds=(kind,), batch=BATCH, seed=seed
@@ -66,6 +67,7 @@ def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> 
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train all kinds of tasks with all seeds, then ask at all lengths; a second call resumes from the folder."""
     by_kind: dict[str, dict[int, list[dict[str, Any]]]] = {kind: {} for kind in KINDS}
     # long texts last, so that an interrupted call has all short ones
     for kind in KINDS:
@@ -108,6 +110,7 @@ def intervals(records: list[dict[str, Any]]) -> Interval:
 
 
 def _outcome(by_kind: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, seconds: float, floor: str) -> Outcome:
+    """Return the verdict and the numbers next to the paper's, from records by kind of task and segments."""
     figures, reached = [], True
     for kind, lengths in by_kind.items():
         for segments, records in lengths.items():
@@ -145,6 +148,7 @@ def _outcome(by_kind: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, se
 
 
 def _picture(by_kind: dict[str, dict[int, list[dict[str, Any]]]]) -> Picture:
+    """Plot accuracy with its intervals against the number of segments, one line per kind of task."""
     series = [
         interval_series(list(lengths), [intervals(records) for records in lengths.values()], label=kind)
         for kind, lengths in by_kind.items()

@@ -75,6 +75,7 @@ def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
     """A forward pre-hook of a core that records its choices of clusters."""
 
     def hook(core: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the positional arguments of a core with a layout that records its choices."""
         *rest, rows = arguments
         return (*rest, rows.with_choices(choices))
 
@@ -113,6 +114,7 @@ def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _used(run: Path, plan: Contest) -> dict[str, Any]:
+    """Measure the usage of clusters by the model of a run on the held-out documents."""
     model, task = load_run(run)
     return {"shares": usage(model, heads(task.documents("validation"), plan.head, plan.documents))}
 
@@ -178,10 +180,12 @@ def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
 
 
 def _window(name: str) -> str:
+    """Return the window of the local heads as text, or "" for other models."""
     return f" (window {equal_window()})" if name == LOCAL else ""
 
 
 def _picture(shares: list[list[float]]) -> Picture:
+    """Plot the share of tokens per cluster, largest first, for each routed head and their mean."""
     count = len(shares[0])
     ranks = list(range(1, count + 1))
     mean = np.mean(shares, axis=0).tolist()

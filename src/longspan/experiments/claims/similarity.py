@@ -135,6 +135,13 @@ def agreement(left: Array, right: Array, *, samples: int = 10_000, seed: int = 0
 
 
 def _mantel(left: Array, right: Array, samples: int, seed: int) -> tuple[float, float]:
+    """Return the correlation of two symmetric matrices off their diagonals, and its p-value (Mantel's test).
+
+    Args:
+        left, right: (n, n).
+        samples: number of relabelings of the rows and columns of `left`.
+        seed: seed of the relabelings.
+    """
     upper = np.triu_indices(len(left), 1)
     fixed = _standard(right[upper])
     value = float(_standard(left[upper]) @ fixed)
@@ -146,6 +153,7 @@ def _mantel(left: Array, right: Array, samples: int, seed: int) -> tuple[float, 
 
 
 def _standard(values: Array) -> Array:
+    """Return values (n,) with mean 0 and norm 1, so that a dot product of two is their correlation."""
     centered: Array = values - values.mean()
     return centered / float(np.linalg.norm(centered))
 

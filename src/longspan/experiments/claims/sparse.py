@@ -101,10 +101,12 @@ def step_of(way: str, length: int) -> Step:
 
 
 def _step(way: str, length: int) -> Step:
+    """Return a forward and backward pass of one kind of attention on random inputs of `length` tokens."""
     inputs = [torch.randn(1, HEADS, length, DIM, requires_grad=True) for _ in range(3)]
     stride = math.isqrt(length)
 
     def attend() -> Tensor:
+        """Return the outputs of attention, (1, heads, length, head_dim)."""
         if way == WEIGHTS:
             return reference.full_attention(*inputs)
         if way == DENSE:
@@ -142,7 +144,7 @@ def pairs(way: str, length: int) -> float:
 
 
 def _by_length(curves: Mapping[str, Mapping[str, Mapping[Any, float]]]) -> dict[str, dict[str, dict[int, float]]]:
-    """The same with lengths as numbers, which JSON stores as text."""
+    """Return curves with integer lengths as keys, after JSON has turned the lengths into text."""
     return {
         kind: {way: {int(length): value for length, value in values.items()} for way, values in ways.items()}
         for kind, ways in curves.items()
@@ -150,6 +152,7 @@ def _by_length(curves: Mapping[str, Mapping[str, Mapping[Any, float]]]) -> dict[
 
 
 def _mixers(stride: int) -> dict[str, dict[str, Any]]:
+    """Return the mixers of dense, fixed and strided attention with a stride."""
     return {
         DENSE: {"name": "full"},
         FIXED: {"name": "sparse", "pattern": "fixed", "stride": stride, "summary": SUMMARY},
@@ -200,6 +203,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _shown(values: Mapping[int, float], scale: float, unit: str) -> str:
+    """Return values by length as text, with their unit and their growth as a power of the length."""
     words = ", ".join(
         f"{length:,}: {scale * value:,.{0 if scale * value >= 100 else 2}f}" for length, value in values.items()
     )
@@ -255,10 +259,12 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
 
 
 def _bits(models: ModelRecords, paper: Mapping[str, str], where: str) -> list[Figure]:
+    """Return the rows of the results table for the held-out bits per byte of each model."""
     return bit_figures(models, DENSE, paper, f"bits per byte on {where}")
 
 
 def _size(measured: Mapping[str, Any], plan: Plan) -> str:
+    """Describe models, data and training of all measurements."""
     text, image = plan.text, plan.image
     words = (
         f"time and memory of the operations alone: batch 1, {HEADS} heads of {DIM}, fp32, one thread, strides of "
@@ -302,6 +308,7 @@ def _note(grows: bool, leads: list[Interval], strided: Interval) -> str:
 
 
 def _pictures(grown: Mapping[str, Mapping[str, Mapping[int, float]]]) -> list[Picture]:
+    """Plot time and memory against the length."""
     milliseconds = {way: {n: 1e3 * value for n, value in values.items()} for way, values in grown["seconds"].items()}
     megabytes = {way: {n: 1e-6 * value for n, value in values.items()} for way, values in grown["bytes"].items()}
     return [

@@ -46,7 +46,7 @@ TRAINED = 128
 
 
 def with_memory(model: Any, length: int) -> Any:
-    """The same weights with another length of memory."""
+    """Return a model with the same weights and another memory length, in evaluation mode."""
     table = describe_model(model)
     table["mixers"] = [{**mixer, "mem_len": length} for mixer in table["mixers"]]
     resized = build_model(table)
@@ -63,6 +63,7 @@ def by_length(model: Any, documents: Any, lengths: tuple[int, ...]) -> dict[str,
 
 
 def _evaluation(records: dict[str, Any], length: int) -> Evaluation:
+    """Return the evaluation with one length of memory from the records of `by_length`."""
     return Evaluation.of(records[str(length)], records["names"])
 
 
@@ -169,6 +170,7 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -
 
 
 def _picture(values: list[float], plan: Plan) -> Picture:
+    """Plot held-out bits per byte against the length of the memory."""
     return picture_of(
         line_figure,
         "xl",

@@ -69,6 +69,7 @@ def ask(model: Any, task: MemoryTask, questions: list[tuple[int, int]]) -> list[
         status = StatusLine(every=30.0)
 
         def show(share: float, segments: int = segments, status: StatusLine = status) -> None:
+            """Show the share of the texts that was read, for one number of segments."""
             status.show(f"{segments:>9,} {share:>10.0%} read")
 
         reading = Reading(

@@ -61,6 +61,7 @@ def write(
 
 
 def _accuracy(readings: list[Reading], most: int) -> Picture:
+    """Plot accuracy with its intervals against the number of segments, one line per kind of question."""
     lengths = [reading.segments for reading in readings]
     series = [
         interval_series(lengths, [reading.answers[kind].interval() for reading in readings], label=kind)
@@ -83,6 +84,7 @@ def _accuracy(readings: list[Reading], most: int) -> Picture:
 
 
 def _table(readings: list[Reading]) -> Table:
+    """Return the table of answers by number of segments."""
     columns = [
         "segments",
         "tokens",
@@ -137,9 +139,11 @@ def mark_all(text: str, passages: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def _constant(readings: list[Reading]) -> list[Picture | Text]:
+    """Plot resident memory (where known) and speed against the number of segments."""
     lengths = [reading.segments for reading in readings]
 
     def draw(name: str, label: str, value: Callable[[Reading], float], alt: str, caption: str) -> Picture:
+        """Plot one value of each reading against the number of segments."""
         values = [value(reading) for reading in readings]
         series = [Series(x=lengths, y=values, kind="marked")]
         return picture_of(
@@ -180,6 +184,7 @@ def _constant(readings: list[Reading]) -> list[Picture | Text]:
 
 
 def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
+    """Plot computed FLOPs per token of the model and of a dense Transformer of the same size."""
     recurrent, size = model.recurrent, task.config.segment_length
     config = recurrent.backbone.config
     with torch.device("meta"):
@@ -213,6 +218,7 @@ def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
 
 
 def _training(log: list[dict[str, Any]]) -> Picture:
+    """Plot accuracy over the minutes of training, with a mark at each new stage."""
     minutes = [line["seconds"] / 60 for line in log]
     stages = [Mark(line["seconds"] / 60) for line in log if line["new_stage"]]
     series = [Series(x=minutes, y=[line["accuracy"] for line in log])]
@@ -232,6 +238,7 @@ def _training(log: list[dict[str, Any]]) -> Picture:
 def _facts(
     model: Any, recipe: dict[str, Any], log: list[dict[str, Any]], readings: list[Reading], clock: Clock
 ) -> list[tuple[str, str]]:
+    """Return the rows of the table of facts: model, training, state, machine."""
     config, memory, last = model.recurrent.backbone.config, model.recurrent.config, log[-1]
     shape = f"encoder, {config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"
     far = [reading for reading in readings if reading.segments > SURE]
@@ -247,6 +254,7 @@ def _facts(
 
 
 def _commands(run: Path, output: Path) -> str:
+    """Return the commands to try next, as text for a shell."""
     name, folder = shlex.quote(str(run)), shlex.quote(str(output))
     return "\n".join(
         [

@@ -35,6 +35,7 @@ def check(plan: Plan, memory: dict[int, Evaluation], streamed: Streamed, clock: 
 
 
 def _memory_helps(plan: Plan, memory: dict[int, Evaluation]) -> Check:
+    """Check that the memory of training beats no memory on held-out documents."""
     minus = memory[plan.mem_len].minus(memory[0])
     return Check(
         name=f"A memory of {plan.mem_len} bytes beats none on the held-out documents",
@@ -45,6 +46,7 @@ def _memory_helps(plan: Plan, memory: dict[int, Evaluation]) -> Check:
 
 
 def _whole_text(plan: Plan, streamed: Streamed) -> Check:
+    """Check that the stream read every byte of the text with finite losses."""
     read = streamed.records[-1]["bytes"]
     finite = all(record["bits_per_byte"] is not None for record in streamed.records)
     return Check(
@@ -56,6 +58,7 @@ def _whole_text(plan: Plan, streamed: Streamed) -> Check:
 
 
 def _state(plan: Plan, streamed: Streamed) -> Check:
+    """Check that the state has one size at every position, equal to the computed one."""
     model, _ = open_run(str(plan.run), [INFERENCE], device=plan.device)
     sizes = {model.state_nbytes(1, length) for length in (1, 10**3, 10**7)}
     sizes |= {record["state_bytes"] for record in streamed.records}
@@ -78,6 +81,7 @@ def growth(records: list[dict[str, Any]]) -> float | None:
 
 
 def _resident(streamed: Streamed) -> Check:
+    """Check that the peak memory of both processes does not grow after their first block."""
     grown = [growth(records) for records in (streamed.first, streamed.second)]
     known = [rise for rise in grown if rise is not None]
     begin = streamed.first[0]
@@ -100,6 +104,7 @@ def speed(records: list[dict[str, Any]], first: float, last: float) -> float:
 
 
 def _clocks(streamed: Streamed, clock: Clock) -> list[Check]:
+    """Check that the speed is constant, and compare the times with their limits."""
     records = streamed.records
     second, last = speed(records, 0.1, 0.2), speed(records, 0.9, 1.0)
     seconds = records[-1]["seconds"]

@@ -107,6 +107,11 @@ def make_plan(recipe: Mapping[str, Any], folder: Path, text: str) -> Plan:
 
 
 def _text_file(text: str, folder: Path) -> Path:
+    """Return the file to stream: `text` itself, or `folder/kjv.txt`, which is written if `text` is `kjv`.
+
+    Raises:
+        DataError: there is no such file.
+    """
     if text != "kjv":
         if not Path(text).is_file():
             raise DataError(f"{text}: no such file; --text takes kjv or a file")

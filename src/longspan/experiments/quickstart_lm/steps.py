@@ -120,6 +120,7 @@ def _run_process(plan: Plan, name: Path, options: list[str], status: StatusLine,
 
 
 def _show(log: Path, status: StatusLine, offset: int, size: int) -> None:
+    """Show the newest record of a log on the status line; `offset` bytes were read by an earlier process."""
     records = _records(log)
     if records:
         last = records[-1]
