@@ -30,13 +30,13 @@ ReuseOption = Annotated[bool, typer.Option("--reuse", help="Use the model that i
 
 
 def say_step(number: int, count: int, text: str) -> None:
-    """Announce a step."""
+    """Print the heading of a step, such as `2/4  comparing lengths`."""
     console().print(f"\n[bold]{number}/{count}[/bold]  ", end="")
     console().print(text, markup=False)
 
 
 def train_or_reuse(recipe: Mapping[str, Any], folder: Path, *, reuse: bool, display: "Display") -> None:
-    """Train from scratch, replacing an earlier run in the folder; with `reuse` keep that run.
+    """Train from scratch, replacing an earlier run in the folder; with `reuse`, keep that run instead.
 
     Raises:
         CheckpointError: the folder holds something that is not a run; or there is no trained model to reuse.
@@ -56,7 +56,7 @@ def train_or_reuse(recipe: Mapping[str, Any], folder: Path, *, reuse: bool, disp
 
 
 def finish(checks: "list[Check]", path: Path) -> int:
-    """Print the checks and the path of the page; the exit code."""
+    """Print the checks and the path of the page; return the exit status, 1 if a fatal check failed, else 0."""
     from longspan.experiments.checks import check_table
 
     print()
@@ -70,13 +70,13 @@ def finish(checks: "list[Check]", path: Path) -> int:
 
 @dataclass
 class Clock:
-    """Seconds that each step took."""
+    """Measures the seconds that each step of a quickstart takes."""
 
     started: float = field(default_factory=time.perf_counter)
     laps: dict[str, float] = field(default_factory=dict)
 
     def lap(self, name: str) -> None:
-        """Record the end of the step `name`."""
+        """Record the seconds since the last lap under `name`."""
         self.laps[name] = self.total - sum(self.laps.values())
 
     @property
@@ -86,7 +86,7 @@ class Clock:
 
 
 def machine_facts(seed: int, clock: Clock) -> list[tuple[str, str]]:
-    """Rows of a page's table: seed, threads, versions, time."""
+    """Return rows of a page's table of facts: seed, threads, versions, and time of each step."""
     import torch
 
     laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.laps.items())

@@ -73,7 +73,7 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Recipes of the models, which differ from `recipes/lm/adaptive_span.toml` in their mixer alone.
+    """Return the recipes of the models, which differ from `recipes/lm/adaptive_span.toml` in their mixer only.
 
     The short window is as long as learned spans are at initialization, so the difference to it is what learning adds.
     """
@@ -86,7 +86,7 @@ def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
-    """Spans by layer, FLOPs per token and time of both models, for one seed."""
+    """Return the learned spans by layer, and FLOPs per token and time of both models, for one seed."""
     models = {name: load_run(run_folder(folder, name, seed))[0] for name in (FIXED, ADAPTIVE)}
     tokens = torch.randint(256, (1, plan.length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -118,12 +118,12 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _saved(looks: list[dict[str, Any]], key: str) -> float:
-    """Share of the fixed model's cost that the adaptive one saves, mean over seeds."""
+    """Return the share of the fixed model's cost that the adaptive one saves, a mean over seeds."""
     return 1 - statistics.mean(float(look[key][ADAPTIVE] / look[key][FIXED]) for look in looks)
 
 
 def _beyond(models: ModelRecords) -> Interval:
-    """Bits per character of learned spans minus those of the short window."""
+    """Return bits per character of learned spans minus those of the short fixed window."""
     return difference(models[ADAPTIVE], models[SHORT])
 
 
@@ -173,7 +173,7 @@ def _figures(
 
 
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     models, looks = measured["models"], measured["looks"]
     spans = [value for look in looks for layer in look["spans"] for value in layer]
     layers = by_layer(looks, "spans")

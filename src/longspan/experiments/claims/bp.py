@@ -78,12 +78,12 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """Dense attention, and `recipes/lm/bp.toml` with enough levels to cover the text."""
+    """Return the recipes of dense attention, and of BP-Transformer with enough levels to cover the text."""
     return {DENSE: recipe_of("full"), BP: recipe_with({"name": "bp", "k": NEAREST, "max_level": 10}, "bp")}
 
 
 def growth() -> dict[str, dict[str, dict[int, float]]]:
-    """FLOPs of a layer's attention and mean number of nodes that a token attends to, by length; computed."""
+    """Compute, by length, the FLOPs of a layer's attention and the mean number of nodes that a token attends to."""
     shape: dict[str, Any] = {"dim": 128, "num_heads": 4}
     layers = {DENSE: mixers.build("full", **shape), BP: mixers.build("bp", k=NEAREST, max_level=16, **shape)}
     flops = {name: {length: float(layer.core.flops(length)) for length in LENGTHS} for name, layer in layers.items()}
@@ -92,7 +92,7 @@ def growth() -> dict[str, dict[str, dict[int, float]]]:
 
 
 def nodes(length: int) -> float:
-    """Mean number of tokens and spans that a token attends to, over evenly spaced tokens."""
+    """Return the mean number of tokens and spans that a token attends to, over evenly spaced tokens."""
     positions = np.linspace(0, length - 1, SAMPLED).astype(int).tolist()
     return float(np.mean([len(spans(position, length, NEAREST, length.bit_length())) for position in positions]))
 
@@ -160,7 +160,7 @@ def _figures(
 
 
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     models, forms = measured["models"], measured["forms"]
     gap = differences(models, DENSE)[BP]
     persisting = difference(forms[PERSIST], forms[RECOMPUTED])

@@ -44,14 +44,14 @@ PLANS: dict[str, Plan] = {
 
 
 def recipe_of(name: str, seed: int, plan: Contest) -> dict[str, Any]:
-    """The recipe of quickstart-lm with another memory."""
+    """Return the recipe of quickstart-lm with the mixer `name` and a seed."""
     recipe = read_recipe("quickstart-lm", seed=seed, eval_every=0, final_eval_tokens=2000, threads=1, **plan.train)
     recipe["model"]["mixers"] = [MIXERS[name]]
     return recipe
 
 
 def losses(folder: Path, model: Any, documents: Any, plan: Contest) -> list[Array]:
-    """Loss at every position of each held-out document, read from the file of an earlier call if there is one."""
+    """Return the loss at every position of each held-out document, from the file of an earlier call if there is one."""
     path = folder / f"places-{plan.documents}x{plan.head}.safetensors"
     if not path.is_file():
         nats = lm.place_nats(model, documents, chunk=SEGMENT)
@@ -87,7 +87,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def mean_of(parts: Sequence[Sequence[Array]]) -> list[Array]:
-    """Losses by position, averaged over seeds."""
+    """Average losses over seeds, position by position, for each document."""
     return [np.stack(document_losses).mean(0, dtype=np.float64) for document_losses in zip(*parts, strict=True)]
 
 
@@ -100,7 +100,7 @@ def outcome(
     seconds: float,
     behind: Sequence[float],
 ) -> Outcome:
-    """The verdict and the numbers next to the paper's.
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots.
 
     `behind` is the training loss minus that of Transformer-XL, by quarters of the training.
     """
@@ -168,7 +168,7 @@ def outcome(
 
 
 def _gain(buckets: Sequence[lm.Bucket]) -> float:
-    """Difference in bits per word over all buckets, below zero if ours is better."""
+    """Return the mean difference in bits per word over some buckets, below zero if the compressed memory is better."""
     gains = [bucket.gain.value for bucket in buckets if bucket.gain is not None]
     return float(np.average(gains, weights=[bucket.amount for bucket in buckets]))
 

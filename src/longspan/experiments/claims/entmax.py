@@ -67,13 +67,13 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Recipes of the two models, which differ from `recipes/lm/entmax.toml` in their mixer alone."""
+    """Return the recipes of the two models, which differ from `recipes/lm/entmax.toml` in their mixer only."""
     mixers: dict[str, dict[str, Any]] = {SOFTMAX: {"name": "window"}, LEARNED: {"name": "entmax", "alpha_init": 1.5}}
     return {name: recipe_with({**mixer, "window": plan.window}, "entmax") for name, mixer in mixers.items()}
 
 
 def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
-    """Alphas by layer, and per head the number of keys with a nonzero weight and of visible keys, on held-out text."""
+    """Return alphas by layer, and per head how many keys are visible and have a nonzero weight on held-out text."""
     models = {name: load_run(run_folder(folder, name, seed)) for name in (SOFTMAX, LEARNED)}
     model, task = models[LEARNED]
     tokens = torch.randint(256, (4, plan.window), generator=torch.Generator().manual_seed(seed))
@@ -138,7 +138,7 @@ def _figures(models: ModelRecords, looks: list[dict[str, Any]], spreads: list[fl
 
 
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     models, looks = measured["models"], measured["looks"]
     spreads = []
     for look in looks:

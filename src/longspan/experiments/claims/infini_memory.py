@@ -31,19 +31,19 @@ class MemorySetting:
         return self.num_heads * self.head_dim
 
     def transformer_xl(self) -> int:
-        """Keys and values of the last segment, in every layer: (d_k + d_v) H N l."""
+        """Numbers in the keys and values of the last segment, in every layer: (d_k + d_v) H N l."""
         return 2 * self.head_dim * self.num_heads * self.segment * self.num_layers
 
     def memorizing(self) -> int:
-        """Keys and values of one layer's store, and the Transformer-XL memory of all."""
+        """Numbers in the keys and values of one layer's store, and in the Transformer-XL memory of all layers."""
         return 2 * self.head_dim * self.num_heads * self.num_memories + self.transformer_xl()
 
     def recurrent_memory(self) -> int:
-        """p D l 2, as in that table; the tokens themselves are p D numbers, shared by all layers."""
+        """Numbers of p memory tokens as the table counts them, p D l 2; all layers share the p D numbers themselves."""
         return self.num_memory_tokens * self.dim * self.num_layers * 2
 
     def infini(self) -> int:
-        """M and z per head and layer: d_k (d_v + 1) H l."""
+        """Numbers in M and z per head and layer: d_k (d_v + 1) H l."""
         return self.head_dim * (self.head_dim + 1) * self.num_heads * self.num_layers
 
 

@@ -56,12 +56,12 @@ GOALS = {5_000: 0.95, 32_768: 0.95}
 
 
 def train_once(folder: Path, steps: int, *assignments: str) -> None:
-    """Run the recipe, or resume it."""
+    """Train the recipe `infini-passkey` in a folder, or resume it."""
     train_or_resume(read_recipe("infini-passkey", f"train.steps={steps}", *assignments), folder)
 
 
 def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> dict[str, Any]:
-    """Accuracy of a run at one length, read from the file of an earlier evaluation if there is one."""
+    """Return the accuracy of a run at one length, from the file of an earlier evaluation if there is one."""
 
     def measure() -> dict[str, Any]:
         """Load the model of the run and return its accuracy at this length."""
@@ -126,7 +126,7 @@ def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: f
 
 
 def _paper(name: str, length: int) -> str:
-    """Accuracy in the paper's table 3, fine-tuned, start / middle / end."""
+    """Return the accuracy in the paper's table 3, fine-tuned, as text: start / middle / end."""
     if name == MAIN:
         return {131_072: "100/100/100", 524_288: "97/99/100", 1_048_576: "96/94/100"}.get(length, "100/100/100")
     return "100/100/99 to 100/100/100" if name == "delta update, paper's normalizer" else ""

@@ -61,7 +61,7 @@ PLANS: dict[str, Plan] = {
 
 
 def held_out_tokens(tokenizer: Any, count: int) -> torch.Tensor:
-    """(count,) token ids of held-out speeches, concatenated."""
+    """Return the first `count` token ids, (count,), of the concatenated held-out speeches."""
     token_ids: list[int] = []
     for _, data in TextTask().texts("validation"):
         token_ids += tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
@@ -71,7 +71,10 @@ def held_out_tokens(tokenizer: Any, count: int) -> torch.Tensor:
 
 
 def read_in_parts(tokens: torch.Tensor, part: int, chunk: int, read: Callable[[torch.Tensor], float]) -> dict[str, Any]:
-    """Mean nats, CPU seconds and resident bytes of each part of a text; `read` gives the mean nats of a chunk."""
+    """Record mean nats, CPU seconds and resident bytes of each part of a text (tokens,).
+
+    `read` returns the mean nats of a chunk of at most `chunk` tokens.
+    """
     record: dict[str, Any] = {"part": part, "nats": [], "seconds": [], "resident": []}
     for span in tokens.split(part):
         started = time.process_time()
@@ -83,7 +86,7 @@ def read_in_parts(tokens: torch.Tensor, part: int, chunk: int, read: Callable[[t
 
 
 def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: bool = True) -> dict[str, Any]:
-    """Read a text through a session; without memory the session is reset at every segment."""
+    """Read a text (tokens,) through a `StreamSession`; without `memory`, the session is reset at every segment."""
     session = StreamSession(model)
 
     def nats_of(piece: torch.Tensor) -> float:
@@ -122,7 +125,7 @@ def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> di
 
 
 def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
-    """Number of pass keys retrieved; they come so early that they are out of reach of local attention."""
+    """Count the pass keys that the model retrieves; they come so early that local attention cannot reach them."""
     task = PasskeyTask(PasskeyConfig(length=plan.passkey_bytes, samples=plan.passkeys))
     depths = [round(60 * index / max(plan.passkeys - 1, 1)) for index in range(plan.passkeys)]
     right = []
@@ -145,7 +148,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say) -> Outcome:
-    """Convert, train, and read; a second call resumes from the folder."""
+    """Convert and train a model, then read text with it; a second call resumes from the folder."""
     from longspan import hf
     from longspan.hf.decoder import load_converted
 
@@ -181,21 +184,21 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say
 
 
 def growth(record: dict[str, Any], plan: Plan) -> float:
-    """Peak resident memory after the first eighth of a text, divided by that within it."""
+    """Return the peak resident memory after the first eighth of a text, divided by that within it."""
     first = max(plan.tokens // 8 // record["part"], 1)
     resident = [value or 0 for value in record["resident"]]
     return float(max(resident[first:]) / max(*resident[:first], 1))
 
 
 def _span(record: dict[str, Any], first: int, last: int) -> float:
-    """Mean nats of the tokens `first` to `last`; NaN if they were not read."""
+    """Return the mean nats of the tokens `first` to `last`; NaN if they were not read."""
     part = record["part"]
     values = record["nats"][first // part : last // part]
     return float(np.mean(values)) if len(values) == (last - first) // part else math.nan
 
 
 def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], tuple[int, int]]:
-    """Perplexity by position, in spans of doubling length; also the last span."""
+    """Return the rows of perplexity by position, in spans of doubling length, and the last span."""
     spans = [(0, 2 * plan.part)]
     while spans[-1][1] < plan.tokens:
         spans.append((spans[-1][1], spans[-1][1] * 2))
@@ -211,7 +214,7 @@ def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], t
 
 
 def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     figures, (first, last) = _perplexities(measured, plan)
     tuned, original = measured["tuned"], measured["original"]
     grown, speed = growth(tuned, plan), tuned["seconds"]

@@ -56,7 +56,7 @@ PLANS: dict[str, Plan] = {
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    """The recipe of a mechanism."""
+    """Return the recipe `lm/NAME.toml` of a mechanism."""
     return read_recipe(f"lm/{name}")
 
 
@@ -78,13 +78,13 @@ def _train(folder: Path, name: str, seed: int, limits: Mapping[str, Any], plan: 
 
 
 def steps_and_tokens(folder: Path) -> tuple[int, int]:
-    """Optimizer steps and training tokens of a run."""
+    """Return the numbers of optimizer steps and training tokens of a run."""
     lines = read_log(folder / "log.jsonl")
     return int(max(line["step"] for line in lines)), int(max(line.get("tokens", 0) for line in lines))
 
 
 def measure(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Nats of each held-out document, with carried states and without, read from a file if there is one."""
+    """Return nats of each held-out document, with and without carried states, from a file if there is one."""
     return evaluate_held_out(
         folder, f"held-back-{plan.documents}x{plan.head}", lambda documents: heads(documents, plan.head, plan.documents)
     )
@@ -93,7 +93,7 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
 def evaluate_held_out(
     folder: Path, file: str, choose: Callable[[Documents], Documents], *, alone: bool = True
 ) -> dict[str, Any]:
-    """Nats of each held-out document that `choose` selects, read from the file of an earlier call if there is one.
+    """Return nats of each held-out document that `choose` selects, from the file of an earlier call if there is one.
 
     A model that carried states in training is evaluated with them, and with `alone` also without.
     """
@@ -118,17 +118,17 @@ def evaluate_held_out(
 
 
 def as_trained(record: Mapping[str, Any]) -> Evaluation:
-    """The evaluation of a run as it was trained: with carried states or without."""
+    """Return the evaluation of a run as it was trained: with carried states or without."""
     return evaluation(record, "memory" if "memory" in record else "alone")
 
 
 def evaluation(record: Mapping[str, Any], key: str) -> Evaluation:
-    """One of a run's evaluations."""
+    """Return one of a run's evaluations; `key` is `memory` (carried states) or `alone` (without)."""
     return Evaluation.of(record[key], record["names"])
 
 
 def sum_seeds(parts: list[Evaluation]) -> Evaluation:
-    """Evaluations of several seeds as one, with nats of each document summed."""
+    """Join the evaluations of several seeds by summing the nats of each document."""
     return functools.reduce(Evaluation.plus, parts)
 
 
@@ -172,7 +172,7 @@ def _record(run: Path, plan: Plan, target_steps: int) -> dict[str, Any]:
 
 
 def curve(run: Path) -> dict[str, list[float]]:
-    """Training loss in bits per byte (`training`) by bytes read (`read`), from the log of a run."""
+    """Return the training loss in bits per byte (`training`) by bytes read (`read`), from the log of a run."""
     lines = {line["tokens"]: line["bits_per_byte"] for line in read_log(run / "log.jsonl") if "bits_per_byte" in line}
     return {"read": list(lines), "training": list(lines.values())}
 
@@ -183,31 +183,31 @@ def _report(say: Say, what: str, record: Mapping[str, Any]) -> None:
 
 
 def tokens_per_step(name: str) -> int:
-    """Tokens that an optimizer step of a model's recipe reads."""
+    """Return the number of tokens that an optimizer step of a model's recipe reads."""
     table = recipe_of(name)["train"]
     return int(table["lanes"] * table["segment_length"] * table.get("bptt_segments", 1))
 
 
 def bits_of(records: Sequence[Mapping[str, Any]]) -> float:
-    """Bits per byte of a model over all seeds."""
+    """Return the held-out bits per byte of a model over all seeds."""
     return float(sum_seeds([as_trained(record) for record in records]).bits_per_unit)
 
 
 def difference(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> Interval:
-    """Bits per byte minus those of dense attention over the seeds of both, with an interval over documents."""
+    """Return bits per byte of `ours` minus `dense` over the seeds of both, with an interval over documents."""
     seeds = min(len(ours), len(dense))
     left, right = (sum_seeds([as_trained(record) for record in part[:seeds]]) for part in (ours, dense))
     return left.minus(right)
 
 
 def memory_gain(records: list[dict[str, Any]]) -> Interval:
-    """Bits per byte with memory minus without, same weights, over all seeds."""
+    """Return bits per byte with memory minus without, same weights, over all seeds."""
     with_memory, without = (sum_seeds([evaluation(record, key) for record in records]) for key in ("memory", "alone"))
     return with_memory.minus(without)
 
 
 def own_gains(by_name: Mapping[str, list[dict[str, Any]]]) -> dict[str, Interval]:
-    """Bits per byte of models with memory minus those of the same models trained without."""
+    """Return bits per byte of models with memory minus those of the same models trained without it."""
     return {
         name: difference(by_name[name], by_name[alone])
         for name, alone in WITHOUT.items()
@@ -218,7 +218,7 @@ def own_gains(by_name: Mapping[str, list[dict[str, Any]]]) -> dict[str, Interval
 def outcome(
     by_setting: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan, longer: dict[str, list[dict[str, Any]]]
 ) -> Outcome:
-    """A table of all mechanisms in every setting, and the gains of memory."""
+    """Judge the claim: return the verdict, a table of all mechanisms in every setting, and the gains from memory."""
     figures = []
     for setting, by_name in by_setting.items():
         for name, records in sorted(by_name.items(), key=lambda item: bits_of(item[1])):
@@ -276,7 +276,7 @@ def outcome(
 
 
 def lead(ours: list[dict[str, Any]], alone: list[dict[str, Any]], width: int = 10) -> tuple[list[float], list[float]]:
-    """Training loss with memory minus that without, on the same bytes.
+    """Return the training loss with memory minus that without, on the same bytes.
 
     Returns bytes read, and differences averaged over seeds and over `width` lines of the log.
     """

@@ -19,7 +19,7 @@ _SHOWN = 24
 
 
 def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
-    """Weights (heads, columns, columns) of the last layer over memory tokens and one segment (1, length)."""
+    """Return the weights (heads, columns, columns) of the last layer over memory tokens and one segment (1, length)."""
     recurrent = model.recurrent
     stack = recurrent.backbone
     x = torch.cat([memory, stack.embedding(tokens)], 1)
@@ -32,7 +32,7 @@ def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
 
 
 def _one(model: Any, task: MemoryTask, seed: int) -> dict[str, Any] | None:
-    """Shares of attention in the segments of one sample: fact first, noise between, question last."""
+    """Return shares of attention in the segments of a sample; None if neither of the first two has a whole fact."""
     sample = task.sample("test", 4, [5, seed], kind="detect")
     parts = list(sample)
     where = [index for index, part in enumerate(parts) if part.whole]

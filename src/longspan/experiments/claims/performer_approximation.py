@@ -26,7 +26,7 @@ PLANS = {"small": Plan((64, 256, 1024), 2), "full": Plan((64, 256, 1024, 4096, 1
 
 @torch.no_grad()
 def _error(scale: float, count: int, kind: str, draws: int) -> float:
-    """Relative error of the outputs, mean over draws of inputs and projections."""
+    """Return the relative error of the outputs, a mean over random inputs and projections."""
     generator, errors = torch.Generator().manual_seed(0), []
     for _ in range(draws):
         q, k, v = (torch.randn(1, 1, _LENGTH, _DIM, generator=generator) for _ in range(3))

@@ -66,7 +66,7 @@ PLANS: dict[str, Plan] = {
 
 
 def _train(folder: Path, mixer: dict[str, Any], plan: Plan) -> None:
-    """Run the recipe with another mixer, or resume it."""
+    """Train the recipe `protein` with another mixer in a folder, or resume it."""
     # the losses that count are measured afterwards, so one sequence is enough at the end of training
     recipe = read_recipe("protein", steps=plan.steps, final_eval_tokens=1000)
     recipe["model"]["mixers"] = [mixer]
@@ -76,7 +76,7 @@ def _train(folder: Path, mixer: dict[str, Any], plan: Plan) -> None:
 
 
 def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
-    """Evaluation on held-out sequences, read from the file of an earlier one if there is one."""
+    """Evaluate a model on held-out sequences, or read the file of an earlier evaluation."""
 
     def measure() -> dict[str, Any]:
         """Evaluate the model on the documents and return the record."""
@@ -88,7 +88,7 @@ def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
 
 
 def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
-    """Attention between amino acids over sequences, read from the file of an earlier call if there is one."""
+    """Return attention between amino acids summed over sequences, (layers * heads, 20, 20), computed or from a file."""
 
     def measure() -> dict[str, Any]:
         """Sum the attention between amino acids over all documents."""
@@ -99,7 +99,7 @@ def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
 
 
 def by_frequency(documents: Documents, frequencies: Array, prior: float = math.inf) -> Evaluation:
-    """The scores of a predictor that knows only the frequencies of the amino acids.
+    """Score a predictor that knows only the frequencies of the amino acids.
 
     With a finite `prior` it also counts the residues of the sequence itself, and the frequencies weigh as `prior`
     residues: the best prediction that ignores order.
@@ -243,7 +243,7 @@ def _agreed(match: Agreement) -> str:
 
 
 def judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[Verdict, str]:
-    """The three parts of the claim, by rules set before any training."""
+    """Return the verdict on the three parts of the claim, by rules set before any training, and a note on each."""
     bits = {name: evaluation.bits_per_unit for name, evaluation in scores.items()}
     gain = bits["frequencies"] - bits["exact"]
     best = min(MIXERS, key=bits.__getitem__) == "ReLU features"
@@ -293,7 +293,7 @@ def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Ar
 
 
 def _shown(matrix: Array, order: list[int]) -> list[list[float]]:
-    """The matrix in another order, without its diagonal."""
+    """Return a matrix in another order of amino acids, with its diagonal set to NaN."""
     values = matrix[order][:, order].copy()
     np.fill_diagonal(values, math.nan)
     return cast("list[list[float]]", values.tolist())

@@ -40,7 +40,7 @@ _MOST = {_DENSE: 16384, _WEIGHTS: 4096}
 
 
 def step_of(name: str, length: int) -> Step:
-    """Forward and backward pass of a layer on normal numbers, after a warm-up on a short text."""
+    """Return a forward and backward pass of a layer on random inputs, after a warm-up on a short text."""
 
     def step(count: int) -> Step:
         """Return a forward and backward pass on inputs of `count` tokens."""
@@ -77,7 +77,7 @@ def _measure(folder: Path, lengths: tuple[int, ...], say: Say) -> Outcome:
 
 
 def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     figures = []
     for what, unit, factor in (("seconds", "milliseconds", 1e3), ("bytes", "MB", 1e-6)):
         for name, values in measured[what].items():
@@ -124,7 +124,7 @@ def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcom
 
 
 def last_power(values: Mapping[int, float]) -> float:
-    """Growth between the two largest lengths, as a power of the length."""
+    """Return the growth between the two largest lengths, as an exponent of the length."""
     return power(dict(list(values.items())[-2:]))
 
 

@@ -48,7 +48,7 @@ PLANS: dict[str, Plan] = {
 
 
 def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
-    """LSH attention with a number of rounds; `FULL` is two chunks that see each other, and so everything.
+    """Return LSH attention with a number of hash rounds; `FULL` is two chunks that see each other, and so everything.
 
     Strict: the mean size of buckets is the number of tokens seen in one. Sorted: twice as many buckets as chunks, as
     in the paper.
@@ -61,7 +61,7 @@ def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
 
 
 def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
-    """The recipe of a training."""
+    """Return the recipe of a training with a selection and a number of hash rounds."""
     recipe = read_recipe("reformer-copy", steps=plan.steps)
     recipe["task"]["word"] = plan.word
     recipe["model"]["mixers"] = [mixer(selection, rounds, plan.word)]
@@ -86,7 +86,7 @@ def with_rounds(model: Any, table: dict[str, Any], seed: int) -> Any:
 
 
 def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
-    """Accuracy of a run on the second word with a number of rounds, for each draw of rotations."""
+    """Return the accuracy of a run on the second word with a number of hash rounds, for several sets of rotations."""
     model, task = load_run(run)
     documents = heads(task.documents("validation"), 0, plan.samples)
     shares = []
@@ -122,7 +122,7 @@ def _name(rounds: int) -> str:
 
 
 def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, seconds: float) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     labels = " / ".join(_name(number) for number in EVAL_ROUNDS)
     figures = [
         Figure(

@@ -55,14 +55,14 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _timed(mode: str, layers: int, plan: Plan) -> dict[str, float]:
-    """The numbers of a process, and the seconds that it ran."""
+    """Measure a training step in a separate process, and the seconds that the process ran."""
     begin = time.perf_counter()
     measurements = blocks_alone(mode, layers, plan.length, plan.dim, MIXERS)
     return {**measurements, "process": time.perf_counter() - begin}
 
 
 def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     depths = ", ".join(f"{layers}" for layers in plan.layers)
     figures = []
     for mode, records in by_mode.items():

@@ -46,14 +46,14 @@ PLANS: dict[str, Plan] = {
 
 
 def train_once(folder: Path, kind: Kind, seed: int, steps: int, *assignments: str) -> None:
-    """Run the recipe, or resume it."""
+    """Train the recipe for a kind of task in a folder, or resume it."""
     name = "rmt-reasoning" if kind == "reasoning" else "rmt"
     settings = (f"task.kind={kind}", f"train.seed={seed}", f"train.steps={steps}")
     train_or_resume(read_recipe(name, *settings, *assignments), folder)
 
 
 def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> dict[str, Any]:
-    """The answers of a run, read from the file of an earlier evaluation if there is one."""
+    """Return the answers of a run at one length, from the file of an earlier evaluation if there is one."""
 
     def measure() -> dict[str, Any]:
         """Load the model of the run and return its answers after `segments` segments."""
@@ -87,7 +87,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, seed: int = 0) -> Interval:
-    """Accuracy over several trainings, with a bootstrap over trainings and over samples within each."""
+    """Return the accuracy over several trainings, with a bootstrap over trainings and over samples within each."""
     random = np.random.default_rng(seed)
     shares = [np.asarray(answers, dtype=np.float64) for answers in right]
     value = float(np.mean([share.mean() for share in shares]))
@@ -100,7 +100,7 @@ def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, se
 
 
 def intervals(records: list[dict[str, Any]]) -> Interval:
-    """Accuracy over trainings and samples: a bootstrap over both, or Wilson's interval if all are correct."""
+    """Return the accuracy with its interval: a bootstrap over trainings and samples, or Wilson's if all are correct."""
     right = [[letter == "1" for letter in record["answers"]] for record in records]
     value = seeds_interval(right)
     if value.low < value.high:

@@ -44,7 +44,7 @@ PLANS: dict[str, Plan] = {
 
 
 def mixer_of(name: str) -> dict[str, Any]:
-    """The mixer of every layer."""
+    """Return the mixer that every layer of a model has."""
     if name == DENSE:
         return {"name": "full"}
     if name == LOCAL:
@@ -55,14 +55,14 @@ def mixer_of(name: str) -> dict[str, Any]:
 
 
 def flops(mixer: Mapping[str, Any]) -> int:
-    """FLOPs of a forward pass over a piece."""
+    """Return the FLOPs of a forward pass over `PIECE` bytes of a model with this mixer in every layer."""
     table = recipe_of("routing")["model"]
     return int(build_model({**table, "vocab_size": 256, "mixers": [dict(mixer)]}).flops(PIECE))
 
 
 @cache
 def equal_window() -> int:
-    """The smallest window with which local heads cost at least the FLOPs of routed and local ones."""
+    """Return the smallest window with which local heads cost at least the FLOPs of routed and local ones."""
     routed_flops = flops(mixer_of(ROUTED))
     low, high = 1, PIECE
     while low < high:
@@ -72,7 +72,7 @@ def equal_window() -> int:
 
 
 def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
-    """A forward pre-hook of a core that records its choices of clusters."""
+    """Return a forward pre-hook of a core that records its choices of clusters in `choices`."""
 
     def hook(core: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the positional arguments of a core with a layout that records its choices."""
@@ -84,7 +84,7 @@ def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
 
 @torch.no_grad()
 def usage(model: Any, documents: Documents) -> list[list[float]]:
-    """Share of tokens per cluster, largest first, for every routed head of every layer."""
+    """Return the share of tokens per cluster, largest first, for every routed head of every layer."""
     counts: list[np.ndarray[Any, Any]] = []
     clusters = recipe_of("routing")["model"]["mixers"][0]["mixers"][1]["num_clusters"]
     for document in documents.items:
@@ -120,7 +120,7 @@ def _used(run: Path, plan: Contest) -> dict[str, Any]:
 
 
 def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> Outcome:
-    """The verdict and the numbers next to the paper's.
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots.
 
     Args:
         models: records of `contest`.
@@ -157,7 +157,7 @@ def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> O
 
 
 def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
-    """The meaning of the verdict, and its limitations: collapsed clusters, too short a training."""
+    """Explain the verdict and its limitations: collapsed clusters, too short a training."""
     parts = [
         "Holds: better than local heads, the interval of the difference below zero; in part: better, but the interval "
         "includes zero."

@@ -92,7 +92,7 @@ PLANS: dict[str, Plan] = {
 
 
 def step_of(way: str, length: int) -> Step:
-    """Forward and backward pass of one way of attention on normal numbers, after a warm-up on a short text."""
+    """Return a forward and backward pass of one kind of attention on random inputs, after a warm-up on a short text."""
     for count in (64, length):
         step = _step(way, count)
         if count < length:
@@ -118,7 +118,7 @@ def _step(way: str, length: int) -> Step:
 
 
 def growth(plan: Plan, say: Say) -> dict[str, dict[str, dict[int, float]]]:
-    """CPU seconds, peak bytes, and pairs by the definition, for each way by length."""
+    """Measure CPU seconds, peak bytes, and query-key pairs by the definition, for each kind of attention by length."""
     curves: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "pairs": {}}
     most = {DENSE: plan.dense, WEIGHTS: plan.weights}
     for length in plan.lengths:
@@ -135,7 +135,7 @@ def growth(plan: Plan, say: Say) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def pairs(way: str, length: int) -> float:
-    """Number of weights per head by the definition."""
+    """Return the number of query-key pairs per head by the definition."""
     stride = math.isqrt(length)
     fields: dict[str, Any] = {} if way == DENSE else {"pattern": way, "stride": stride}
     if way == FIXED:
@@ -161,12 +161,12 @@ def _mixers(stride: int) -> dict[str, dict[str, Any]]:
 
 
 def text_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Recipes of the three models of text, otherwise `recipes/lm/full.toml`; the stride is the root of the length."""
+    """Return recipes of three models of text, otherwise `recipes/lm/full.toml`; the stride is sqrt of the length."""
     return {name: recipe_with(mixer) for name, mixer in _mixers(math.isqrt(plan.text.train["segment_length"])).items()}
 
 
 def image_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Recipes of the three models of tiles, otherwise `recipes/sparse-tiles.toml`; the stride is a row of pixels."""
+    """Return recipes of three models of tiles, otherwise `recipes/sparse-tiles.toml`; the stride is a row of pixels."""
     recipes = {}
     for name, mixer in _mixers(3 * plan.tile).items():
         recipe = read_recipe("sparse-tiles")
@@ -178,7 +178,7 @@ def image_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def frequency_bits(plan: Plan) -> float:
-    """Bits per byte on held-out tiles of a predictor that knows only the frequencies of bytes in training tiles."""
+    """Return held-out bits per byte of a predictor that knows only the frequencies of bytes in training tiles."""
     task = tasks.build(image_recipes(plan)[DENSE]["task"])
     counts = np.ones(task.vocab_size)
     for item in task.documents("train").items:
@@ -211,7 +211,7 @@ def _shown(values: Mapping[int, float], scale: float, unit: str) -> str:
 
 
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     grown, text, image = measured["growth"], measured["text"], measured.get("image")
     time_powers, memory_powers = (
         {way: power(values) for way, values in grown[key].items()} for key in ("seconds", "bytes")
@@ -284,7 +284,7 @@ def _size(measured: Mapping[str, Any], plan: Plan) -> str:
 
 
 def _note(grows: bool, leads: list[Interval], strided: Interval) -> str:
-    """`leads` over dense attention: fixed on text, and strided on images if there are any."""
+    """Explain the verdict; `leads` are differences to dense: fixed on text, and strided on images if there are any."""
 
     parts = [
         f"Time and memory grow no faster than n^{GROWTH} (and time of dense attention at least n^{DENSE_GROWTH}): "

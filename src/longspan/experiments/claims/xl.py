@@ -55,7 +55,7 @@ def with_memory(model: Any, length: int) -> Any:
 
 
 def by_length(model: Any, documents: Any, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Nats of each document for each length of memory."""
+    """Return nats of each document for each length of memory."""
     records: dict[str, Any] = {"names": list(documents.names)}
     for length in lengths:
         records[str(length)] = evaluate_text(with_memory(model, length), documents, chunk=TRAINED).record()
@@ -69,7 +69,7 @@ def _evaluation(records: dict[str, Any], length: int) -> Evaluation:
 
 @torch.no_grad()
 def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
-    """Distance to the farthest token that affects the last prediction."""
+    """Return the distance to the farthest of tokens (length,) that affects the last prediction."""
     base = model(tokens[None], None)[0][0, -1]
     low, high = 0, len(tokens) - 1
     # visible tokens are an interval that ends at the last one, so bisection finds its start
@@ -86,7 +86,7 @@ def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
 
 @torch.no_grad()
 def speed(model: Any, tokens: torch.Tensor, plan: Plan) -> dict[str, float]:
-    """CPU seconds per token, streaming and rereading the window for every token, alternating."""
+    """Return CPU seconds per token of streaming, and of rereading a window for every token, timed in turns."""
     span = 2 * TRAINED
     seconds: dict[str, list[float]] = {"streaming": [], "reading anew": []}
     for _ in range(plan.rounds):
@@ -124,7 +124,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     losses = measured["losses"]
     none = _evaluation(losses, plan.lengths[0])
     figures, values = [], []

@@ -28,7 +28,7 @@ TITLE = "longspan: a question answered over two million tokens"
 def write(
     output: Path, run: Path, model: Any, task: MemoryTask, readings: list[Reading], checks: list[Check], clock: Clock
 ) -> Path:
-    """Draw the figures and write the page; returns its path."""
+    """Draw the figures and write the HTML page of the quickstart; return its path."""
     log, recipe = read_log(run / "log.jsonl"), read_json(run / "recipe.json")
     facts = _facts(model, recipe, log, readings, clock)
     most = recipe["train"]["max_segments"]
@@ -111,7 +111,7 @@ def _table(readings: list[Reading]) -> Table:
 
 
 def _example(model: Any, task: MemoryTask, readings: list[Reading]) -> list[Passage | Text]:
-    """A sample of one segment with its facts and its question marked, the right answer, and the model's."""
+    """Show a sample of one segment with its facts and its question marked, the correct answer, and the model's."""
     kind = next(iter(readings[-1].answers))
     sample = task.sample("test", 1, [0], kind=kind)  # type: ignore[arg-type]
     (segment,) = list(sample)
@@ -132,7 +132,7 @@ def _example(model: Any, task: MemoryTask, readings: list[Reading]) -> list[Pass
 
 
 def mark_all(text: str, passages: Sequence[str]) -> list[tuple[str, bool]]:
-    """Split `text` into pieces, each with whether it is one of `passages`; those that do not occur are ignored."""
+    """Split `text` into (piece, whether it is one of `passages`); passages that do not occur are ignored."""
     pattern = "|".join(re.escape(passage) for passage in sorted(passages, key=len, reverse=True))
     pieces = re.split(f"({pattern})", text)
     return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]

@@ -18,7 +18,7 @@ STREAM_SECONDS, TOTAL_SECONDS = 180, 480
 
 
 def check(plan: Plan, memory: dict[int, Evaluation], streamed: Streamed, clock: Clock) -> list[Check]:
-    """All checks; times are not fatal."""
+    """Return all checks of the quickstart; those of time and speed are not fatal."""
     return [
         _memory_helps(plan, memory),
         Check(
@@ -71,7 +71,7 @@ def _state(plan: Plan, streamed: Streamed) -> Check:
 
 
 def growth(records: list[dict[str, Any]]) -> float | None:
-    """Growth of a process's peak memory after its first block, as a share; None where unknown."""
+    """Return the growth of a process's peak memory after its first block, as a share; None where unknown."""
     first, last = records[0], records[-1]
     if first["peak"] is not None:
         return float(last["peak"] / first["peak"] - 1)
@@ -95,7 +95,7 @@ def _resident(streamed: Streamed) -> Check:
 
 
 def speed(records: list[dict[str, Any]], first: float, last: float) -> float:
-    """Bytes per second between two fractions of the text."""
+    """Return bytes per second between two fractions of the text, such as 0.1 and 0.2."""
     positions = np.array([0, *(record["bytes"] for record in records)], dtype=float)
     seconds = np.array([0, *(record["seconds"] for record in records)], dtype=float)
     borders = np.array([first, last]) * positions[-1]

@@ -24,7 +24,7 @@ TITLE = "longspan: one text of any length, in constant memory"
 def write(
     plan: Plan, checks: list[Check], memory: dict[int, Evaluation], streamed: Streamed, written: Written, clock: Clock
 ) -> Path:
-    """Draw the figures and write the page; returns its path."""
+    """Draw the figures and write the HTML page of the quickstart; return its path."""
     log = read_log(plan.run / "log.jsonl")
     facts = _facts(plan, log, streamed, clock)
     sections = [
