@@ -154,7 +154,7 @@ def test_the_verdict_on_bp(bits: float, slope: float, verdict: str) -> None:
     }
     outcome = bp.outcome(measurements, bp.PLANS["full"])
     assert outcome.verdict == verdict
-    assert "its form is better by the interval (−0.1" in outcome.note
+    assert "the paper's form is better (−0.1" in outcome.note
     measurements["growth"]["flops"]["bp"][100] = 1000.0
     assert bp.outcome(measurements, bp.PLANS["full"]).verdict != "holds"
 
@@ -306,4 +306,4 @@ def test_a_note_gives_the_difference_between_seeds() -> None:
 
 def test_as_good_as_text() -> None:
     answers = [as_good(Interval(0.0, low, high)) for low, high in ((-0.1, 0.02), (0.021, 0.1), (-0.1, 0.1))]
-    assert answers == ["yes", "no", "open, the interval is too wide"]
+    assert answers == ["yes", "no", "undecided, the interval is too wide"]

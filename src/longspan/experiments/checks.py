@@ -18,7 +18,7 @@ class Check:
         bar: the required value, as text.
         passed: whether the value meets the bar.
         undecided: whether the sample is too small to tell, so that the check neither passes nor fails.
-        fatal: whether a failure fails the quickstart; False for times, which other processes can disturb.
+        fatal: whether a failure fails the quickstart; False for times, which other processes can affect.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """ "pass", "FAIL", "missed" if a failure is not fatal, or "n too small" if the sample is too small to tell."""
+        """Result: "pass", "FAIL", "missed" if a failure is not fatal, or "n too small" if the sample is too small."""
         if self.undecided:
             return "n too small"
         return "pass" if self.passed else "FAIL" if self.fatal else "missed"
@@ -48,7 +48,7 @@ class Check:
 def time_check(name: str, seconds: float, bar: float) -> Check:
     """Check that a step of `seconds` took at most `bar` seconds; a failure is not fatal."""
     value = f"{seconds / 60:.1f} min"
-    return Check(name=name, value=value, bar=f"{bar / 60:g} min", passed=seconds <= bar, fatal=False)
+    return Check(name=name, value=value, bar=f"at most {bar / 60:g} min", passed=seconds <= bar, fatal=False)
 
 
 def speed_check(name: str, early: float, late: float, unit: str, bar: float = 0.10) -> Check:

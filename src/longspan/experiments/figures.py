@@ -71,7 +71,7 @@ def matrix_figure(
     Args:
         panels: matrices with the same rows and columns.
         labels: short labels of rows and columns.
-        marked: (row, column) cells to frame, on both sides of the diagonal.
+        marked: (row, column) cells to frame, together with their mirror images across the diagonal.
         columns: panels per row.
         below: a caption under all panels.
         theme: colors.

@@ -1,4 +1,4 @@
-"""The live table of a training run: a row every few seconds, the same on a terminal and in a file."""
+"""Live table of a training run: a row every few seconds, with equal columns on a terminal and in a file."""
 
 import sys
 import time

@@ -43,7 +43,7 @@ def measure_step(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[s
         return t
 
     if not forget_peak():
-        raise UnsupportedError("the peak of memory is read from /proc, which only Linux has")
+        raise UnsupportedError("peak memory is read from /proc, which exists on Linux only; run this claim there")
     before, begin = resident_bytes(), time.process_time()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         total = loss()

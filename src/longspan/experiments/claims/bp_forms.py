@@ -26,6 +26,8 @@ from longspan.train.step import Stepper
 
 PERSIST, RECOMPUTED, DENSE = "spans that persist", "spans made anew", "dense"  # keys of saved records
 FORMS = (DENSE, RECOMPUTED, PERSIST)
+LABELS = {RECOMPUTED: "spans recomputed per layer"}
+"""Names of forms in tables, where they differ from the keys."""
 _STD = 0.02
 
 
@@ -73,8 +75,8 @@ class PersistentSpans(nn.Module):
         return self.decoder.logits(self.decoder.norm(nodes[:, :count])), None
 
     @property
-    def draw(self) -> int:
-        """Version of random projections that states depend on; always 0, as the model has none."""
+    def redraw_count(self) -> int:
+        """Number of times that random projections were redrawn; always 0, as the model has none."""
         return 0
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:

@@ -34,7 +34,7 @@ for _kind in ("mean", "max", "dilated", "most_used"):
     MIXERS[f"compressive, {_kind}"] = {**MIXERS[OURS], "compression": _kind}
 QUARTERS = 4
 RARE = 100
-"""a word is rare if it occurs less often in the training text"""
+"""a word is rare if it occurs fewer times than this in the training text"""
 
 
 PLANS: dict[str, Plan] = {
@@ -123,7 +123,7 @@ def outcome(
                 f"bits per byte, {name}",
                 paper,
                 f"{value.value:.4f}"
-                + (f" ({signed(minus)} to Transformer-XL)" if name != PEER else "")
+                + (f" ({signed(minus)} relative to Transformer-XL)" if name != PEER else "")
                 + f", {len(parts)} seed{'s' if len(parts) > 1 else ''}, {parameters[name]:,} parameters",
             )
         )
@@ -155,12 +155,12 @@ def outcome(
         figures=figures,
         size=f"4 layers of 128, segments of {SEGMENT}, {plan.train['steps']:,} steps of 1,024 bytes of State of the "
         "Union speeches; both see 128 states before a segment, of which the Compressive Transformer's older 64 "
-        f"summarize {MIXERS[OURS]['ratio']} tokens each; held out: the first {plan.head:,} bytes of "
+        f"summarize {MIXERS[OURS]['ratio']} tokens each; held-out text: the first {plan.head:,} bytes of "
         f"{len(counts.names)} speeches; 95 % intervals by bootstrap over documents, losses averaged over seeds",
-        note="Holds: better over all bytes and in every bucket of words that occur less than "
-        f"{RARE} times in the training text, with intervals below zero, and more bits gained per rare word than per "
-        "frequent one; in part: one of the first two. A layer reaches 320 bytes before its "
-        "segment instead of 128. The paper's models are hundreds of times larger and trained on books.",
+        note=f"It holds if the loss is lower over all bytes and in every bucket of words that occur fewer than {RARE} "
+        "times in the training text, with intervals below zero, and more bits are gained per rare word than per "
+        "frequent one; in part if one of the first two is met. A layer reaches 320 bytes before its segment instead "
+        "of 128. The paper's models are hundreds of times larger and trained on books.",
         data=data,
         pictures=[_picture(buckets)],
         seconds=seconds,

@@ -15,8 +15,8 @@ from longspan.tasks.base import Documents, heads
 from longspan.train import Interval
 
 EQUAL = 0.02
-"""bits per byte: a model is as good as another if the upper end of the interval of their difference is at most this.
-Models that the papers call equal differ by 0.01 to 0.02 in their own tables."""
+"""bits per byte: a model matches another if the upper end of the interval of their difference is at most this. Models
+that the papers call equal differ by 0.01 to 0.02 in their own tables."""
 LEAD = 0.1
 """bits per byte: a larger lead over a model that sees at least as much shows that it has hardly started to learn. Then
 a claim holds at most in part. This rule was added after the first results; it can only weaken a verdict."""
@@ -116,7 +116,7 @@ def bit_figures(models: ModelRecords, base: str, paper: Mapping[str, str], what:
         if len(seed_bits) > 1:
             ours += f" (seeds {', '.join(f'{value:.4f}' for value in seed_bits)})"
         if name in gap:
-            ours += f"; {signed(gap[name])} to {base}"
+            ours += f"; {signed(gap[name])} relative to {base}"
         figures.append(
             Figure(f"{what}, {name}", paper.get(name, ""), f"{ours}; {records[0]['parameters']:,} parameters")
         )
@@ -124,8 +124,8 @@ def bit_figures(models: ModelRecords, base: str, paper: Mapping[str, str], what:
 
 
 def as_good(lead: Interval) -> str:
-    """Say whether a model is as good as another: yes, no, or open if `EQUAL` lies within the difference's interval."""
-    return "yes" if lead.high <= EQUAL else "no" if lead.low > EQUAL else "open, the interval is too wide"
+    """Say whether a model matches another: "yes", "no", or undecided if `EQUAL` lies within the interval."""
+    return "yes" if lead.high <= EQUAL else "no" if lead.low > EQUAL else "undecided, the interval is too wide"
 
 
 def verdict_of(met: Sequence[bool], leads: Sequence[Interval]) -> Verdict:
@@ -143,8 +143,8 @@ def caution(lead: Interval, what: str) -> str:
     if not doubtful(lead):
         return ""
     return (
-        f" A lead of more than {LEAD} shows that {what} has not yet learned in so few steps which keys matter, while "
-        "near ones are a good guess; it says nothing about fully trained models such as the paper's. So the "
+        f" A lead of more than {LEAD} shows that {what} has not yet learned in this short training which keys matter, "
+        "while near ones are a good guess; it says nothing about fully trained models such as the paper's. So the "
         "claim holds at most in part (a rule added after the first results)."
     )
 
@@ -153,7 +153,7 @@ def seeds_note(models: ModelRecords) -> str:
     """Return a sentence for the note about differences between seeds of one model."""
     bits_by_model = [[as_trained(record).bits_per_unit for record in records] for records in models.values()]
     if len(bits_by_model[0]) == 1:
-        return " One seed, so differences are those of these trainings only."
+        return " With one seed per model, differences apply to these trainings only."
     widest = max(max(values) - min(values) for values in bits_by_model)
     return f" Seeds of one model differ by up to {widest:.3f} bits, which the intervals do not cover."
 

@@ -71,7 +71,7 @@ def _peak(prepare: Callable[..., Step], arguments: Sequence[Any]) -> int:
     step()
     after = most()
     if before is None or after is None:
-        raise UnsupportedError("the memory of a process is unknown on this system")
+        raise UnsupportedError("this system does not report the memory of a process; run this claim on Linux")
     return max(after - before, 1)
 
 

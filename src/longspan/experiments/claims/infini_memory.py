@@ -75,8 +75,8 @@ def _measure(folder: Path, plan: None, say: Say) -> Outcome:
         verdict="holds" if exact else "does not hold",
         figures=figures,
         size="12 layers, 8 heads of 128, segments of 2,048, 100 memory tokens, 65,000 memories; one layer here",
-        note="The table counts the memory only. The state of a stream also holds keys and values of the open segment, "
-        "which are most of the bytes measured here for infini.",
+        note="The table counts the memory only. The state of a stream also holds keys and values of the unfinished "
+        "segment, which are most of the bytes measured here for infini.",
         data={"numbers": counts, "bytes": measured},
     )
 

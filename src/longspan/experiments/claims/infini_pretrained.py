@@ -255,7 +255,7 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
 
 def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
     """Plot perplexity against the number of tokens read, for the converted model and the original."""
-    labels = {"tuned": "converted, trained", "local": "the same, no memory", "original": "original"}
+    labels = {"tuned": "converted, trained", "local": "converted, trained, no memory", "original": "original"}
     series = []
     for name, label in labels.items():
         record = measured[name]
@@ -280,7 +280,7 @@ INFINI_PRETRAINED = Claim(
     name="infini-pretrained",
     system="Infini-attention",
     source="Munkhdalai et al. 2024, sections 3.2 and 3.3",
-    text="With compressive memory and a short training, a pretrained model reads texts of any length in bounded "
+    text="With compressive memory and after a short training, a pretrained model reads texts of any length in bounded "
     "memory.",
     measure=_measure,
     minutes={"small": 6, "full": 60},

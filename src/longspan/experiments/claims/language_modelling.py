@@ -86,7 +86,7 @@ def steps_and_tokens(folder: Path) -> tuple[int, int]:
 def measure(folder: Path, plan: Plan) -> dict[str, Any]:
     """Return nats of each held-out document, with and without carried states, from a file if there is one."""
     return evaluate_held_out(
-        folder, f"held-back-{plan.documents}x{plan.head}", lambda documents: heads(documents, plan.head, plan.documents)
+        folder, f"held-out-{plan.documents}x{plan.head}", lambda documents: heads(documents, plan.head, plan.documents)
     )
 
 
@@ -229,7 +229,7 @@ def outcome(
                     f"{setting}: {name}",
                     "",
                     f"{bits_of(records):.4f} bits per byte (seeds {min(seed_bits):.3f} to {max(seed_bits):.3f}); "
-                    f"{signed(difference(records, by_name[DENSE]))} to dense; "
+                    f"{signed(difference(records, by_name[DENSE]))} relative to dense; "
                     f"{np.mean([record['trained_on'] for record in records]):,.0f} bytes read, "
                     f"{records[0]['parameters']:,} parameters" + (", stopped by the clock" if short else ""),
                 )
@@ -240,12 +240,12 @@ def outcome(
             better.append(value.high < 0)
             figures += [
                 Figure(
-                    f"{setting}: {name}, to the same model trained without memory",
+                    f"{setting}: {name}, relative to the same model trained without memory",
                     "better",
                     f"{bits_of(by_name[name]):.4f}, {signed(value)} bits per byte",
                 ),
                 Figure(
-                    f"{setting}: {name}, to the same weights read without memory",
+                    f"{setting}: {name}, relative to the same weights evaluated without memory",
                     "better",
                     f"{signed(memory_gain(by_name[name]))} bits per byte",
                 ),
@@ -261,14 +261,15 @@ def outcome(
         figures=figures,
         size=f"4 layers of 128, bytes of State of the Union speeches, {plan.seeds} training seed(s), one thread; "
         f"equal time: {plan.minutes:g} minutes per run; equal tokens: as many as dense attention reads in "
-        f"that time, runs of more than {LIMIT * plan.minutes:g} minutes stopped{more}; held out: the first "
+        f"that time, runs of more than {LIMIT * plan.minutes:g} minutes stopped{more}; held-out text: the first "
         f"{plan.head:,} bytes of {len(records[0]['names'])} speeches; 95 % intervals by bootstrap over documents",
-        note="Holds: with memory better than the same model trained without, the interval below zero, for "
-        f"{', '.join(WITHOUT)}, at equal tokens and after the longer training; in part: for some of them, or after one "
-        "of the two. A minute is too short: a model of 0.8 million parameters first learns to attend to the last few "
-        "bytes, and sooner if it sees fewer keys, so mechanisms that see least lead after a minute. This shows which "
-        "mechanisms cost nothing at the start, not which is best in the end. Models without carried states read "
-        "pieces of 2,048 bytes; the others carry their state through a speech.",
+        note="It holds if models with memory are better than the same models trained without it, with an interval "
+        f"below zero, for {', '.join(WITHOUT)}, at equal tokens and after the longer training; in part if this is true "
+        "for some of them, or in one of the two settings. A minute is too short: a model of 0.8 million parameters "
+        "first learns to attend to the last few bytes, and sooner if it sees fewer keys, so mechanisms that see the "
+        "fewest keys lead after a minute. This shows which mechanisms cost nothing at the start of training, not "
+        "which is best in the end. Models without carried states read pieces of 2,048 bytes; the others carry their "
+        "state through a speech.",
         data={**by_setting, "longer": longer},
         pictures=[_picture(by_setting), *([_memory_picture(longer)] if longer else [])],
         seconds=sum(record["seconds"] for record in records),
@@ -301,9 +302,9 @@ def _memory_picture(longer: dict[str, list[dict[str, Any]]]) -> Picture:
         "language-modelling-memory",
         series,
         xlabel="bytes read in training",
-        ylabel="bits per byte minus the model without",
+        ylabel="bits per byte minus the model without memory",
         marks=[Mark(0.0, horizontal=True)],
-        alt="Training loss of models with memory minus that of the same models without, against bytes read.",
+        alt="Training loss of models with memory minus that of the same models without it, against bytes read.",
     )
 
 
@@ -336,7 +337,7 @@ def _picture(by_setting: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
 LANGUAGE_MODELLING = Claim(
     name="language-modelling",
     system="all",
-    source="the papers' tables of language modelling, at a small size",
+    source="the papers' tables of language modeling, at a small size",
     text="Models with memory beat the same models without it; local and sparse attention lose little to dense.",
     measure=compare,
     minutes={"small": 4, "full": 160},

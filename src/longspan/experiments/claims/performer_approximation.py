@@ -15,7 +15,7 @@ _LENGTH, _DIM = 256, 64
 
 
 class Plan(NamedTuple):
-    """Numbers of features, and draws of inputs and projections."""
+    """Numbers of features, and number of random inputs and projections."""
 
     features: tuple[int, ...]
     draws: int
@@ -75,7 +75,8 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     return Outcome(
         verdict="holds in part" if falls else "does not hold",
         figures=figures,
-        size=f"queries and keys of normal numbers times the scale, {_LENGTH} of {_DIM}, {draws} draws, bidirectional",
+        size=f"{_LENGTH} queries and keys of dim {_DIM}, normal random numbers times the scale, mean of {draws} random "
+        "inputs and projections, bidirectional",
         note="The error falls with the square root of the number of features for small inputs; at unit variance, which "
         "trained models exceed, no practical number of features approximates softmax attention well.",
         data={"features": list(counts), "errors": errors_by_input},
@@ -87,7 +88,7 @@ PERFORMER_APPROXIMATION = Claim(
     name="performer-approximation",
     system="Performer",
     source="Choromanski et al. 2021, section 4.2 and figure 4",
-    text="Positive orthogonal random features estimate softmax attention without bias, and more features do so better.",
+    text="Positive orthogonal random features estimate softmax attention without bias, better with more features.",
     measure=_measure,
     minutes={"small": 0.2, "full": 1},
     plans=PLANS,

@@ -216,8 +216,8 @@ def _outcome(
         size=f"encoder of {model['num_layers']} layers of {model['dim']}, {model['num_heads']} heads, 64 features, "
         f"{plan.steps:,} steps of {train['lanes']} x {train['segment_length']} residues of UniProt, one seed, same "
         f"batches; {len(first.names):,} held-out sequences of other families, {int(first.tokens.sum()):,} "
-        f"masked residues; maps of {mapped} of them; intervals 95 %, bootstrap over sequences; p by relabeling the "
-        "amino acids",
+        f"masked residues; maps of {mapped} of them; intervals 95 %, bootstrap over sequences; p-values by relabeling "
+        "the amino acids",
         note=note,
         data={
             "bits": {name: evaluation.interval() for name, evaluation in scores.items()},
@@ -266,7 +266,7 @@ def judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[V
             "-", "−"
         )
         + (", so these models learn little beyond its composition." if beyond < LITTLE else "."),
-        "One seed, so differences between models are those of these trainings only. The counts of the sequence itself "
+        "With one seed per model, differences apply to these trainings only. The counts of the sequence itself "
         "and the similarity of embeddings were added after the first result and do not affect the verdict.",
     )
     met = (best, equal, alike)

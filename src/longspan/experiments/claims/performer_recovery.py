@@ -174,14 +174,16 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
     tuned, other_cosines = measured["tuned"], [draw["cosine"] for draw in measured["other_draws"]]
     figures.append(
         Figure(
-            f"the same, {plan.tuned} features, after {plan.steps} steps",
+            f"cosine to the original embeddings, {plan.tuned} features, after {plan.steps} steps",
             "recovered in few steps",
             f"{tuned['cosine']:.3f} (least {tuned['least']:.3f}); same nearest passage for {tuned['nearest']:.0%}",
         )
     )
     figures.append(
         Figure(
-            "the same with projections it was not trained with", "", ", ".join(f"{draw:.3f}" for draw in other_cosines)
+            "cosine with random projections not used in training",
+            "",
+            ", ".join(f"{draw:.3f}" for draw in other_cosines),
         )
     )
     figures.append(Figure("cosine between different passages, original", "", f"{measured['even']:.3f}"))
@@ -190,10 +192,10 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
         verdict=graded(tuned["cosine"] >= GOAL, tuned["cosine"] > before),
         figures=figures,
         size=f"all-MiniLM-L6-v2 (BERT, 6 layers of 384, 12 heads of 32), passages of {plan.length} tokens of State of "
-        f"the Union speeches, {plan.held_out} of held-out ones; distilled on {plan.steps * plan.batch:,} passages, "
-        "all weights, cosine of embeddings and of every layer's hidden states to the original's",
-        note="The paper measures the accuracy of a pretrained language model; here it is the embeddings of an encoder, "
-        "which a model of a few megabytes can show.",
+        f"the Union speeches, {plan.held_out} from held-out speeches; distilled on {plan.steps * plan.batch:,} "
+        "passages, all weights, cosine of embeddings and of every layer's hidden states to the original's",
+        note="The paper measures the accuracy of a pretrained language model; here the embeddings of an encoder are "
+        "compared, for which a model of a few megabytes is enough.",
         data=measured,
         pictures=[_picture(measured, plan)],
         seconds=measured["seconds"],

@@ -30,13 +30,13 @@ LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     _DENSE: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     _WEIGHTS: lambda q, k, v: reference.full_attention(q, k, v),
     _OURS: lambda q, k, v: ops.favor_attention(q, k, v, _projection())[0],
-    "performer, both sides": lambda q, k, v: ops.favor_attention(q, k, v, _projection(), causal=False)[0],
+    "performer, bidirectional": lambda q, k, v: ops.favor_attention(q, k, v, _projection(), causal=False)[0],
     "linear": lambda q, k, v: ops.linear_attention(ops.elu_features(q), ops.elu_features(k), v)[0],
     _NONE: lambda q, k, v: q + k + v,
 }
-"""Ways of attention that are timed, by the names of the report."""
+"""Kinds of attention that are timed, by their names in the report and in saved records."""
 _MOST = {_DENSE: 16384, _WEIGHTS: 4096}
-"""largest lengths at which quadratic ways are measured"""
+"""largest lengths at which quadratic attention is measured"""
 
 
 def step_of(name: str, length: int) -> Step:
@@ -117,7 +117,7 @@ def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcom
                 "performer-speed-memory",
                 {name: {n: 1e-6 * x for n, x in values.items()} for name, values in measured["bytes"].items()},
                 ylabel="MB above the inputs, forward and backward",
-                alt="Memory of the same against length, logarithmic.",
+                alt="Memory of dense, performer and linear attention and of no attention against length, logarithmic.",
             ),
         ],
     )

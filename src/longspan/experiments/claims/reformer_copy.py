@@ -16,7 +16,7 @@ from longspan.tasks.base import heads
 from longspan.train import evaluate_text, load_run
 
 FULL = 0
-"""Instead of a number of rounds: every earlier token is seen."""
+"""In place of a number of hash rounds: full attention, which sees every earlier token."""
 GOAL = 0.99
 PAPER: dict[int, dict[int, float]] = {
     FULL: {FULL: 100, 8: 94.8, 4: 92.5, 2: 76.9, 1: 52.5},
@@ -30,8 +30,8 @@ EVAL_ROUNDS = (FULL, 8, 4, 2, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: symbols of the word, steps, selections and rounds of the trainings; samples and draws of rotations of each
-    evaluation."""
+    """Sizes: symbols of the word, steps, selections and hash rounds of the trainings; samples and sets of rotations of
+    each evaluation."""
 
     word: int
     steps: int
@@ -148,13 +148,14 @@ def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, se
     return Outcome(
         verdict=graded(every and more, some),
         figures=figures,
-        size=f"1 layer of 128, 4 heads, learned positions, 0 w 0 w with {plan.word} symbols of 127 in w; "
-        f"{plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} held-out "
-        f"texts, for each number of rounds {plan.draws} draws of rotations not used in training",
-        note="Holds: at least 99 % with 4 rounds in training and evaluation in every selection, and more rounds never "
-        "worse by more than a point in either; in part: 99 % in one selection, or in all with fewer rounds better "
-        f"somewhere. More rounds never worse: {'yes' if more else 'no'}. 'full' sees every earlier token with "
-        "shared queries and keys. The paper trained 150,000 steps of a layer of 256; its selection is 'sorted'.",
+        size=f"1 layer of 128, 4 heads, learned positions, texts 0 w 0 w where w is {plan.word} symbols of an alphabet "
+        f"of 127; {plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} "
+        f"held-out texts, for each number of rounds {plan.draws} sets of rotations not used in training",
+        note="It holds if accuracy is at least 99 % with 4 rounds in training and evaluation in every selection, and "
+        "more rounds are never worse by more than a point in either; in part if 99 % is reached in one selection, or "
+        f"in all with fewer rounds better somewhere. More rounds never worse: {'yes' if more else 'no'}. 'full' sees "
+        "every earlier token with shared queries and keys. The paper trained a layer of 256 for 150,000 steps; its "
+        "selection is 'sorted'.",
         data=dict(by_selection),
         pictures=[_picture(selection, by_selection[selection]) for selection in by_selection],
         seconds=seconds,

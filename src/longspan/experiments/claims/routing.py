@@ -147,8 +147,8 @@ def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> O
         figures=figures,
         size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
         f"local heads of equal FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
-        f"{plan.train['steps']:,} steps of one piece, {plan.seeds} seeds, one of extra models; held out: the first "
-        f"{plan.head:,} bytes of {len(models[LOCAL][0]['names'])} speeches; {INTERVALS}",
+        f"{plan.train['steps']:,} steps of one piece, {plan.seeds} seeds, one seed for extra models; held-out text: "
+        f"the first {plan.head:,} bytes of {len(models[LOCAL][0]['names'])} speeches; {INTERVALS}",
         note=_note(models, busy, len(shares[0])),
         data={"models": models, "shares": shares},
         pictures=[_picture(shares)],
@@ -159,8 +159,8 @@ def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> O
 def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
     """Explain the verdict and its limitations: collapsed clusters, too short a training."""
     parts = [
-        "Holds: better than local heads, the interval of the difference below zero; in part: better, but the interval "
-        "includes zero."
+        "It holds if the routed model is better than local heads, with an interval of the difference below zero; in "
+        "part if it is better but the interval includes zero."
     ]
     if 2 * min(busy) < clusters or 4 * np.mean(busy) < 3 * clusters:
         parts.append(
@@ -173,8 +173,8 @@ def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
             "heads see, is behind them too."
         )
     parts.append(
-        "The routed heads are strict, so that decoding equals training; in the paper all clusters take equally many "
-        "tokens."
+        "The routed heads are strict, so that decoding equals training; in the paper all clusters take the same number "
+        "of tokens."
     )
     return " ".join(parts)
 

@@ -1,4 +1,4 @@
-"""What claims that train share: recipes, runs that resume, measurements that are saved."""
+"""Code that claims with training share: recipes, runs that resume, measurements that are saved."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping

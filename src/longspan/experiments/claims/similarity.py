@@ -116,7 +116,7 @@ class Agreement(NamedTuple):
         pearson: their correlation.
         spearman: the correlation of their ranks.
         pearson_p: share of relabelings of the amino acids, the identity included, with at least this correlation.
-        spearman_p: the same for ranks.
+        spearman_p: share of relabelings with at least this correlation of ranks.
     """
 
     pearson: float
@@ -133,7 +133,7 @@ def agreement(left: Array, right: Array, *, samples: int = 10_000, seed: int = 0
 
     Args:
         left: (20, 20), symmetric.
-        right: the same.
+        right: (20, 20), symmetric.
         samples: number of relabelings.
         seed: seed of the relabelings.
     """

@@ -193,7 +193,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     grown = _by_length(measure_once(folder / "growth.json", lambda: growth(plan, say)))
     measured: dict[str, Any] = {"growth": grown, "text": contest(folder / "text", text_recipes(plan), plan.text, say)}
     if importlib.util.find_spec("skimage") is None:
-        say("no images; install them with: pip install --no-deps scikit-image")
+        say("skipping images, which are not installed; install them with: pip install --no-deps scikit-image")
     else:
         measured["image"] = contest(folder / "image", image_recipes(plan), plan.image, say)
         measured["frequencies"] = measure_once(folder / "frequencies.json", lambda: {"bits": frequency_bits(plan)})[
@@ -271,14 +271,14 @@ def _size(measured: Mapping[str, Any], plan: Plan) -> str:
         f"sqrt(n), {SUMMARY} summary columns; CPU time, median of {plan.rounds} alternating round(s); peak "
         "resident memory above that before, each in its own process. Text: 4 layers of 128, State of the Union "
         f"speeches, {text.train['steps']:,} steps of {text.train['lanes']} x {text.train['segment_length']:,} bytes, "
-        f"{text.seeds} seed(s); held out: the first {text.head:,} bytes of "
+        f"{text.seeds} seed(s); held-out text: the first {text.head:,} bytes of "
         f"{len(measured['text'][DENSE][0]['names'])} speeches"
     )
     if "image" in measured:
         words += (
             f". Images: 4 layers of 128, tiles of {plan.tile} x {plan.tile} x 3 bytes of eight photographs, "
-            f"{image.train['steps']:,} steps of {image.train['lanes']} tile(s), {image.seeds} seed(s); held out: "
-            f"{len(measured['image'][DENSE][0]['names'])} tiles of other photographs"
+            f"{image.train['steps']:,} steps of {image.train['lanes']} tile(s), {image.seeds} seed(s); held-out "
+            f"images: {len(measured['image'][DENSE][0]['names'])} tiles of other photographs"
         )
     return f"{words}; {INTERVALS}"
 
@@ -288,20 +288,20 @@ def _note(grows: bool, leads: list[Interval], strided: Interval) -> str:
 
     parts = [
         f"Time and memory grow no faster than n^{GROWTH} (and time of dense attention at least n^{DENSE_GROWTH}): "
-        f"{'yes' if grows else 'no'}. Fixed on text as good as dense (the upper end of the interval at most {EQUAL} "
-        f"bits per byte): {as_good(leads[0])}, {signed(leads[0])}."
+        f"{'yes' if grows else 'no'}. Fixed patterns on text match dense attention (the upper end of the interval is "
+        f"at most {EQUAL} bits per byte): {as_good(leads[0])}, {signed(leads[0])}."
     ]
     if len(leads) == 1:
         parts.append(
-            "There were no images (pip install --no-deps scikit-image), so that part is open and the claim cannot "
-            "hold as a whole."
+            "Images were not installed (pip install --no-deps scikit-image), so that part was not measured and the "
+            "claim holds at most in part."
         )
     else:
-        parts.append(f"Strided on images as good as dense: {as_good(leads[1])}, {signed(leads[1])}.")
+        parts.append(f"Strided patterns on images match dense attention: {as_good(leads[1])}, {signed(leads[1])}.")
     parts.append(
-        f"Strided on text, which the paper advises against: {signed(strided)}. Neither sparse nor dense attention "
-        "stores weights here, so memory is linear in the length; the paper stores them, as does the row 'weights "
-        "kept'. The models are small and trained briefly, the images are few and dissimilar."
+        f"Strided patterns on text, which the paper advises against: {signed(strided)}. Neither sparse nor dense "
+        "attention stores weights here, so memory is linear in the length; the paper stores them, as does the row "
+        "'weights kept'. The models are small and trained briefly, the images are few and dissimilar."
         + next((words for lead in leads if (words := caution(lead, "dense attention"))), "")
     )
     return " ".join(parts)
@@ -331,7 +331,7 @@ SPARSE = Claim(
     name="sparse",
     system="Sparse Transformer",
     source="Child et al. 2019, sections 4.3, 5.1 and 7, tables 1 and 2",
-    text="Factorized patterns take time and memory of n sqrt n without loss of quality: fixed ones on text, strided "
+    text="Factorized patterns need time and memory of n sqrt n without loss of quality: fixed ones on text, strided "
     "ones on images.",
     measure=measure,
     minutes={"small": 0.8, "full": 8},

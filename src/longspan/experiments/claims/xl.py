@@ -88,6 +88,7 @@ def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
 def speed(model: Any, tokens: torch.Tensor, plan: Plan) -> dict[str, float]:
     """Return CPU seconds per token of streaming, and of rereading a window for every token, timed in turns."""
     span = 2 * TRAINED
+    # keys of saved records
     seconds: dict[str, list[float]] = {"streaming": [], "reading anew": []}
     for _ in range(plan.rounds):
         session = StreamSession(model)
@@ -159,10 +160,10 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -
         verdict=graded(best.high < 0 and falls and rate > 1 and beyond, best.high < 0),
         figures=figures,
         size=f"4 layers of 128, segments and memory of {TRAINED}, bytes of State of the Union speeches, {plan.steps:,} "
-        f"steps of 1,024 bytes; held out: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "
+        f"steps of 1,024 bytes; held-out text: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "
         "intervals by bootstrap over documents",
-        note=f"Bits fall with every length: {'yes' if falls else 'no'}. The model was trained with {TRAINED}, so "
-        "longer memories are an extrapolation.",
+        note=f"Bits per byte fall with every longer memory: {'yes' if falls else 'no'}. The model was trained with a "
+        f"memory of {TRAINED}, so longer ones are an extrapolation.",
         data=measured,
         pictures=[_picture(values, plan)],
         seconds=seconds,

@@ -126,9 +126,9 @@ def _accuracy(kind: str, readings: list[Reading], *, fatal: bool) -> Check:
     first, last = (f"{reading.segments:,}" for reading in (readings[0], readings[-1]))
     return Check(
         name=f"{kind}: accuracy at {first} to {last} segments, {'the bar' if fatal else 'the goal'}",
-        value=f"{right} of {count}, interval {interval.low:.1%} to {interval.high:.1%}; at worst {sum(at_worst.right)} "
+        value=f"{right} of {count}, interval {interval.low:.1%} to {interval.high:.1%}; lowest {sum(at_worst.right)} "
         f"of {len(at_worst.right)}, at {worst.segments:,}",
-        bar=f"lower end {ACCURACY:.0%}",
+        bar=f"lower end at least {ACCURACY:.0%}",
         passed=passed,
         undecided=not passed and not failed,
         fatal=fatal,
@@ -148,7 +148,7 @@ def _constant(readings: list[Reading]) -> list[Check]:
             Check(
                 name=f"Resident memory at {last.segments:,} segments equals that at {base.segments}",
                 value=f"{si_bytes(base.resident)} and {si_bytes(last.resident)}: {100 * grown:+.1f}%".replace("-", "−"),
-                bar=f"+{RESIDENT_GROWTH:.0%}",
+                bar=f"at most +{RESIDENT_GROWTH:.0%}",
                 passed=grown <= RESIDENT_GROWTH,
             )
         )

@@ -22,7 +22,7 @@ from longspan.tasks import MemoryTask
 from longspan.tasks.memory import PLACES
 from longspan.train import read_log
 
-TITLE = "longspan: a question answered over two million tokens"
+TITLE = "longspan: recall a fact after two million tokens"
 
 
 def write(
@@ -36,9 +36,9 @@ def write(
         Section("Checks", [check_table(checks)]),
         Section("Accuracy", [_accuracy(readings, most), _table(readings), *_example(model, task, readings)]),
         Section("Constant memory, constant speed", _constant(readings)),
-        Section("What a dense Transformer would do", _flops(model, task)),
+        Section("Cost of a dense Transformer", _flops(model, task)),
         Section("Training", [_training(log)]),
-        Section("The numbers", [Table(columns=("", ""), rows=facts)]),
+        Section("Details of the run", [Table(columns=("", ""), rows=facts)]),
         Section(
             "Next", [Code(_commands(run, output)), Text("All numbers on this page are in report.json next to it.")]
         ),
@@ -54,7 +54,7 @@ def write(
     lead = (
         f"A Recurrent Memory Transformer was trained on at most {most} segments of {task.config.segment_length} "
         f"tokens. Here it reads up to {last.segments:,} of them, {last.tokens:,} tokens of unseen text, with one "
-        "sentence that says who went where, and answers a question about it at the end. longspan quickstart made this "
+        "sentence about who went where, and answers a question about it at the end. longspan quickstart made this "
         "page and checks its claims."
     )
     return write_report(output, TITLE, sections, data, lead=lead, footer="made by longspan quickstart")
@@ -89,7 +89,7 @@ def _table(readings: list[Reading]) -> Table:
         "segments",
         "tokens",
         *readings[0].answers,
-        "facts cut by a border",
+        "facts cut by a segment border",
         "false writes",
         "repeats of a sentence",
     ]
@@ -123,11 +123,11 @@ def _example(model: Any, task: MemoryTask, readings: list[Reading]) -> list[Pass
     return [
         Text(
             "A sample of one segment, with the fact and the question marked. Noise consists of sentences from held-out "
-            "speeches and the King James Bible, drawn one by one; a fact may be anywhere, also across a segment "
+            "speeches and the King James Bible, drawn one by one. A fact may be anywhere, even across a segment "
             "border, so that no segment contains all of it."
         ),
         Passage(mark_all(text, [*sample.what.facts, sample.what.question])),
-        Text(f"The right answer: {PLACES[sample.answer]}. The model's answer: {chosen}."),
+        Text(f"The correct answer: {PLACES[sample.answer]}. The model's answer: {chosen}."),
     ]
 
 
@@ -248,7 +248,10 @@ def _facts(
         ("training", f"{last['seconds'] / 60:.1f} minutes, {last['step']:,} steps, {last['tokens']:,} tokens"),
         ("trained on", f"at most {last['segments']} segments of {memory.segment_length} tokens"),
         ("state", f"{state:,} bytes per text, at any length"),
-        ("beyond the bar", f"{sum(len(a.right) for reading in far for a in reading.answers.values())} questions"),
+        (
+            f"after more than {SURE} segments",
+            f"{sum(len(a.right) for reading in far for a in reading.answers.values())} questions",
+        ),
         *machine_facts(recipe["train"]["seed"], clock),
     ]
 

@@ -38,7 +38,7 @@ def _memory_helps(plan: Plan, memory: dict[int, Evaluation]) -> Check:
     """Check that the memory of training beats no memory on held-out documents."""
     minus = memory[plan.mem_len].minus(memory[0])
     return Check(
-        name=f"A memory of {plan.mem_len} bytes beats none on the held-out documents",
+        name=f"A memory of {plan.mem_len} bytes beats no memory on held-out documents",
         value=f"{interval(minus)} bits per byte",
         bar="interval below 0",
         passed=minus.high < 0,
@@ -50,7 +50,7 @@ def _whole_text(plan: Plan, streamed: Streamed) -> Check:
     read = streamed.records[-1]["bytes"]
     finite = all(record["bits_per_byte"] is not None for record in streamed.records)
     return Check(
-        name="The whole text was read as one document, every loss finite",
+        name="The whole text was read as one document, with finite losses",
         value=f"{read:,} bytes" + ("" if finite else ", not all finite"),
         bar=f"{plan.size:,} bytes",
         passed=read == plan.size and finite,
@@ -89,7 +89,7 @@ def _resident(streamed: Streamed) -> Check:
     return Check(
         name="Peak resident memory at the end equals that after the first 64 KB, in both processes",
         value=f"{start}, +{max(known):.2%} at most" if known else "unknown on this system",
-        bar=f"+{MEMORY_GROWTH:.0%}",
+        bar=f"at most +{MEMORY_GROWTH:.0%}",
         passed=not known or max(known) <= MEMORY_GROWTH,
     )
 

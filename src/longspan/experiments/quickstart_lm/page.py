@@ -33,7 +33,7 @@ def write(
         Section("Length of the memory", _memory_blocks(plan, memory)),
         Section("Training", [_training_picture(log)]),
         Section("Generated text", _writing_blocks(written)),
-        Section("The numbers", [Table(columns=("", ""), rows=facts)]),
+        Section("Details of the run", [Table(columns=("", ""), rows=facts)]),
         Section(
             "Next",
             [
@@ -149,13 +149,13 @@ def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | 
         xticks=lengths,
         alt="Bits per byte against the length of the memory: falling.",
         caption="The same weights with several lengths of memory. The band is a 95 % interval over documents; it is "
-        "wide as documents differ. The table compares each length with no memory on the same documents.",
+        "wide because documents differ. The table compares each length with no memory on the same documents.",
     )
     rows = [
         (f"{length:,}", interval(evaluation.interval()), interval(evaluation.minus(memory[0])) if length else "")
         for length, evaluation in memory.items()
     ]
-    table = Table(columns=("memory (bytes)", "bits per byte", "difference to none"), rows=rows, right=(0, 1, 2))
+    table = Table(columns=("memory (bytes)", "bits per byte", "difference from no memory"), rows=rows, right=(0, 1, 2))
     count = len(next(iter(memory.values())).names)
     note = Text(f"Measured on the first {HEAD:,} bytes of each of the {count} held-out documents.")
     return [drawn, table, note]
@@ -192,7 +192,7 @@ def _writing_blocks(written: Written) -> list[Quote | Text]:
     return [
         Text(f"The start of a held-out document ({written.name}) and the model's continuation (underlined):"),
         Quote(written.prompt, written.text),
-        Text("After a few minutes of training the model writes words and phrases, but no sense."),
+        Text("After a few minutes of training the model writes words and phrases, but they make no sense."),
     ]
 
 

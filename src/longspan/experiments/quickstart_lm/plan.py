@@ -84,8 +84,8 @@ def make_plan(recipe: Mapping[str, Any], folder: Path, text: str) -> Plan:
     """Return the plan for a recipe and a text, after writing the text to a file if it is `kjv`.
 
     Raises:
-        ConfigError: the recipe is not of a byte-level transformer_xl.
-        DataError: the text is missing, or too short to be cut in two.
+        ConfigError: the recipe is not for a byte-level transformer_xl.
+        DataError: the text is missing, or shorter than 4,096 bytes.
     """
     first = (recipe.get("model", {}).get("mixers") or [{}])[0]
     if first.get("name") != "transformer_xl" or recipe.get("task", {}).get("tokenizer", "bytes") != "bytes":
@@ -95,7 +95,7 @@ def make_plan(recipe: Mapping[str, Any], folder: Path, text: str) -> Plan:
     path = _text_file(text, folder)
     size = path.stat().st_size
     if size < 4096:
-        raise DataError(f"{path}: {size:,} bytes are too few to stop halfway; use a text of at least 4,096")
+        raise DataError(f"{path}: has {size:,} bytes, too few to stop halfway; use a text of at least 4,096 bytes")
     return Plan(
         recipe=recipe,
         folder=folder,

@@ -115,7 +115,7 @@ def _run_process(plan: Plan, name: Path, options: list[str], status: StatusLine,
         reason = (
             message.splitlines()[-1].removeprefix("longspan: error: ") if message else f"exit code {process.returncode}"
         )
-        raise LongspanError(f"streaming in a process of its own failed: {reason}")
+        raise LongspanError(f"streaming in a separate process failed: {reason}")
     _show(log, status, offset, plan.size)
 
 
