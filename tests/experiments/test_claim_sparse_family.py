@@ -298,7 +298,7 @@ def test_a_large_lead_over_a_model_that_sees_more_gets_a_caution() -> None:
 
 
 def test_a_note_gives_the_difference_between_seeds() -> None:
-    assert "One seed" in seeds_note({"a": [record_of(2.0)], "b": [record_of(3.0)]})
+    assert "one seed per model" in seeds_note({"a": [record_of(2.0)], "b": [record_of(3.0)]})
     both = seeds_note({"a": [record_of(2.0), record_of(2.1)], "b": [record_of(3.0), record_of(3.02)]})
     apart = 0.1 * np.random.default_rng(0).uniform(0.9, 1.1, 20).mean()
     assert f"up to {apart:.3f} bits" in both
