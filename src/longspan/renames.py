@@ -265,7 +265,10 @@ def keywords(where: str, call: Mapping[str, Any], old: Mapping[str, Any]) -> dic
 
 
 def _old_attribute(owner: str, old: str, new: str) -> property:
+    """Return a property that reads the attribute `new` and warns that its old name `old` was used."""
+
     def read(self: Any) -> Any:
+        """Warn about the old name and return the attribute."""
         warn(f"{owner}.{old}", new)
         return getattr(self, new)
 
@@ -273,8 +276,11 @@ def _old_attribute(owner: str, old: str, new: str) -> property:
 
 
 def _with_old_keywords(function: Callable[..., Any], new_of_old: Mapping[str, str], where: str) -> Callable[..., Any]:
+    """Wrap a function so that it also accepts keyword arguments by their old names, with a warning."""
+
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
+        """Call the wrapped function with old keywords replaced by present ones."""
         if not new_of_old.keys().isdisjoint(keywords):
             keywords = renamed(new_of_old, keywords, where, stacklevel=3)
         return function(*args, **keywords)
@@ -300,6 +306,7 @@ def with_current_keyword(cls: type, method: str, new_of_old: Mapping[str, str]) 
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
+        """Call the original method with present keywords replaced by the old ones that it takes."""
         return function(*args, **{old_of_new.get(key, key): item for key, item in keywords.items()})
 
     setattr(cls, method, call)
@@ -320,6 +327,7 @@ def old_names(
     """
 
     def find(name: str) -> Any:
+        """Return what a module has under the present name of `name`, with a warning, or ask `otherwise`."""
         new = NAMES[module].get(name)
         if new is not None:
             warn(f"{module}.{name}", f"{module}.{new}", stacklevel=2)

@@ -81,9 +81,9 @@ def test_three_models_are_trained_and_a_second_call_measures_nothing(folder: Pat
     assert "memory" not in outcome.data["equal tokens"]["full"][0]
     assert record["memory"]["units"] == record["alone"]["units"] == [600, 600, 600]
     assert record["memory"]["nats"] != record["alone"]["nats"]
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("held-back*.json")}
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("held-out*.json")}
     assert claim.compare(folder, TINY, messages.append).figures == outcome.figures
-    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("held-back*.json")}
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("held-out*.json")}
     lines = [figure.what for figure in outcome.figures]
     assert sum(what.startswith("equal tokens:") for what in lines) == 5
     assert "equal tokens: transformer_xl, to the same weights read without memory" in lines

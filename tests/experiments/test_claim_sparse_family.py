@@ -154,7 +154,7 @@ def test_the_verdict_on_bp(bits: float, slope: float, verdict: str) -> None:
     }
     outcome = bp.outcome(measurements, bp.PLANS["full"])
     assert outcome.verdict == verdict
-    assert "its form is better by the interval (−0.1" in outcome.note
+    assert "the paper's form is better (−0.1" in outcome.note
     measurements["growth"]["flops"]["bp"][100] = 1000.0
     assert bp.outcome(measurements, bp.PLANS["full"]).verdict != "holds"
 
@@ -298,7 +298,7 @@ def test_a_large_lead_over_a_model_that_sees_more_gets_a_caution() -> None:
 
 
 def test_a_note_gives_the_difference_between_seeds() -> None:
-    assert "One seed" in seeds_note({"a": [record_of(2.0)], "b": [record_of(3.0)]})
+    assert "one seed per model" in seeds_note({"a": [record_of(2.0)], "b": [record_of(3.0)]})
     both = seeds_note({"a": [record_of(2.0), record_of(2.1)], "b": [record_of(3.0), record_of(3.02)]})
     apart = 0.1 * np.random.default_rng(0).uniform(0.9, 1.1, 20).mean()
     assert f"up to {apart:.3f} bits" in both
@@ -306,4 +306,4 @@ def test_a_note_gives_the_difference_between_seeds() -> None:
 
 def test_as_good_as_text() -> None:
     answers = [as_good(Interval(0.0, low, high)) for low, high in ((-0.1, 0.02), (0.021, 0.1), (-0.1, 0.1))]
-    assert answers == ["yes", "no", "open, the interval is too wide"]
+    assert answers == ["yes", "no", "undecided, the interval is too wide"]

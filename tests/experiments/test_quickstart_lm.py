@@ -72,10 +72,10 @@ def test_the_quickstart_reuses_a_model_and_keeps_other_files(
     longspan: Callable[..., Outcome], finished: tuple[Path, int], folder: Path, byte_run: Path, tmp_path: Path
 ) -> None:
     arguments = ["quickstart-lm", "--recipe", folder / "bytes.toml", "--text", folder / "long.txt", "-o", tmp_path]
-    assert "no trained model to keep" in longspan(*arguments, "--reuse").error.splitlines()[-1]
+    assert "no trained model to reuse" in longspan(*arguments, "--reuse").error.splitlines()[-1]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("precious")
-    assert "not a run" in longspan(*arguments).error
+    assert "not a training run" in longspan(*arguments).error
     assert (tmp_path / "run" / "mine").read_text() == "precious"
 
 

@@ -105,11 +105,13 @@ for name, verb in SHOW_VERBS.items():
 
 @show.callback(invoke_without_command=True)
 def _show_help(context: typer.Context) -> None:
+    """Print the help of `longspan show` if no subcommand was given."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
 def _show_version(show: bool) -> None:
+    """Print the version and exit if `--version` was given."""
     if show:
         print(f"longspan {__version__}")
         raise typer.Exit
@@ -125,6 +127,7 @@ def _global_options(
         bool, typer.Option("--debug", help="Show the traceback of an error (or set LONGSPAN_DEBUG=1).")
     ] = False,
 ) -> None:
+    """Accept the options of `longspan` itself; print the help if no command was given."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

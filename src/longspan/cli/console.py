@@ -190,6 +190,7 @@ def reading_progress(what: str, *, every: float = 10.0) -> Iterator[Callable[...
     status, started = StatusLine(every=every, errors=True), time.monotonic()
 
     def show(done: float, total: float = 1.0) -> None:
+        """Update the status line: `done` of `total` as a percentage, and the estimated time left."""
         share = done / max(total, 1)
         left = (time.monotonic() - started) * (1 - share) / share if share else math.nan
         eta = "" if math.isnan(left) else f", {clock(left)} left"

@@ -317,6 +317,7 @@ def plain(figures: Figures) -> dict[str, Any]:
 
 
 def _plain_bucket(bucket: "Bucket") -> dict[str, Any]:
+    """Return a bucket of tokens or words (its range, size, bits per model and difference) as plain data for JSON."""
     return {
         "first": bucket.first,
         "last": None if bucket.last is None else bucket.last - 1,

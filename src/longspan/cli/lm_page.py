@@ -189,6 +189,7 @@ def _picture(
     from longspan.report.figures import line_figure, picture
 
     def draw(theme: "Theme") -> "Figure":
+        """Return the figure in the colors of a theme."""
         return line_figure(series, xlabel=xlabel, ylabel=ylabel, xscale="log2", xticks=xticks, marks=marks, theme=theme)
 
     return picture(name, draw, alt=alt, caption=caption)

@@ -29,8 +29,11 @@ def verb(options: type[Options]) -> Callable[[Callable[[Options], Any]], Callabl
     ]
 
     def decorate(function: Callable[[Options], Any]) -> Callable[..., Any]:
+        """Return a command that collects its keyword arguments in an `options` object and calls `function` with it."""
+
         @functools.wraps(function)
         def call(**values: Any) -> Any:
+            """Call the function with an options object made from the parsed values of the command line."""
             return function(options(**values))
 
         call.__annotations__ = hints

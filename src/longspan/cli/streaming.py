@@ -138,6 +138,7 @@ class Stop:
         return handling(stop_signals(), self._ask)
 
     def _ask(self, *_: object) -> None:
+        """Handle a signal: set `stopping`; raise KeyboardInterrupt on the second one or while input is awaited."""
         again, self.stopping = self.stopping, True
         if again or self.waiting:
             raise KeyboardInterrupt

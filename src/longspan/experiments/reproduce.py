@@ -14,13 +14,13 @@ from longspan.errors import ConfigError
 def reproduce(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="A claim; without one, all claims are listed.", show_default=False),
+        typer.Argument(metavar="[NAME]", help="Name of a claim; without it, list all claims.", show_default=False),
     ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Run at the size of docs/claims.md, which takes longer.")
     ] = False,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of its runs; a second call resumes them.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for its runs; a second call resumes them.")
     ] = Path("out/claims"),
     docs: Annotated[
         Path | None,
@@ -29,8 +29,8 @@ def reproduce(
 ) -> int:
     """Reproduce a claim of a paper at a small size and print its numbers next to the paper's.
 
-    Ctrl-C stops it; the same command resumes it. There is no --device: recipes name the device, as docs/claims.md
-    compares times of different claims.
+    Ctrl-C stops it; the same command resumes it. It has no option --device: recipes set the device, because
+    docs/claims.md compares times of different claims.
 
     Examples:
       longspan reproduce
@@ -70,12 +70,17 @@ def reproduce(
 
 
 def _write_docs(docs: Path) -> int:
+    """Write `docs/claims.md` from the results in `docs/claims/`; return exit status 0.
+
+    Raises:
+        ConfigError: there are no results.
+    """
     from longspan.experiments import claims
     from longspan.files import write_atomically
 
     records = claims.read_results(docs / "claims", claims.names())
     if not records:
-        raise ConfigError(f"{docs / 'claims'}: no results yet; `longspan reproduce NAME --docs {docs}` makes one")
+        raise ConfigError(f"{docs / 'claims'}: no results yet; make one with `longspan reproduce NAME --docs {docs}`")
     text = claims.markdown(records)
     path = write_atomically(docs / "claims.md", lambda to: to.write_text(text, encoding="utf-8"))
     console().print(f"wrote {path}", markup=False)

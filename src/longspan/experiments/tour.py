@@ -1,4 +1,4 @@
-"""What the quickstarts share: options, training, the facts of a page, and the exit."""
+"""Code that both quickstarts share: options, training, the facts of a page, and the exit status."""
 
 import os
 import platform
@@ -20,49 +20,49 @@ if TYPE_CHECKING:
     from longspan.train import Display
 
 OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="DIR", help="Where the run, the figures and the page go.")
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the run, the figures and the page.")
 ]
 AssignmentsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe. Repeatable.", show_default=False),
 ]
-ReuseOption = Annotated[bool, typer.Option("--reuse", help="Use the model that is already in DIR.")]
+ReuseOption = Annotated[bool, typer.Option("--reuse", help="Skip training and use the model that is already in DIR.")]
 
 
 def say_step(number: int, count: int, text: str) -> None:
-    """Announce a step."""
+    """Print the heading of a step, such as `2/4  comparing lengths`."""
     console().print(f"\n[bold]{number}/{count}[/bold]  ", end="")
     console().print(text, markup=False)
 
 
 def train_or_reuse(recipe: Mapping[str, Any], folder: Path, *, reuse: bool, display: "Display") -> None:
-    """Train from scratch, replacing an earlier run in the folder; with `reuse` keep that run.
+    """Train from scratch, replacing an earlier run in the folder; with `reuse`, keep that run instead.
 
     Raises:
-        CheckpointError: the folder holds something that is not a run; or there is no trained model to reuse.
+        CheckpointError: the folder contains files that are not a run, or there is no trained model to reuse.
     """
     from longspan.train import run
 
     if reuse:
         if not (folder / "model").is_dir():
-            raise CheckpointError(f"{folder}: no trained model to keep; leave out --reuse")
+            raise CheckpointError(f"{folder}: no trained model to reuse; leave out --reuse to train one")
         return
     if folder.exists():
         if not (folder / "recipe.json").exists() and any(folder.iterdir()):
-            raise CheckpointError(f"{folder}: holds something that is not a run; choose another --output")
+            raise CheckpointError(f"{folder}: contains files that are not a training run; choose another --output")
         shutil.rmtree(folder)
     if run(recipe, folder, progress=display).interrupted:
         raise KeyboardInterrupt
 
 
 def finish(checks: "list[Check]", path: Path) -> int:
-    """Print the checks and the path of the page; the exit code."""
+    """Print the checks and the path of the page; return the exit status, 1 if a fatal check failed, else 0."""
     from longspan.experiments.checks import check_table
 
     print()
     print_table(check_table(checks))
     failed = [check.name for check in checks if check.failed]
-    print(f"The page, with figures and all numbers: {path}", flush=True)
+    print(f"Report with figures and all numbers: {path}", flush=True)
     if failed:
         say(f"longspan: {len(failed)} check{'s' if len(failed) > 1 else ''} failed: {'; '.join(failed)}")
     return 1 if failed else 0
@@ -70,13 +70,13 @@ def finish(checks: "list[Check]", path: Path) -> int:
 
 @dataclass
 class Clock:
-    """Seconds that each step took."""
+    """Measures the seconds that each step of a quickstart takes."""
 
     started: float = field(default_factory=time.perf_counter)
     laps: dict[str, float] = field(default_factory=dict)
 
     def lap(self, name: str) -> None:
-        """Record the end of the step `name`."""
+        """Record the seconds since the last lap under `name`."""
         self.laps[name] = self.total - sum(self.laps.values())
 
     @property
@@ -86,7 +86,7 @@ class Clock:
 
 
 def machine_facts(seed: int, clock: Clock) -> list[tuple[str, str]]:
-    """Rows of a page's table: seed, threads, versions, time."""
+    """Return rows of a page's table of facts: seed, threads, versions, and time of each step."""
     import torch
 
     laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.laps.items())

@@ -1,4 +1,4 @@
-"""The live table of a training run: a row every few seconds, the same on a terminal and in a file."""
+"""Live table of a training run: a row every few seconds, with equal columns on a terminal and in a file."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ RECALL = (("step", 7), ("correct", 7), ("segments", 9), ("tokens each", 12), *TE
 
 
 class TrainingTable(Display):
-    """A display for `longspan.train.run`.
+    """Shows the progress of `longspan.train.run` as a table with a row every few seconds.
 
     Args:
         columns: `TEXT` for language models, `RECALL` for memory tasks.
@@ -46,7 +46,7 @@ class TrainingTable(Display):
             print(self._aligned([name for name, _ in self.columns]), flush=True)
 
     def step(self, line: dict[str, Any]) -> None:
-        """Show a line of the log."""
+        """Show a line of the training log in the newest row."""
         validation_bits = line.get("validation", {}).get("bits_per_byte")
         if validation_bits is not None:
             self._show_validation(f"{validation_bits:.4f}")
@@ -65,11 +65,13 @@ class TrainingTable(Display):
             self._live.update(self.draw())
 
     def _show_validation(self, text: str) -> None:
+        """Put a held-out loss into the newest row and keep that row."""
         if self._last:
             self._last[2] = text
             self._pin()
 
     def _pin(self) -> None:
+        """Keep the newest row in the table; outside a terminal, print it."""
         self._rows.append(self._last)
         self._pinned = time.monotonic()
         if self._live is None:
@@ -92,10 +94,11 @@ class TrainingTable(Display):
             self._live.stop()
 
     def _aligned(self, row: list[str]) -> str:
+        """Return a row as text, with cells aligned to the widths of the columns."""
         return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(row, self.columns, strict=True)).rstrip()
 
     def draw(self) -> Group:
-        """The table at the current width of the terminal, with the newest step and the evaluation under way."""
+        """Return the table at the current width of the terminal, with the newest row, and the progress bar below it."""
         table = Table(box=None, pad_edge=False, header_style="dim")
         width = terminal_width(sys.stdout)
         shown = self._fitting(width)
@@ -110,7 +113,7 @@ class TrainingTable(Display):
         return Group(table, *([Text(self._evaluation, no_wrap=True)] if self._evaluation else []), bar)
 
     def _fitting(self, width: int) -> list[int]:
-        """Indices of the columns that fit the terminal; memory and speed are dropped first."""
+        """Return indices of the columns that fit the terminal; memory and speed are dropped first."""
         shown = list(range(len(self.columns)))
         for least in ("memory", "tokens/s", "tokens each"):
             if sum(self.columns[index][1] + 2 for index in shown) > width:
@@ -119,16 +122,17 @@ class TrainingTable(Display):
 
 
 def cells(line: dict[str, Any]) -> list[str]:
-    """The cells of a row, from a line of the log."""
+    """Return the cells of a row for a language model, from a line of the training log."""
     return [f"{line['step']:,}", f"{line['bits_per_byte']:.4f}", "", *_running(line)]
 
 
 def recall_cells(line: dict[str, Any]) -> list[str]:
-    """The cells of a row, for a memory task."""
+    """Return the cells of a row for a memory task, from a line of the training log."""
     return [f"{line['step']:,}", f"{line['accuracy']:.0%}", *line["stage"], *_running(line)]
 
 
 def _running(line: dict[str, Any]) -> list[str]:
+    """Return the last cells of a row: tokens per second, memory, and the time left."""
     memory, eta = line.get("memory"), line.get("eta")
     return [
         f"{line['tokens_per_second']:,.0f}",

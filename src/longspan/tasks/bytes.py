@@ -157,6 +157,11 @@ class TilesTask(ByteTask):
         return self.config.tile, self.config.tile, CHANNELS
 
     def _grouped(self, source: str | Sequence[str]) -> tuple[Named, Array]:
+        """Cut images into square tiles, each a document of uint8 bytes; the group is the index of its image.
+
+        Raises:
+            DataError: no image is as large as one tile.
+        """
         size, tiles, owner = self.config.tile, [], []
         for index, (name, pixels) in enumerate(_images(source)):
             for row in range(0, len(pixels) - size + 1, size):
@@ -181,6 +186,11 @@ class MusicTask(ByteTask):
         return -(-self.config.max_bytes // self.config.width), self.config.width
 
     def _grouped(self, source: str | Sequence[str]) -> tuple[Named, Array]:
+        """Read distinct tunes of at most `max_bytes`, each a document of uint8 bytes; related tunes are one group.
+
+        Raises:
+            DataError: the source has no such tune.
+        """
         tunes: dict[bytes, str] = {}
         if source == "music":
             folder = package_folder("music21", "these tunes") / "corpus"

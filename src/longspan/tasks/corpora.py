@@ -205,6 +205,7 @@ def _rows(rows: Any, field: str, name: str, path: Path) -> Iterator[Text]:
     compute = _library("pyarrow.compute", path)
 
     def read(index: int) -> Array:
+        """Read the text of one row as (bytes,) uint8."""
         return _bytes(rows[index].column(field)[0].as_py(), f"{path}: {name}, row {index}", field)
 
     first = 0

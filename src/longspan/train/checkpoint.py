@@ -97,6 +97,7 @@ def save(
     path = folder / f"step-{position.step:08d}"
 
     def fill(filled: Path) -> None:
+        """Write the carried states to the unfinished folder; in the main process also the model and `tensors`."""
         for index, state in enumerate(carried):
             if state is not None:
                 states.save(filled / _state_name(group.rank * len(carried) + index), state)
@@ -105,6 +106,7 @@ def save(
             write_tensors(filled / TRAINING, tensors, {"kind": "training"})
 
     def seal(filled: Path) -> None:
+        """Write the position, and the sizes and digests of all files, to the metadata that completes the checkpoint."""
         files = {file.name: folders.digest(file) for file in sorted(filled.iterdir()) if file.is_file()}
         blocks = len(carried) * group.world_size
         # the digest is of the data as JSON reads it: keys that are numbers become text

@@ -169,6 +169,11 @@ class CurriculumTrainer(TrainingLoop):
         raise NotImplementedError
 
     def _train(self, rate: float) -> Outcome:
+        """Make one training step at `rate` times the learning rate.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
         step = self.position.step
         self.optimization.begin()
         outcome = self.read()
@@ -178,12 +183,15 @@ class CurriculumTrainer(TrainingLoop):
         return outcome
 
     def _line_is_due(self, outcome: Outcome) -> bool:
+        """Return whether a new stage begins, which is logged at once."""
         return outcome.moved
 
     def _figures(self, outcome: Outcome) -> dict[str, Any]:
+        """Return mean loss and accuracy since the last log line, and the stage, for a log line."""
         pending = self.position.pending
         means = {"loss": pending["loss"] / pending["rows"], "accuracy": pending["right"] / pending["rows"]}
         return means | self.stages.columns() | {"new_stage": outcome.moved}
 
     def _display_fields(self) -> dict[str, Any]:
+        """Return the description of the current stage for the progress display."""
         return {"stage": self.stages.words}

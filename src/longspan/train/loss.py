@@ -142,6 +142,16 @@ class _ChunkedNats(FirstOrder):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+        """Return the loss of each row in nats, (rows,), computing the logits of `chunk` rows at a time.
+
+        Args:
+            ctx: context of autograd.
+            hidden: (rows, dim).
+            weight: (classes, dim) of the output layer.
+            bias: (classes,), or None.
+            targets: (rows,) int64.
+            chunk: rows per chunk.
+        """
         kind = hidden.device.type
         narrow = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
         ctx.chunk, ctx.product = chunk, torch.get_autocast_dtype(kind) if narrow else hidden.dtype
@@ -160,6 +170,13 @@ class _ChunkedNats(FirstOrder):
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden, weight and bias, from logits that are computed again chunk by chunk.
+
+        Args:
+            ctx: context of autograd.
+            saved: hidden, weight, bias, targets, and per row the log of the softmax normalizer.
+            gradient: (rows,) gradient of the losses.
+        """
         hidden, weight, bias, targets, scale = saved
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         wide, product = scale.dtype, ctx.product

@@ -21,10 +21,12 @@ def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
     earlier: dict[int, Any] = {}
 
     def restore() -> None:
+        """Set the earlier signal handlers again."""
         for number, handler in earlier.items():
             handle_signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
+        """Handle the first signal: call `stop`, and set the earlier handlers again for a second one."""
         stop()
         restore()
 

@@ -50,9 +50,11 @@ class Trainer(TrainingLoop):
         return f"{self.config.lanes} lanes x {self.config.segment_length} tokens"
 
     def _title(self) -> str:
+        """Return the first line of the display, with the device."""
         return f"{super()._title()}, on {self.group.device}"
 
     def _loop(self, log: Log | None) -> bool:
+        """Train until the end or an interrupt (True), after an evaluation that an earlier process left unfinished."""
         step = self.position.step
         if self._saved_step == step and self._evaluates_at(step) and self._logged() is None:
             # Ctrl-C stopped the evaluation of this step in the earlier process
@@ -60,6 +62,7 @@ class Trainer(TrainingLoop):
         return super()._loop(log)
 
     def _after_step(self, log: Log | None) -> None:
+        """Evaluate on held-out documents if an evaluation is due after this step."""
         if self._evaluates_at(self.position.step):
             # if Ctrl-C stops the evaluation, the loop ends with a checkpoint
             self._evaluate(log, self.config.eval_tokens)
@@ -85,13 +88,16 @@ class Trainer(TrainingLoop):
         return cast(dict[str, Any], figures[-1]) if figures else None
 
     def _train(self, rate: float) -> StepResult:
+        """Make one training step at `rate` times the learning rate, on the next `bptt_segments` batches."""
         batches = [next(self.lanes) for _ in range(self.config.bptt_segments)]
         return self.stepper.step(batches, step=self.position.step, rate=rate)
 
     def _line_is_due(self, outcome: StepResult) -> bool:
+        """Return whether a log line is due between the regular ones: after the last step."""
         return self._done
 
     def _figures(self, outcome: StepResult) -> dict[str, Any]:
+        """Return loss, bits per unit, gradient norm and epoch for a log line."""
         pending = self.position.pending
         return {
             "loss": pending["nats"] / max(pending["tokens"], 1),

@@ -214,6 +214,7 @@ def _print(rows: list[dict[str, Any]], length: int) -> None:
     from longspan.report import Table
 
     def key_range(keys: list[float]) -> str:
+        """Format the smallest and the largest of several mean key counts, `3.0 to 8.5`, or one number if they agree."""
         low, high = (f"{value:.1f}" for value in (min(keys), max(keys)))
         return low if low == high else f"{low} to {high}"
 

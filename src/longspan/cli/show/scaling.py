@@ -155,6 +155,7 @@ def check_same_text(runs: list[str]) -> None:
     from longspan.files import read_json
 
     def read(run: str) -> tuple[dict[str, Any], str]:
+        """Return the `[task]` table of a run without its cache folder, and the text of its tokenizer.json or ""."""
         # the folder of cached token ids does not matter
         task = {**read_json(Path(run) / "recipe.json")["task"], "cache": None}
         tokenizer = Path(run) / "tokenizer.json"

@@ -97,6 +97,10 @@ def _dynamic_spans(
     counts = dict.fromkeys(totals, 0)
 
     def watch(core: "AdaptiveSpanMechanism", arguments: tuple[Any, ...], keywords: dict[str, Any], _out: Any) -> None:
+        """Add the spans of a layer's real tokens to `totals`, by head, and their number to `counts`.
+
+        Called after each forward pass of an adaptive_span layer, with its positional and keyword arguments.
+        """
         real = arguments[4].real_columns()
         totals[id(core)] += (core.token_spans(keywords["hidden"]) * real[:, None]).sum((0, 2)).cpu().double()
         counts[id(core)] += int(real.sum())

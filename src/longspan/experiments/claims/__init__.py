@@ -43,12 +43,12 @@ _CLAIMS = {claim.name: claim for claim in _ALL}
 
 
 def names() -> list[str]:
-    """All claims, in the order of docs/claims.md."""
+    """Return the names of all claims, in the order of docs/claims.md."""
     return list(_CLAIMS)
 
 
 def find(name: str) -> Claim:
-    """A claim by its name.
+    """Return the claim of a name.
 
     Raises:
         ConfigError: there is no such claim; the message suggests the nearest name.

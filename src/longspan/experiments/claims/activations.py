@@ -26,7 +26,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def measure_step(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, float]:
-    """Measure a forward and backward pass that computes gradients of `parameters`.
+    """Measure memory and time of a forward and backward pass that computes gradients of `parameters`.
 
     Returns:
         "saved": bytes that autograd stores after the forward pass, without parameters. "peak": peak resident bytes
@@ -36,13 +36,14 @@ def measure_step(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[s
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
+        """Count the bytes of a tensor that autograd saves, unless it is a parameter; return the tensor unchanged."""
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
         return t
 
     if not forget_peak():
-        raise UnsupportedError("the peak of memory is read from /proc, which only Linux has")
+        raise UnsupportedError("peak memory is read from /proc, which exists on Linux only; run this claim there")
     before, begin = resident_bytes(), time.process_time()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         total = loss()
@@ -57,7 +58,7 @@ def measure_step(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[s
 
 
 def blocks(mode: str, layers: int, length: int, dim: int, mixers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Measure a step of a model of 4 heads with dropout on one text of random tokens.
+    """Measure a training step of a model with 4 heads and dropout on one text of random tokens.
 
     Args:
         mode: a key of `MODES`.
@@ -74,7 +75,7 @@ def blocks(mode: str, layers: int, length: int, dim: int, mixers: Sequence[dict[
 
 
 def in_own_process(command: Sequence[str]) -> dict[str, float]:
-    """The JSON that a Python program prints, run in a process of its own so that its peak is its own.
+    """Run a Python program in a separate process, whose peak memory is then its own, and return the JSON it prints.
 
     malloc gives every tensor pages of its own there, so freed memory returns to the system and fragmentation does not
     count as memory in use.
@@ -89,12 +90,12 @@ def in_own_process(command: Sequence[str]) -> dict[str, float]:
 
 
 def blocks_alone(*arguments: Any, threads: int = 1) -> dict[str, float]:
-    """`blocks(*arguments)` in a process of its own."""
+    """Return `blocks(*arguments)`, measured in a separate process with a number of threads."""
     code = "import json, sys; from longspan.experiments.claims.activations import main; main(*json.loads(sys.argv[1]))"
     return in_own_process(["-c", code, json.dumps([threads, *arguments])])
 
 
 def main(threads: int, *arguments: Any) -> None:
-    """Run `blocks` and print its numbers as JSON; the program of `blocks_alone`."""
+    """Run `blocks` and print its numbers as JSON; the program that `blocks_alone` starts."""
     torch.set_num_threads(threads)
     print(json.dumps(blocks(*arguments)))

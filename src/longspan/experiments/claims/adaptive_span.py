@@ -73,9 +73,9 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Recipes of the models, which differ from `recipes/lm/adaptive_span.toml` in their mixer alone.
+    """Return the recipes of the models, which differ from `recipes/lm/adaptive_span.toml` in their mixer only.
 
-    The short window is as long as learned spans are at initialization, so the difference to it is what learning adds.
+    The short window equals the initial length of learned spans, so the difference from it is what learning adds.
     """
     mixers = {
         FIXED: {"name": "window", "window": plan.max_span},
@@ -86,7 +86,7 @@ def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
-    """Spans by layer, FLOPs per token and time of both models, for one seed."""
+    """Return the learned spans by layer, and FLOPs per token and time of both models, for one seed."""
     models = {name: load_run(run_folder(folder, name, seed))[0] for name in (FIXED, ADAPTIVE)}
     tokens = torch.randint(256, (1, plan.length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -103,6 +103,7 @@ def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
 
 
 def _reading(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
+    """Return a function without arguments that runs the model on tokens (1, length), for timing."""
     return lambda: model.last(tokens)
 
 
@@ -117,21 +118,30 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _saved(looks: list[dict[str, Any]], key: str) -> float:
-    """Share of the fixed model's cost that the adaptive one saves, mean over seeds."""
+    """Return the share of the fixed model's cost that the adaptive one saves, a mean over seeds."""
     return 1 - statistics.mean(float(look[key][ADAPTIVE] / look[key][FIXED]) for look in looks)
 
 
 def _beyond(models: ModelRecords) -> Interval:
-    """Bits per character of learned spans minus those of the short window."""
+    """Return bits per character of learned spans minus those of the short fixed window."""
     return difference(models[ADAPTIVE], models[SHORT])
 
 
 def _figures(
     models: ModelRecords, looks: list[dict[str, Any]], spans: list[float], layers: list[list[float]], plan: Plan
 ) -> list[Figure]:
+    """Return the rows of the results table.
+
+    Args:
+        models: evaluations of all models.
+        looks: what `inspect_heads` returned, per seed.
+        spans: learned spans of all heads, layers and seeds.
+        layers: the same spans by layer.
+        plan: sizes.
+    """
     near = sum(value < NEAR for value in spans) / len(spans)
     flops, counted = looks[0]["flops"], looks[0]["counted"]
-    papers = {ADAPTIVE: "as good: enwik8 1.02 (12 layers; Transformer-XL 1.06)"}
+    papers = {ADAPTIVE: "equally good: enwik8 1.02 (12 layers; Transformer-XL 1.06)"}
     return [
         *bit_figures(models, FIXED, papers, "bits per character"),
         Figure(f"adaptive minus fixed spans of {RAMP}", "", f"{signed(_beyond(models))} bits per character"),
@@ -149,7 +159,7 @@ def _figures(
             f"{_saved(looks, 'flops'):.0%} fewer",
         ),
         Figure(
-            "the same by the convention of scaling laws (pairs attended to)",
+            "forward FLOPs per character by the convention of scaling laws (pairs attended to)",
             "",
             f"{counted[ADAPTIVE] / 1e6:.2f} M against {counted[FIXED] / 1e6:.2f} M: "
             f"{_saved(looks, 'counted'):.0%} fewer",
@@ -163,7 +173,7 @@ def _figures(
 
 
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     models, looks = measured["models"], measured["looks"]
     spans = [value for look in looks for layer in look["spans"] for value in layer]
     layers = by_layer(looks, "spans")
@@ -178,15 +188,15 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
         figures=_figures(models, looks, spans, layers, plan),
         size=f"4 layers of 128 with 4 heads, spans of at most {plan.max_span:,}, ramp {RAMP}, bytes of State of the "
         f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with "
-        f"carried states, AdamW (the paper: Adagrad), {plan.contest.seeds} seed(s); held out: the first "
+        f"carried states, AdamW (the paper: Adagrad), {plan.contest.seeds} seed(s); held-out text: the first "
         f"{plan.contest.head:,} bytes of {len(models[FIXED][0]['names'])} speeches; {INTERVALS}",
-        note=f"As good (the upper end of the interval at most {EQUAL} bits per character): {as_good(gap)}, "
-        f"{signed(gap)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads below {NEAR} "
-        f"characters and one beyond {FAR:.0%} of the maximum: {'yes' if uneven else 'no'}. The model is small and "
-        "trained briefly, so it uses little distant context, and short spans cost it little."
+        note=f"Matches fixed spans (the upper end of the interval is at most {EQUAL} bits per character): "
+        f"{as_good(gap)}, {signed(gap)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads "
+        f"below {NEAR} characters and one beyond {FAR:.0%} of the maximum: {'yes' if uneven else 'no'}. The model is "
+        "small and trained briefly, so it uses little distant context, and short spans cost it little."
         + seeds_note(models)
         + caution(gap, "attention over the whole maximum")
-        + f" Gain of learned spans over fixed ones of {RAMP} characters: {signed(_beyond(models))}.",
+        + f" Learned spans minus fixed ones of {RAMP} characters: {signed(_beyond(models))}.",
         data=dict(measured),
         pictures=[
             head_figure(
@@ -204,8 +214,8 @@ ADAPTIVE_SPAN = Claim(
     name="adaptive-span",
     system="Adaptive Span",
     source="Sukhbaatar et al. 2019, sections 3.2 and 3.3, tables 1 and 2, figures 3 and 4",
-    text="Every head learns its span: most need fewer than 100 characters, a few many more, and the model is as good "
-    "as one with fixed spans of the same maximum at a fraction of the FLOPs.",
+    text="Every head learns its span: most need fewer than 100 characters, a few need many more, and the model matches "
+    "one with fixed spans of the same maximum at a fraction of the FLOPs.",
     measure=measure,
     minutes={"small": 0.3, "full": 9},
     plans=PLANS,

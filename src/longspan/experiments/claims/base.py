@@ -15,13 +15,13 @@ Say = Callable[[str], None]
 
 
 def graded(whole: bool, part: bool) -> Verdict:
-    """The verdict on a claim of which the whole or a part is met."""
+    """Return the verdict on a claim that is met as a whole, in part, or not at all."""
     return "holds" if whole else "holds in part" if part else "does not hold"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number next to the paper's.
+    """One measured number next to the paper's.
 
     Attributes:
         what: the quantity.
@@ -36,7 +36,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The outcome of a reproduction.
+    """The result of a reproduction: verdict, numbers and plots.
 
     Attributes:
         verdict: whether the claim holds.
@@ -59,7 +59,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim of a paper.
+    """A statement of a paper, and how to measure it.
 
     Attributes:
         name: its name for `longspan reproduce`.
@@ -80,10 +80,10 @@ class Claim:
     plans: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, folder: Path, size: Size, say: Say) -> Outcome:
-        """Measure the claim at a size."""
+        """Measure the claim at a size; files in `folder` let a second call resume."""
         return self.measure(folder, self.plans.get(size), say)
 
 
 def signed(interval: Interval) -> str:
-    """A difference with its interval, as text."""
+    """Format a difference with its interval as text, with explicit signs and four digits."""
     return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]".replace("-", "−")

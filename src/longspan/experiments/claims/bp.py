@@ -9,7 +9,7 @@ import numpy as np
 
 from longspan import mixers, tasks
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
-from longspan.experiments.claims.bp_forms import DENSE, PERSIST, RECOMPUTED, compare_forms
+from longspan.experiments.claims.bp_forms import DENSE, LABELS, PERSIST, RECOMPUTED, compare_forms
 from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -78,12 +78,12 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """Dense attention, and `recipes/lm/bp.toml` with enough levels to cover the text."""
+    """Return the recipes of dense attention, and of BP-Transformer with enough levels to cover the text."""
     return {DENSE: recipe_of("full"), BP: recipe_with({"name": "bp", "k": NEAREST, "max_level": 10}, "bp")}
 
 
 def growth() -> dict[str, dict[str, dict[int, float]]]:
-    """FLOPs of a layer's attention and mean number of nodes that a token attends to, by length; computed."""
+    """Compute, by length, the FLOPs of a layer's attention and the mean number of nodes that a token attends to."""
     shape: dict[str, Any] = {"dim": 128, "num_heads": 4}
     layers = {DENSE: mixers.build("full", **shape), BP: mixers.build("bp", k=NEAREST, max_level=16, **shape)}
     flops = {name: {length: float(layer.core.flops(length)) for length in LENGTHS} for name, layer in layers.items()}
@@ -92,7 +92,7 @@ def growth() -> dict[str, dict[str, dict[int, float]]]:
 
 
 def nodes(length: int) -> float:
-    """Mean number of tokens and spans that a token attends to, over evenly spaced tokens."""
+    """Return the mean number of tokens and spans that a token attends to, over evenly spaced tokens."""
     positions = np.linspace(0, length - 1, SAMPLED).astype(int).tolist()
     return float(np.mean([len(spans(position, length, NEAREST, length.bit_length())) for position in positions]))
 
@@ -118,9 +118,18 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 def _figures(
     measured: Mapping[str, Any], slopes: Mapping[str, float], persisting: Interval, plan: Plan
 ) -> list[Figure]:
+    """Return the rows of the results table.
+
+    Args:
+        measured: evaluations (`models`, `forms`) and computed costs (`growth`).
+        slopes: exponent of the growth of FLOPs with the length, by model.
+        persisting: bits per byte of persistent spans minus those of recomputed spans.
+        plan: sizes.
+    """
     forms, grown = measured["forms"], measured["growth"]
+    labeled = {LABELS.get(name, name): records for name, records in forms.items()}
     return [
-        *bit_figures(measured["models"], DENSE, {BP: "as good or better: enwik8 1.02 (Transformer-XL 1.06)"}),
+        *bit_figures(measured["models"], DENSE, {BP: "equally good or better: enwik8 1.02 (Transformer-XL 1.06)"}),
         *(
             Figure(
                 f"FLOPs of a layer's attention, {name}",
@@ -135,7 +144,7 @@ def _figures(
             "k log(n / k)",
             ", ".join(f"{length:,}: {value:.0f}" for length, value in grown["nodes"][BP].items()),
         ),
-        *bit_figures(forms, DENSE, {}, f"bits per byte on texts of {plan.train.segment_length}"),
+        *bit_figures(labeled, DENSE, {}, f"bits per byte on texts of {plan.train.segment_length}"),
         Figure(
             "spans that persist through the layers, minus spans recomputed per layer",
             "the paper's form",
@@ -152,7 +161,7 @@ def _figures(
 
 
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     models, forms = measured["models"], measured["forms"]
     gap = differences(models, DENSE)[BP]
     persisting = difference(forms[PERSIST], forms[RECOMPUTED])
@@ -167,19 +176,19 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
         # FLOPs are computed, not measured, so they alone decide nothing
         verdict=verdict_of(met, [gap]) if good else "does not hold",
         figures=_figures(measured, slopes, persisting, plan),
-        size=f"contest with dense: 4 layers of 128 with 4 heads, {NEAREST} spans per level, bytes of State of the "
-        f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} texts of {settings['segment_length']} "
-        f"bytes, {plan.contest.seeds} seed(s). Forms: {plan.fields['num_layers']} layers of {plan.fields['dim']}, "
-        f"{plan.nearest} spans per level, {plan.train.steps:,} steps of {plan.train.lanes} texts of {short} bytes, "
-        f"{plan.seeds} seed(s), pre-norm; dense with RoPE, the others with positions of the tree only. Held out: "
-        f"the first {plan.contest.head:,} bytes of {len(models[DENSE][0]['names'])} speeches, for the forms "
-        f"{plan.head:,} of {len(forms[DENSE][0]['names'])}, in texts as long; {INTERVALS}. FLOPs and nodes are "
-        "computed",
-        note=f"As good as dense (the upper end of the interval at most {EQUAL} bits per byte): "
+        size=f"comparison with dense attention: 4 layers of 128 with 4 heads, {NEAREST} spans per level, bytes of "
+        f"State of the Union speeches, {settings['steps']:,} steps of {settings['lanes']} texts of "
+        f"{settings['segment_length']} bytes, {plan.contest.seeds} seed(s). Forms: {plan.fields['num_layers']} layers "
+        f"of {plan.fields['dim']}, {plan.nearest} spans per level, {plan.train.steps:,} steps of {plan.train.lanes} "
+        f"texts of {short} bytes, {plan.seeds} seed(s), pre-norm; dense attention with RoPE, the others with tree "
+        f"positions only. Held-out text: the first {plan.contest.head:,} bytes of {len(models[DENSE][0]['names'])} "
+        f"speeches, for the forms {plan.head:,} of {len(forms[DENSE][0]['names'])}, cut into texts of that length; "
+        f"{INTERVALS}. FLOPs and nodes are computed",
+        note=f"Matches dense attention (the upper end of the interval is at most {EQUAL} bits per byte): "
         f"{as_good(gap)}, {signed(gap)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
-        f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library recomputes spans in every layer, the paper "
-        f"keeps them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). The "
-        "verdict does not depend on it. All models are small and trained briefly."
+        f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library recomputes spans in every layer; in "
+        f"the paper they persist. At this size the paper's form is {better} ({signed(persisting)} bits per byte), "
+        "which does not affect the verdict. All models are small and trained briefly."
         + seeds_note(models)
         + caution(gap, "dense attention"),
         data=dict(measured),
@@ -188,7 +197,7 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
                 "bp",
                 measured["growth"]["nodes"],
                 ylabel="tokens and spans that a token attends to, on average",
-                alt="What a token attends to against the length, dense attention and BP-Transformer, both logarithmic.",
+                alt="Number of tokens and spans that a token attends to against the length, both axes logarithmic.",
             )
         ],
         seconds=seconds_of(models) + seconds_of(forms),
@@ -199,7 +208,7 @@ BP_TRANSFORMER = Claim(
     name="bp",
     system="BP-Transformer",
     source="Ye et al. 2019, sections 3 and 4.2, table 3",
-    text="Attention to near tokens one by one and to far ones as coarser and coarser spans costs n log n and models "
+    text="Attention to near tokens individually and to far ones as increasingly coarse spans costs n log n and models "
     "text as well as dense attention.",
     measure=measure,
     minutes={"small": 0.5, "full": 8},

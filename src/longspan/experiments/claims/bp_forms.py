@@ -26,11 +26,13 @@ from longspan.train.step import Stepper
 
 PERSIST, RECOMPUTED, DENSE = "spans that persist", "spans made anew", "dense"  # keys of saved records
 FORMS = (DENSE, RECOMPUTED, PERSIST)
+LABELS = {RECOMPUTED: "spans recomputed per layer"}
+"""Names of forms in tables, where they differ from the keys."""
 _STD = 0.02
 
 
 class PersistentSpans(nn.Module):
-    """A causal language model over the paper's graph, for one call of at most `length` tokens.
+    """Causal language model over the paper's graph of tokens and spans, for calls of at most `length` tokens.
 
     Apart from attention it is a Decoder: embedding, pre-norm (the paper: post-norm), projections and feed-forward, for
     tokens and spans alike. Spans start as zeros and pass through the layers.
@@ -46,7 +48,7 @@ class PersistentSpans(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        """It reads a whole text in one call."""
+        """Capabilities for the trainer and the evaluation: causal, and without streaming."""
         return Traits(bidirectional=False, streams=False)
 
     def forward(
@@ -58,7 +60,7 @@ class PersistentSpans(nn.Module):
         reset: Tensor | None = None,
         aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, None]:
-        """Logits (batch, length, vocabulary) of tokens (batch, length), one text per row; padding is never seen."""
+        """Return logits (batch, length, vocabulary) of tokens (batch, length), one text per row, and None."""
         count = tokens.shape[1]
         h = self.decoder.embedding(F.pad(tokens, (0, self.length - count)))
         nodes = torch.cat([h, h.new_zeros(len(h), len(self.graph.relative_places) - self.length, h.shape[2])], 1)
@@ -74,24 +76,24 @@ class PersistentSpans(nn.Module):
 
     @property
     def redraw_count(self) -> int:
-        """Always 0: the model has no random projections."""
+        """Number of times that random projections were redrawn; always 0, as the model has none."""
         return 0
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Does nothing."""
+        """Do nothing; the trainer calls this after every step."""
 
     def num_parameters(self) -> int:
-        """Number of parameters."""
+        """Return the number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups of the decoder, and relative positions without weight decay."""
+        """Return optimizer groups: those of the decoder, and relative positions without weight decay."""
         tree = {"name": "tree", "params": list(self.relative), "lr": lr, "weight_decay": 0.0}
         return [*self.decoder.parameter_groups(lr=lr, weight_decay=weight_decay), tree]
 
 
 def build_form(form: str, length: int, nearest: int, **fields: Any) -> Any:
-    """Build a model of a form; `fields` are those of its decoder.
+    """Build a model of one of the `FORMS`; `fields` are those of its decoder.
 
     Positions come from the tree, or from RoPE in the dense model.
     """
@@ -103,7 +105,7 @@ def build_form(form: str, length: int, nearest: int, **fields: Any) -> Any:
 
 
 def fit(model: Any, documents: Documents, config: TrainConfig) -> float:
-    """Train on texts of `segment_length` tokens, one per row; returns the seconds it took."""
+    """Train on texts of `segment_length` tokens, one per row; return the seconds that it took."""
     length = config.segment_length
     windows = cut(documents.lengths, Window(length, length))
     texts = windowed(documents, windows[windows[:, 3] - windows[:, 1] == length])
@@ -131,6 +133,7 @@ def compare_forms(
     length = config.segment_length
 
     def measured(form: str, seed: int) -> dict[str, Any]:
+        """Train one form with one seed and return its evaluation, number of parameters and training time."""
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             model = build_form(form, length, nearest, **fields)

@@ -34,7 +34,7 @@ for _kind in ("mean", "max", "dilated", "most_used"):
     MIXERS[f"compressive, {_kind}"] = {**MIXERS[OURS], "compression": _kind}
 QUARTERS = 4
 RARE = 100
-"""a word is rare if it occurs less often in the training text"""
+"""a word is rare if it occurs fewer times than this in the training text"""
 
 
 PLANS: dict[str, Plan] = {
@@ -44,14 +44,14 @@ PLANS: dict[str, Plan] = {
 
 
 def recipe_of(name: str, seed: int, plan: Contest) -> dict[str, Any]:
-    """The recipe of quickstart-lm with another memory."""
+    """Return the recipe of quickstart-lm with the mixer `name` and a seed."""
     recipe = read_recipe("quickstart-lm", seed=seed, eval_every=0, final_eval_tokens=2000, threads=1, **plan.train)
     recipe["model"]["mixers"] = [MIXERS[name]]
     return recipe
 
 
 def losses(folder: Path, model: Any, documents: Any, plan: Contest) -> list[Array]:
-    """Loss at every position of each held-out document, read from the file of an earlier call if there is one."""
+    """Return the loss at every position of each held-out document, from the file of an earlier call if there is one."""
     path = folder / f"places-{plan.documents}x{plan.head}.safetensors"
     if not path.is_file():
         nats = lm.place_nats(model, documents, chunk=SEGMENT)
@@ -87,7 +87,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def mean_of(parts: Sequence[Sequence[Array]]) -> list[Array]:
-    """Losses by position, averaged over seeds."""
+    """Average losses over seeds, position by position, for each document."""
     return [np.stack(document_losses).mean(0, dtype=np.float64) for document_losses in zip(*parts, strict=True)]
 
 
@@ -100,7 +100,7 @@ def outcome(
     seconds: float,
     behind: Sequence[float],
 ) -> Outcome:
-    """The verdict and the numbers next to the paper's.
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots.
 
     `behind` is the training loss minus that of Transformer-XL, by quarters of the training.
     """
@@ -123,7 +123,7 @@ def outcome(
                 f"bits per byte, {name}",
                 paper,
                 f"{value.value:.4f}"
-                + (f" ({signed(minus)} to Transformer-XL)" if name != PEER else "")
+                + (f" ({signed(minus)} relative to Transformer-XL)" if name != PEER else "")
                 + f", {len(parts)} seed{'s' if len(parts) > 1 else ''}, {parameters[name]:,} parameters",
             )
         )
@@ -155,12 +155,12 @@ def outcome(
         figures=figures,
         size=f"4 layers of 128, segments of {SEGMENT}, {plan.train['steps']:,} steps of 1,024 bytes of State of the "
         "Union speeches; both see 128 states before a segment, of which the Compressive Transformer's older 64 "
-        f"summarize {MIXERS[OURS]['ratio']} tokens each; held out: the first {plan.head:,} bytes of "
+        f"summarize {MIXERS[OURS]['ratio']} tokens each; held-out text: the first {plan.head:,} bytes of "
         f"{len(counts.names)} speeches; 95 % intervals by bootstrap over documents, losses averaged over seeds",
-        note="Holds: better over all bytes and in every bucket of words that occur less than "
-        f"{RARE} times in the training text, with intervals below zero, and more bits gained per rare word than per "
-        "frequent one; in part: one of the first two. A layer reaches 320 bytes before its "
-        "segment instead of 128. The paper's models are hundreds of times larger and trained on books.",
+        note=f"It holds if the loss is lower over all bytes and in every bucket of words that occur fewer than {RARE} "
+        "times in the training text, with intervals below zero, and more bits are gained per rare word than per "
+        "frequent one; in part if one of the first two is met. A layer reaches 320 bytes before its segment instead "
+        "of 128. The paper's models are hundreds of times larger and trained on books.",
         data=data,
         pictures=[_picture(buckets)],
         seconds=seconds,
@@ -168,18 +168,20 @@ def outcome(
 
 
 def _gain(buckets: Sequence[lm.Bucket]) -> float:
-    """Difference in bits per word over all buckets, below zero if ours is better."""
+    """Return the mean difference in bits per word over some buckets, below zero if the compressed memory is better."""
     gains = [bucket.gain.value for bucket in buckets if bucket.gain is not None]
     return float(np.average(gains, weights=[bucket.amount for bucket in buckets]))
 
 
 def _seen(bucket: lm.Bucket) -> str:
+    """Return the range of word frequencies in a bucket as text, such as "10 to 99"."""
     if bucket.last is None:
         return f"{bucket.first:,} and more"
     return f"{bucket.first:,}" if bucket.last == bucket.first + 1 else f"{bucket.first:,} to {bucket.last - 1:,}"
 
 
 def _picture(buckets: Sequence[lm.Bucket]) -> Picture:
+    """Plot the difference in bits per word to Transformer-XL against the frequency of words."""
     gains = [bucket.gain for bucket in buckets if bucket.gain is not None]
     series = interval_series(range(len(gains)), gains, kind="points")
     return picture_of(

@@ -15,8 +15,8 @@ from longspan.tasks.base import Documents, heads
 from longspan.train import Interval
 
 EQUAL = 0.02
-"""bits per byte: a model is as good as another if the upper end of the interval of their difference is at most this.
-Models that the papers call equal differ by 0.01 to 0.02 in their own tables."""
+"""bits per byte: a model matches another if the upper end of the interval of their difference is at most this. Models
+that the papers call equal differ by 0.01 to 0.02 in their own tables."""
 LEAD = 0.1
 """bits per byte: a larger lead over a model that sees at least as much shows that it has hardly started to learn. Then
 a claim holds at most in part. This rule was added after the first results; it can only weaken a verdict."""
@@ -28,7 +28,7 @@ ModelRecords = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """Sizes: training seeds, held-out text, and the fields of `[train]` that all models share."""
+    """Sizes of a comparison: training seeds, held-out text, and the fields of `[train]` that all models share."""
 
     seeds: int
     head: int
@@ -40,26 +40,26 @@ class Contest:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The contest of two models, and names of extra models, which are trained with one seed."""
+    """A comparison of two models, and names of extra models, which are trained with one seed."""
 
     contest: Contest
     extra_models: tuple[str, ...] = ()
 
 
 def recipe_with(mixer: Mapping[str, Any], name: str = "full") -> dict[str, Any]:
-    """The recipe `lm/NAME.toml` with another mixer."""
+    """Return the recipe `lm/NAME.toml` with another mixer."""
     recipe = recipe_of(name)
     recipe["model"]["mixers"] = [dict(mixer)]
     return recipe
 
 
 def run_folder(folder: Path, name: str, seed: int) -> Path:
-    """Folder of a run of a contest."""
+    """Return the folder of the run of a model and a seed."""
     return folder / name.replace(",", "").replace(" ", "-") / f"seed-{seed}"
 
 
 def evenly(documents: Documents, count: int) -> Documents:
-    """`count` of the documents, evenly spaced; all of them if `count` is 0 or larger than their number."""
+    """Return `count` evenly spaced documents; all of them if `count` is 0 or larger than their number."""
     if not count or count >= len(documents):
         return documents
     chosen = [index * len(documents) // count for index in range(count)]
@@ -92,22 +92,22 @@ def contest(folder: Path, recipes: Mapping[str, Mapping[str, Any]], plan: Contes
 
 
 def by_layer(looks: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
-    """Values of `key` by layer, the heads of all seeds joined."""
+    """Return the values of `key` by layer, with the heads of all seeds in one list."""
     return [[value for look in looks for value in look[key][index]] for index in range(len(looks[0][key]))]
 
 
 def numbers(values: Sequence[float], digits: int = 0) -> str:
-    """Values as text, with a number of decimal digits."""
+    """Format values with a number of decimal digits, separated by commas."""
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 def differences(models: ModelRecords, base: str) -> dict[str, Interval]:
-    """Bits per byte of every other model minus those of `base`."""
+    """Return bits per byte of every other model minus those of `base`, with intervals."""
     return {name: difference(records, models[base]) for name, records in models.items() if name != base}
 
 
 def bit_figures(models: ModelRecords, base: str, paper: Mapping[str, str], what: str = "bits per byte") -> list[Figure]:
-    """One line per model: its bits per byte, and the difference to `base`."""
+    """Return one row per model for the results table: its bits per byte, and the difference to `base`."""
     gap = differences(models, base)
     figures = []
     for name, records in models.items():
@@ -116,7 +116,7 @@ def bit_figures(models: ModelRecords, base: str, paper: Mapping[str, str], what:
         if len(seed_bits) > 1:
             ours += f" (seeds {', '.join(f'{value:.4f}' for value in seed_bits)})"
         if name in gap:
-            ours += f"; {signed(gap[name])} to {base}"
+            ours += f"; {signed(gap[name])} relative to {base}"
         figures.append(
             Figure(f"{what}, {name}", paper.get(name, ""), f"{ours}; {records[0]['parameters']:,} parameters")
         )
@@ -124,40 +124,40 @@ def bit_figures(models: ModelRecords, base: str, paper: Mapping[str, str], what:
 
 
 def as_good(lead: Interval) -> str:
-    """Whether a model is as good, as text: `EQUAL` is above, below or within the interval."""
-    return "yes" if lead.high <= EQUAL else "no" if lead.low > EQUAL else "open, the interval is too wide"
+    """Say whether a model matches another: "yes", "no", or undecided if `EQUAL` lies within the interval."""
+    return "yes" if lead.high <= EQUAL else "no" if lead.low > EQUAL else "undecided, the interval is too wide"
 
 
 def verdict_of(met: Sequence[bool], leads: Sequence[Interval]) -> Verdict:
-    """Whether all parts are met, or some, or none; at most in part if a lead is too large to be credible."""
+    """Return the verdict: all parts are met, some, or none; at most in part if a lead is too large to be credible."""
     return graded(all(met) and not any(map(doubtful, leads)), any(met))
 
 
 def doubtful(lead: Interval) -> bool:
-    """Whether a lead is larger than differences between fully trained models."""
+    """Return whether a lead is larger than differences between fully trained models, so that it proves little."""
     return lead.high < -LEAD
 
 
 def caution(lead: Interval, what: str) -> str:
-    """A sentence for the note if a model is far better than `what`, which sees more; else empty."""
+    """Return a sentence for the note if a model is far better than `what`, which sees more; else an empty text."""
     if not doubtful(lead):
         return ""
     return (
-        f" A lead of more than {LEAD} shows that {what} has not yet learned in so few steps which keys matter, while "
-        "near ones are a good guess; it says nothing about fully trained models such as the paper's. So the "
+        f" A lead of more than {LEAD} shows that {what} has not yet learned in this short training which keys matter, "
+        "while near ones are a good guess; it says nothing about fully trained models such as the paper's. So the "
         "claim holds at most in part (a rule added after the first results)."
     )
 
 
 def seeds_note(models: ModelRecords) -> str:
-    """A sentence for the note on differences between seeds of one model."""
+    """Return a sentence for the note about differences between seeds of one model."""
     bits_by_model = [[as_trained(record).bits_per_unit for record in records] for records in models.values()]
     if len(bits_by_model[0]) == 1:
-        return " One seed, so differences are those of these trainings only."
+        return " With one seed per model, differences apply to these trainings only."
     widest = max(max(values) - min(values) for values in bits_by_model)
     return f" Seeds of one model differ by up to {widest:.3f} bits, which the intervals do not cover."
 
 
 def seconds_of(models: ModelRecords) -> float:
-    """Seconds of training of all runs."""
+    """Return the seconds of training of all models and seeds."""
     return float(sum(record["seconds"] for records in models.values() for record in records))

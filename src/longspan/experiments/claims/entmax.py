@@ -67,13 +67,13 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Recipes of the two models, which differ from `recipes/lm/entmax.toml` in their mixer alone."""
+    """Return the recipes of the two models, which differ from `recipes/lm/entmax.toml` in their mixer only."""
     mixers: dict[str, dict[str, Any]] = {SOFTMAX: {"name": "window"}, LEARNED: {"name": "entmax", "alpha_init": 1.5}}
     return {name: recipe_with({**mixer, "window": plan.window}, "entmax") for name, mixer in mixers.items()}
 
 
 def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
-    """Alphas by layer, and per head the number of keys with a nonzero weight and of visible keys, on held-out text."""
+    """Return alphas by layer, and per head how many keys are visible and have a nonzero weight on held-out text."""
     models = {name: load_run(run_folder(folder, name, seed)) for name in (SOFTMAX, LEARNED)}
     model, task = models[LEARNED]
     tokens = torch.randint(256, (4, plan.window), generator=torch.Generator().manual_seed(seed))
@@ -92,6 +92,7 @@ def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
 
 
 def _training(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
+    """Return a function without arguments, to be timed: a forward and backward pass on tokens (batch, length)."""
     return lambda: model(tokens)[0].sum().backward()
 
 
@@ -106,10 +107,18 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _figures(models: ModelRecords, looks: list[dict[str, Any]], spreads: list[float], share: float) -> list[Figure]:
+    """Return the rows of the results table.
+
+    Args:
+        models: evaluations of both models.
+        looks: what `inspect_heads` returned, per seed.
+        spreads: range of the learned alphas, per seed.
+        share: share of visible keys with a nonzero weight.
+    """
     alphas, sizes = by_layer(looks, "alpha"), by_layer(looks, "sizes")
     times = [look["seconds"][LEARNED] / look["seconds"][SOFTMAX] for look in looks]
     return [
-        *bit_figures(models, SOFTMAX, {LEARNED: "as good: 26.93 BLEU against 26.02 (EN-DE)"}),
+        *bit_figures(models, SOFTMAX, {LEARNED: "equally good: 26.93 BLEU against 26.02 (EN-DE)"}),
         *(
             Figure(f"alphas of layer {index + 1}", "spread over (1, 2)" if not index else "", numbers(layer, 2))
             for index, layer in enumerate(alphas)
@@ -129,7 +138,7 @@ def _figures(models: ModelRecords, looks: list[dict[str, Any]], spreads: list[fl
 
 
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     models, looks = measured["models"], measured["looks"]
     spreads = []
     for look in looks:
@@ -145,17 +154,16 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
         figures=_figures(models, looks, spreads, share),
         size=f"4 layers of 128 with 4 heads, windows of {plan.window} keys, bytes of State of the Union speeches, "
         f"{settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with carried "
-        f"states, {plan.contest.seeds} seed(s), alphas from 1.5; held out: the first "
+        f"states, {plan.contest.seeds} seed(s), alphas from 1.5; held-out text: the first "
         f"{plan.contest.head:,} bytes of {len(models[SOFTMAX][0]['names'])} speeches; {INTERVALS}; weights counted on "
         f"{looks[0]['tokens']:,} bytes",
-        note=f"As good as softmax (the upper end of the interval at most {EQUAL} bits per byte): "
-        f"{as_good(gap)}, {signed(gap)}. A range of alphas of at least {SPREAD} in every training: "
-        f"{'yes' if differ else 'no'}. At most {SPARSE:.0%} of the visible keys have a nonzero weight: "
-        f"{'yes' if sparse else 'no'}. "
-        "The paper's models translate; these predict bytes, are small and trained briefly."
+        note=f"Matches softmax (the upper end of the interval is at most {EQUAL} bits per byte): {as_good(gap)}, "
+        f"{signed(gap)}. Alphas range over at least {SPREAD} in every training: {'yes' if differ else 'no'}. At most "
+        f"{SPARSE:.0%} of the visible keys have a nonzero weight: {'yes' if sparse else 'no'}. The paper's models "
+        "translate; these predict bytes, are small and trained briefly."
         + seeds_note(models)
         + (
-            " So early, a lead shows how fast a model starts to learn, not how good it becomes."
+            " This early in training, a lead shows how fast a model starts to learn, not how good it becomes."
             if doubtful(gap)
             else ""
         ),
@@ -176,8 +184,8 @@ ENTMAX = Claim(
     name="entmax",
     system="Adaptively Sparse Transformer",
     source="Correia et al. 2019, sections 4 and 5, table 1 and figures 2 and 3",
-    text="Every head learns its own alpha between softmax and sparsemax and gives most keys a weight of zero, and the "
-    "model is as good as with softmax.",
+    text="Every head learns its own alpha between softmax and sparsemax and gives most keys zero weight, and the model "
+    "matches softmax attention.",
     measure=measure,
     minutes={"small": 0.4, "full": 6},
     plans=PLANS,

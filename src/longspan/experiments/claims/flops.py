@@ -11,6 +11,7 @@ _PAPER = {"125M": 295, "175B": 29}
 
 
 def _measure(folder: Path, plan: None, say: Say) -> Outcome:
+    """Compute the ratio of FLOPs, whole text over recurrent memory, for the OPT sizes; nothing is trained."""
     counts = [4**power for power in range(7)]
     ratios = {name: [recurrent_ratio(shape, segments=count) for count in counts] for name, shape in OPT.items()}
     figures = [

@@ -24,6 +24,7 @@ PLANS = {
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train a model for each maximal number of segments and evaluate each at several lengths."""
     steps, trained, evaluations = plan
     rows: dict[int, list[dict[str, Any]]] = {}
     for most in trained:

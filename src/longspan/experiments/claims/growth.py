@@ -20,7 +20,7 @@ Step = Callable[[], object]
 
 
 def time_alternately(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each way on one thread, timed alternately (A B A B) after a warm-up round."""
+    """Return the median CPU seconds of each function on one thread, timed in turns (A B A B) after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -37,13 +37,13 @@ def time_alternately(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
 
 
 def power(values: Mapping[int, float]) -> float:
-    """Exponent of the growth with the length: the least-squares slope on logarithmic axes."""
+    """Return the exponent of the growth with the length: the least-squares slope on logarithmic axes."""
     lengths = np.log(list(values))
     return float(np.polyfit(lengths, np.log([values[length] for length in values]), 1)[0])
 
 
 def peak_bytes(prepare: Callable[..., Step], *arguments: Any) -> int:
-    """Peak bytes of one step above those before it, in a process of its own.
+    """Return the peak memory of one step in bytes, above that before it, measured in a separate process.
 
     Args:
         prepare: a module-level function that makes the inputs, warms up, and returns the step.
@@ -59,6 +59,11 @@ def peak_bytes(prepare: Callable[..., Step], *arguments: Any) -> int:
 
 
 def _peak(prepare: Callable[..., Step], arguments: Sequence[Any]) -> int:
+    """Return the peak memory of one step in bytes, above that before it; runs in a process of its own.
+
+    Raises:
+        UnsupportedError: the system does not tell the memory of a process.
+    """
     torch.set_num_threads(1)
     step = prepare(*arguments)
     now, most = (resident_bytes, process_peak) if forget_peak() else (highest_bytes, highest_bytes)
@@ -66,12 +71,12 @@ def _peak(prepare: Callable[..., Step], arguments: Sequence[Any]) -> int:
     step()
     after = most()
     if before is None or after is None:
-        raise UnsupportedError("the memory of a process is unknown on this system")
+        raise UnsupportedError("this system does not report the memory of a process; run this claim on Linux")
     return max(after - before, 1)
 
 
 def growth_picture(name: str, values_by_way: Mapping[str, Mapping[int, float]], *, ylabel: str, alt: str) -> Picture:
-    """Plot values of each way against the length, both axes logarithmic."""
+    """Plot values against the length, one line for each kind of attention, both axes logarithmic."""
     lengths = sorted({length for values in values_by_way.values() for length in values})
     return picture_of(
         line_figure,

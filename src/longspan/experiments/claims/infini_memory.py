@@ -31,24 +31,25 @@ class MemorySetting:
         return self.num_heads * self.head_dim
 
     def transformer_xl(self) -> int:
-        """Keys and values of the last segment, in every layer: (d_k + d_v) H N l."""
+        """Numbers in the keys and values of the last segment, in every layer: (d_k + d_v) H N l."""
         return 2 * self.head_dim * self.num_heads * self.segment * self.num_layers
 
     def memorizing(self) -> int:
-        """Keys and values of one layer's store, and the Transformer-XL memory of all."""
+        """Numbers in the keys and values of one layer's store, and in the Transformer-XL memory of all layers."""
         return 2 * self.head_dim * self.num_heads * self.num_memories + self.transformer_xl()
 
     def recurrent_memory(self) -> int:
-        """p D l 2, as in that table; the tokens themselves are p D numbers, shared by all layers."""
+        """Numbers of p memory tokens as the table counts them, p D l 2; all layers share the p D numbers themselves."""
         return self.num_memory_tokens * self.dim * self.num_layers * 2
 
     def infini(self) -> int:
-        """M and z per head and layer: d_k (d_v + 1) H l."""
+        """Numbers in M and z per head and layer: d_k (d_v + 1) H l."""
         return self.head_dim * (self.head_dim + 1) * self.num_heads * self.num_layers
 
 
 @torch.no_grad()
 def _measure(folder: Path, plan: None, say: Say) -> Outcome:
+    """Compute the sizes of the paper's table and compare them with the states of real layers."""
     setting = MemorySetting()
     counts = {name: getattr(setting, name)() for name in _PRINTED}
     figures = [Figure(f"numbers carried, {name}", _PRINTED[name], f"{count:,}") for name, count in counts.items()]
@@ -74,8 +75,8 @@ def _measure(folder: Path, plan: None, say: Say) -> Outcome:
         verdict="holds" if exact else "does not hold",
         figures=figures,
         size="12 layers, 8 heads of 128, segments of 2,048, 100 memory tokens, 65,000 memories; one layer here",
-        note="The table counts the memory only. The state of a stream also holds keys and values of the open segment, "
-        "which are most of the bytes measured here for infini.",
+        note="The table counts the memory only. The state of a stream also holds keys and values of the unfinished "
+        "segment, which are most of the bytes measured here for infini.",
         data={"numbers": counts, "bytes": measured},
     )
 

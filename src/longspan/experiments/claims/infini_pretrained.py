@@ -61,7 +61,7 @@ PLANS: dict[str, Plan] = {
 
 
 def held_out_tokens(tokenizer: Any, count: int) -> torch.Tensor:
-    """(count,) token ids of held-out speeches, concatenated."""
+    """Return the first `count` token ids, (count,), of the concatenated held-out speeches."""
     token_ids: list[int] = []
     for _, data in TextTask().texts("validation"):
         token_ids += tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
@@ -71,7 +71,10 @@ def held_out_tokens(tokenizer: Any, count: int) -> torch.Tensor:
 
 
 def read_in_parts(tokens: torch.Tensor, part: int, chunk: int, read: Callable[[torch.Tensor], float]) -> dict[str, Any]:
-    """Mean nats, CPU seconds and resident bytes of each part of a text; `read` gives the mean nats of a chunk."""
+    """Record mean nats, CPU seconds and resident bytes of each part of a text (tokens,).
+
+    `read` returns the mean nats of a chunk of at most `chunk` tokens.
+    """
     record: dict[str, Any] = {"part": part, "nats": [], "seconds": [], "resident": []}
     for span in tokens.split(part):
         started = time.process_time()
@@ -83,10 +86,11 @@ def read_in_parts(tokens: torch.Tensor, part: int, chunk: int, read: Callable[[t
 
 
 def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: bool = True) -> dict[str, Any]:
-    """Read a text through a session; without memory the session is reset at every segment."""
+    """Read a text (tokens,) through a `StreamSession`; without `memory`, the session is reset at every segment."""
     session = StreamSession(model)
 
     def nats_of(piece: torch.Tensor) -> float:
+        """Feed a chunk (tokens,) to the session and return its mean loss in nats."""
         if not memory:
             session.reset()
         # the first token of a stream has no context, so it does not count
@@ -98,7 +102,11 @@ def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: b
 
 @torch.no_grad()
 def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> dict[str, Any]:
-    """The same for the original model, which caches every key."""
+    """Read a text (tokens,) with the original model, which caches every key, and record the cost of each part.
+
+    Returns:
+        The record of `read_in_parts`, and `state`: bytes of the cached keys and values after the whole text, in fp32.
+    """
     from transformers import DynamicCache
 
     from longspan.hf.cache import CACHE
@@ -106,6 +114,7 @@ def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> di
     cache, last = DynamicCache(config=model.config), torch.zeros(0, model.config.vocab_size)
 
     def nats_of(piece: torch.Tensor) -> float:
+        """Feed a chunk (tokens,) to the model with its cache and return its mean loss in nats."""
         nonlocal last
         logits = model(piece[None], use_cache=True, **{CACHE: cache}).logits[0]
         before, last = torch.cat([last, logits[:-1]]), logits[-1:].clone()
@@ -116,7 +125,7 @@ def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> di
 
 
 def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
-    """Number of pass keys retrieved; they come so early that they are out of reach of local attention."""
+    """Count the pass keys that the model retrieves; they come so early that local attention cannot reach them."""
     task = PasskeyTask(PasskeyConfig(length=plan.passkey_bytes, samples=plan.passkeys))
     depths = [round(60 * index / max(plan.passkeys - 1, 1)) for index in range(plan.passkeys)]
     right = []
@@ -132,13 +141,14 @@ def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Measure the claim with SmolLM2-135M-Instruct."""
     from longspan.experiments.bundled_models import open_smollm
 
     return measure(folder, plan, open_smollm, say)
 
 
 def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say) -> Outcome:
-    """Convert, train, and read; a second call resumes from the folder."""
+    """Convert and train a model, then read text with it; a second call resumes from the folder."""
     from longspan import hf
     from longspan.hf.decoder import load_converted
 
@@ -159,6 +169,7 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say
     measured: dict[str, Any] = {}
 
     def record(name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Store the result of `measure` under `name`, from the file of an earlier call if there is one."""
         measured[name] = measure_once(folder / f"{name}.json", measure)
         say(f"{name}: done")
 
@@ -173,21 +184,21 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say
 
 
 def growth(record: dict[str, Any], plan: Plan) -> float:
-    """Peak resident memory after the first eighth of a text, divided by that within it."""
+    """Return the peak resident memory after the first eighth of a text, divided by that within it."""
     first = max(plan.tokens // 8 // record["part"], 1)
     resident = [value or 0 for value in record["resident"]]
     return float(max(resident[first:]) / max(*resident[:first], 1))
 
 
 def _span(record: dict[str, Any], first: int, last: int) -> float:
-    """Mean nats of the tokens `first` to `last`; NaN if they were not read."""
+    """Return the mean nats of the tokens `first` to `last`; NaN if they were not read."""
     part = record["part"]
     values = record["nats"][first // part : last // part]
     return float(np.mean(values)) if len(values) == (last - first) // part else math.nan
 
 
 def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], tuple[int, int]]:
-    """Perplexity by position, in spans of doubling length; also the last span."""
+    """Return the rows of perplexity by position, in spans of doubling length, and the last span."""
     spans = [(0, 2 * plan.part)]
     while spans[-1][1] < plan.tokens:
         spans.append((spans[-1][1], spans[-1][1] * 2))
@@ -203,7 +214,7 @@ def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], t
 
 
 def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     figures, (first, last) = _perplexities(measured, plan)
     tuned, original = measured["tuned"], measured["original"]
     grown, speed = growth(tuned, plan), tuned["seconds"]
@@ -243,7 +254,8 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
 
 
 def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
-    labels = {"tuned": "converted, trained", "local": "the same, no memory", "original": "original"}
+    """Plot perplexity against the number of tokens read, for the converted model and the original."""
+    labels = {"tuned": "converted, trained", "local": "converted, trained, no memory", "original": "original"}
     series = []
     for name, label in labels.items():
         record = measured[name]
@@ -268,7 +280,7 @@ INFINI_PRETRAINED = Claim(
     name="infini-pretrained",
     system="Infini-attention",
     source="Munkhdalai et al. 2024, sections 3.2 and 3.3",
-    text="With compressive memory and a short training, a pretrained model reads texts of any length in bounded "
+    text="With compressive memory and after a short training, a pretrained model reads texts of any length in bounded "
     "memory.",
     measure=_measure,
     minutes={"small": 6, "full": 60},

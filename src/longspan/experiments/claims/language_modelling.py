@@ -56,11 +56,20 @@ PLANS: dict[str, Plan] = {
 
 
 def recipe_of(name: str) -> dict[str, Any]:
-    """The recipe of a mechanism."""
+    """Return the recipe `lm/NAME.toml` of a mechanism."""
     return read_recipe(f"lm/{name}")
 
 
 def _train(folder: Path, name: str, seed: int, limits: Mapping[str, Any], plan: Plan) -> None:
+    """Train a mechanism's recipe in a folder, or resume it.
+
+    Args:
+        folder: of the run.
+        name: of the recipe, `lm/NAME.toml`.
+        seed: of the training.
+        limits: fields of `[train]` that end the run, `steps` or `minutes`.
+        plan: sizes.
+    """
     recipe = recipe_of(name)
     del recipe["train"]["steps"]
     # the loss that counts is measured afterwards
@@ -69,27 +78,28 @@ def _train(folder: Path, name: str, seed: int, limits: Mapping[str, Any], plan: 
 
 
 def steps_and_tokens(folder: Path) -> tuple[int, int]:
-    """Optimizer steps and training tokens of a run."""
+    """Return the numbers of optimizer steps and training tokens of a run."""
     lines = read_log(folder / "log.jsonl")
     return int(max(line["step"] for line in lines)), int(max(line.get("tokens", 0) for line in lines))
 
 
 def measure(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Nats of each held-out document, with carried states and without, read from a file if there is one."""
+    """Return nats of each held-out document, with and without carried states, from a file if there is one."""
     return evaluate_held_out(
-        folder, f"held-back-{plan.documents}x{plan.head}", lambda documents: heads(documents, plan.head, plan.documents)
+        folder, f"held-out-{plan.documents}x{plan.head}", lambda documents: heads(documents, plan.head, plan.documents)
     )
 
 
 def evaluate_held_out(
     folder: Path, file: str, choose: Callable[[Documents], Documents], *, alone: bool = True
 ) -> dict[str, Any]:
-    """Nats of each held-out document that `choose` selects, read from the file of an earlier call if there is one.
+    """Return nats of each held-out document that `choose` selects, from the file of an earlier call if there is one.
 
     A model that carried states in training is evaluated with them, and with `alone` also without.
     """
 
     def evaluate() -> dict[str, Any]:
+        """Evaluate the model of the run, with carried states and without where both apply."""
         model, task = load_run(folder)
         documents = choose(task.documents("validation"))
         train = read_json(folder / "recipe.json")["train"]
@@ -108,17 +118,17 @@ def evaluate_held_out(
 
 
 def as_trained(record: Mapping[str, Any]) -> Evaluation:
-    """The evaluation of a run as it was trained: with carried states or without."""
+    """Return the evaluation of a run as it was trained: with carried states or without."""
     return evaluation(record, "memory" if "memory" in record else "alone")
 
 
 def evaluation(record: Mapping[str, Any], key: str) -> Evaluation:
-    """One of a run's evaluations."""
+    """Return one of a run's evaluations; `key` is `memory` (carried states) or `alone` (without)."""
     return Evaluation.of(record[key], record["names"])
 
 
 def sum_seeds(parts: list[Evaluation]) -> Evaluation:
-    """Evaluations of several seeds as one, with nats of each document summed."""
+    """Join the evaluations of several seeds by summing the nats of each document."""
     return functools.reduce(Evaluation.plus, parts)
 
 
@@ -155,47 +165,49 @@ def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _record(run: Path, plan: Plan, target_steps: int) -> dict[str, Any]:
+    """Evaluate a run; return its losses, its steps, the steps it should have made, its tokens and its time."""
     steps_done, read = steps_and_tokens(run)
     record = measure(run, plan) | {"steps": steps_done, "wanted": target_steps, "trained_on": read}
     return record | {"seconds": trained_seconds([run])}
 
 
 def curve(run: Path) -> dict[str, list[float]]:
-    """Training loss in bits per byte (`training`) by bytes read (`read`), from the log of a run."""
+    """Return the training loss in bits per byte (`training`) by bytes read (`read`), from the log of a run."""
     lines = {line["tokens"]: line["bits_per_byte"] for line in read_log(run / "log.jsonl") if "bits_per_byte" in line}
     return {"read": list(lines), "training": list(lines.values())}
 
 
 def _report(say: Say, what: str, record: Mapping[str, Any]) -> None:
+    """Print the held-out bits per byte of a run."""
     say(f"{what}: {as_trained(record).bits_per_unit:.3f} bits per byte after {record['steps']:,} steps")
 
 
 def tokens_per_step(name: str) -> int:
-    """Tokens that an optimizer step of a model's recipe reads."""
+    """Return the number of tokens that an optimizer step of a model's recipe reads."""
     table = recipe_of(name)["train"]
     return int(table["lanes"] * table["segment_length"] * table.get("bptt_segments", 1))
 
 
 def bits_of(records: Sequence[Mapping[str, Any]]) -> float:
-    """Bits per byte of a model over all seeds."""
+    """Return the held-out bits per byte of a model over all seeds."""
     return float(sum_seeds([as_trained(record) for record in records]).bits_per_unit)
 
 
 def difference(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> Interval:
-    """Bits per byte minus those of dense attention over the seeds of both, with an interval over documents."""
+    """Return bits per byte of `ours` minus `dense` over the seeds of both, with an interval over documents."""
     seeds = min(len(ours), len(dense))
     left, right = (sum_seeds([as_trained(record) for record in part[:seeds]]) for part in (ours, dense))
     return left.minus(right)
 
 
 def memory_gain(records: list[dict[str, Any]]) -> Interval:
-    """Bits per byte with memory minus without, same weights, over all seeds."""
+    """Return bits per byte with memory minus without, same weights, over all seeds."""
     with_memory, without = (sum_seeds([evaluation(record, key) for record in records]) for key in ("memory", "alone"))
     return with_memory.minus(without)
 
 
 def own_gains(by_name: Mapping[str, list[dict[str, Any]]]) -> dict[str, Interval]:
-    """Bits per byte of models with memory minus those of the same models trained without."""
+    """Return bits per byte of models with memory minus those of the same models trained without it."""
     return {
         name: difference(by_name[name], by_name[alone])
         for name, alone in WITHOUT.items()
@@ -206,7 +218,7 @@ def own_gains(by_name: Mapping[str, list[dict[str, Any]]]) -> dict[str, Interval
 def outcome(
     by_setting: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan, longer: dict[str, list[dict[str, Any]]]
 ) -> Outcome:
-    """A table of all mechanisms in every setting, and the gains of memory."""
+    """Judge the claim: return the verdict, a table of all mechanisms in every setting, and the gains from memory."""
     figures = []
     for setting, by_name in by_setting.items():
         for name, records in sorted(by_name.items(), key=lambda item: bits_of(item[1])):
@@ -217,7 +229,7 @@ def outcome(
                     f"{setting}: {name}",
                     "",
                     f"{bits_of(records):.4f} bits per byte (seeds {min(seed_bits):.3f} to {max(seed_bits):.3f}); "
-                    f"{signed(difference(records, by_name[DENSE]))} to dense; "
+                    f"{signed(difference(records, by_name[DENSE]))} relative to dense; "
                     f"{np.mean([record['trained_on'] for record in records]):,.0f} bytes read, "
                     f"{records[0]['parameters']:,} parameters" + (", stopped by the clock" if short else ""),
                 )
@@ -228,12 +240,12 @@ def outcome(
             better.append(value.high < 0)
             figures += [
                 Figure(
-                    f"{setting}: {name}, to the same model trained without memory",
+                    f"{setting}: {name}, relative to the same model trained without memory",
                     "better",
                     f"{bits_of(by_name[name]):.4f}, {signed(value)} bits per byte",
                 ),
                 Figure(
-                    f"{setting}: {name}, to the same weights read without memory",
+                    f"{setting}: {name}, relative to the same weights evaluated without memory",
                     "better",
                     f"{signed(memory_gain(by_name[name]))} bits per byte",
                 ),
@@ -249,14 +261,15 @@ def outcome(
         figures=figures,
         size=f"4 layers of 128, bytes of State of the Union speeches, {plan.seeds} training seed(s), one thread; "
         f"equal time: {plan.minutes:g} minutes per run; equal tokens: as many as dense attention reads in "
-        f"that time, runs of more than {LIMIT * plan.minutes:g} minutes stopped{more}; held out: the first "
+        f"that time, runs of more than {LIMIT * plan.minutes:g} minutes stopped{more}; held-out text: the first "
         f"{plan.head:,} bytes of {len(records[0]['names'])} speeches; 95 % intervals by bootstrap over documents",
-        note="Holds: with memory better than the same model trained without, the interval below zero, for "
-        f"{', '.join(WITHOUT)}, at equal tokens and after the longer training; in part: for some of them, or after one "
-        "of the two. A minute is too short: a model of 0.8 million parameters first learns to attend to the last few "
-        "bytes, and sooner if it sees fewer keys, so mechanisms that see least lead after a minute. This shows which "
-        "mechanisms cost nothing at the start, not which is best in the end. Models without carried states read "
-        "pieces of 2,048 bytes; the others carry their state through a speech.",
+        note="It holds if models with memory are better than the same models trained without it, with an interval "
+        f"below zero, for {', '.join(WITHOUT)}, at equal tokens and after the longer training; in part if this is true "
+        "for some of them, or in one of the two settings. A minute is too short: a model of 0.8 million parameters "
+        "first learns to attend to the last few bytes, and sooner if it sees fewer keys, so mechanisms that see the "
+        "fewest keys lead after a minute. This shows which mechanisms cost nothing at the start of training, not "
+        "which is best in the end. Models without carried states read pieces of 2,048 bytes; the others carry their "
+        "state through a speech.",
         data={**by_setting, "longer": longer},
         pictures=[_picture(by_setting), *([_memory_picture(longer)] if longer else [])],
         seconds=sum(record["seconds"] for record in records),
@@ -264,7 +277,7 @@ def outcome(
 
 
 def lead(ours: list[dict[str, Any]], alone: list[dict[str, Any]], width: int = 10) -> tuple[list[float], list[float]]:
-    """Training loss with memory minus that without, on the same bytes.
+    """Return the training loss with memory minus that without, on the same bytes.
 
     Returns bytes read, and differences averaged over seeds and over `width` lines of the log.
     """
@@ -279,6 +292,7 @@ def lead(ours: list[dict[str, Any]], alone: list[dict[str, Any]], width: int = 1
 
 
 def _memory_picture(longer: dict[str, list[dict[str, Any]]]) -> Picture:
+    """Plot the training loss of each model with memory minus that of the same model without, by bytes read."""
     series = []
     for name, alone in WITHOUT.items():
         x, y = lead(longer[name], longer[alone])
@@ -288,13 +302,14 @@ def _memory_picture(longer: dict[str, list[dict[str, Any]]]) -> Picture:
         "language-modelling-memory",
         series,
         xlabel="bytes read in training",
-        ylabel="bits per byte minus the model without",
+        ylabel="bits per byte minus the model without memory",
         marks=[Mark(0.0, horizontal=True)],
-        alt="Training loss of models with memory minus that of the same models without, against bytes read.",
+        alt="Training loss of models with memory minus that of the same models without it, against bytes read.",
     )
 
 
 def _picture(by_setting: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
+    """Plot held-out bits per byte of every mechanism, with the range over seeds, for each setting."""
     first = next(iter(by_setting.values()))
     order = sorted(first, key=lambda name: bits_of(first[name]))
     series = [
@@ -322,7 +337,7 @@ def _picture(by_setting: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
 LANGUAGE_MODELLING = Claim(
     name="language-modelling",
     system="all",
-    source="the papers' tables of language modelling, at a small size",
+    source="the papers' tables of language modeling, at a small size",
     text="Models with memory beat the same models without it; local and sparse attention lose little to dense.",
     measure=compare,
     minutes={"small": 4, "full": 160},

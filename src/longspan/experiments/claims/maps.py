@@ -19,7 +19,7 @@ _SHOWN = 24
 
 
 def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
-    """Weights (heads, columns, columns) of the last layer over memory tokens and one segment (1, length)."""
+    """Return the weights (heads, columns, columns) of the last layer over memory tokens and one segment (1, length)."""
     recurrent = model.recurrent
     stack = recurrent.backbone
     x = torch.cat([memory, stack.embedding(tokens)], 1)
@@ -32,7 +32,7 @@ def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
 
 
 def _one(model: Any, task: MemoryTask, seed: int) -> dict[str, Any] | None:
-    """Shares of attention in the segments of one sample: fact first, noise between, question last."""
+    """Return shares of attention in the segments of a sample; None if neither of the first two has a whole fact."""
     sample = task.sample("test", 4, [5, seed], kind="detect")
     parts = list(sample)
     where = [index for index, part in enumerate(parts) if part.whole]
@@ -64,12 +64,14 @@ def _one(model: Any, task: MemoryTask, seed: int) -> dict[str, Any] | None:
 
 
 def _find(tokens: Any, fact: Any) -> int:
+    """Return the index at which the token ids `fact` first occur in `tokens`."""
     starts = [i for i in range(len(tokens) - len(fact) + 1) if np.array_equal(tokens[i : i + len(fact)], fact)]
     return starts[0]
 
 
 @torch.no_grad()
 def _measure(folder: Path, num_samples: int, say: Say) -> Outcome:
+    """Train a model on *detect* and measure where its memory tokens attend, over test samples."""
     run = folder / "detect-0"
     with torch.enable_grad():
         train_once(run, "detect", 0, 450)
@@ -101,6 +103,7 @@ def _measure(folder: Path, num_samples: int, say: Say) -> Outcome:
 
 
 def _picture(task: MemoryTask, sample: dict[str, Any]) -> Any:
+    """Draw the attention of the memory tokens on the words around the fact, for the head that attends to it most."""
     weights, tokens = sample["maps"]["write"]
     count, first = sample["count"], max(0, sample["start"] - 8)
     head = int(

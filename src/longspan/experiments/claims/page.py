@@ -18,7 +18,7 @@ the papers' size need more than two cores, so claims about them are reproduced a
 
 
 def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, seconds: float) -> Path:
-    """Write `folder/NAME.json` and the figures next to it; returns the path."""
+    """Write `folder/NAME.json` and the figures of a claim next to it; return the path."""
     path = folder / f"{claim.name}.json"
     for drawn in outcome.pictures:
         write_atomically(folder / f"{drawn.name}.png", _writer(drawn.light))
@@ -42,16 +42,17 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
 
 
 def _writer(image: bytes) -> Callable[[Path], object]:
+    """Return a function that writes an image to a path, for `write_atomically`."""
     return lambda to: to.write_bytes(image)
 
 
 def read_results(folder: Path, order: Iterable[str]) -> list[dict[str, Any]]:
-    """The saved results in a folder, in the order of names."""
+    """Return the saved results in a folder, in a given order of names; names without a result are left out."""
     return [read_json(folder / f"{name}.json") for name in order if (folder / f"{name}.json").is_file()]
 
 
 def markdown(records: list[dict[str, Any]], folder: str = "claims") -> str:
-    """The text of docs/claims.md."""
+    """Return the text of docs/claims.md for saved results."""
     lines = [_HEAD, "| claim | system | verdict | command |", "|---|---|---|---|"]
     lines += ["| [{claim}](#{claim}) | {system} | {verdict} | `{command}` |".format(**record) for record in records]
     for record in records:

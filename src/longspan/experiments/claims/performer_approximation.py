@@ -15,7 +15,7 @@ _LENGTH, _DIM = 256, 64
 
 
 class Plan(NamedTuple):
-    """Numbers of features, and draws of inputs and projections."""
+    """Numbers of features, and number of random inputs and projections."""
 
     features: tuple[int, ...]
     draws: int
@@ -26,7 +26,7 @@ PLANS = {"small": Plan((64, 256, 1024), 2), "full": Plan((64, 256, 1024, 4096, 1
 
 @torch.no_grad()
 def _error(scale: float, count: int, kind: str, draws: int) -> float:
-    """Relative error of the outputs, mean over draws of inputs and projections."""
+    """Return the relative error of the outputs, a mean over random inputs and projections."""
     generator, errors = torch.Generator().manual_seed(0), []
     for _ in range(draws):
         q, k, v = (torch.randn(1, 1, _LENGTH, _DIM, generator=generator) for _ in range(3))
@@ -40,6 +40,7 @@ def _error(scale: float, count: int, kind: str, draws: int) -> float:
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Compare FAVOR+ with exact attention on random inputs, by number of features, scale and kind of features."""
     counts, draws = plan
     errors_by_input = {
         f"{kind}, inputs of scale {scale:g}": [_error(scale, count, kind, draws) for count in counts]
@@ -74,7 +75,8 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     return Outcome(
         verdict="holds in part" if falls else "does not hold",
         figures=figures,
-        size=f"queries and keys of normal numbers times the scale, {_LENGTH} of {_DIM}, {draws} draws, bidirectional",
+        size=f"{_LENGTH} queries and keys of dim {_DIM}, normal random numbers times the scale, mean of {draws} random "
+        "inputs and projections, bidirectional",
         note="The error falls with the square root of the number of features for small inputs; at unit variance, which "
         "trained models exceed, no practical number of features approximates softmax attention well.",
         data={"features": list(counts), "errors": errors_by_input},
@@ -86,7 +88,7 @@ PERFORMER_APPROXIMATION = Claim(
     name="performer-approximation",
     system="Performer",
     source="Choromanski et al. 2021, section 4.2 and figure 4",
-    text="Positive orthogonal random features estimate softmax attention without bias, and more features do so better.",
+    text="Positive orthogonal random features estimate softmax attention without bias, better with more features.",
     measure=_measure,
     minutes={"small": 0.2, "full": 1},
     plans=PLANS,

@@ -66,7 +66,7 @@ PLANS: dict[str, Plan] = {
 
 
 def _train(folder: Path, mixer: dict[str, Any], plan: Plan) -> None:
-    """Run the recipe with another mixer, or resume it."""
+    """Train the recipe `protein` with another mixer in a folder, or resume it."""
     # the losses that count are measured afterwards, so one sequence is enough at the end of training
     recipe = read_recipe("protein", steps=plan.steps, final_eval_tokens=1000)
     recipe["model"]["mixers"] = [mixer]
@@ -76,9 +76,10 @@ def _train(folder: Path, mixer: dict[str, Any], plan: Plan) -> None:
 
 
 def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
-    """Evaluation on held-out sequences, read from the file of an earlier one if there is one."""
+    """Evaluate a model on held-out sequences, or read the file of an earlier evaluation."""
 
     def measure() -> dict[str, Any]:
+        """Evaluate the model on the documents and return the record."""
         width = read_json(folder / "recipe.json")["train"]["segment_length"]
         return evaluate_text(model, documents, chunk=width, memory=False, unit="residue").record()
 
@@ -87,9 +88,10 @@ def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
 
 
 def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
-    """Attention between amino acids over sequences, read from the file of an earlier call if there is one."""
+    """Return attention between amino acids summed over sequences, (layers * heads, 20, 20), computed or from a file."""
 
     def measure() -> dict[str, Any]:
+        """Sum the attention between amino acids over all documents."""
         parts = [attention_between(model, torch.from_numpy(document.tokens)) for document in documents]
         return {"between": np.sum(parts, 0).tolist()}
 
@@ -97,7 +99,7 @@ def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
 
 
 def by_frequency(documents: Documents, frequencies: Array, prior: float = math.inf) -> Evaluation:
-    """The scores of a predictor that knows only the frequencies of the amino acids.
+    """Score a predictor that knows only the frequencies of the amino acids.
 
     With a finite `prior` it also counts the residues of the sequence itself, and the frequencies weigh as `prior`
     residues: the best prediction that ignores order.
@@ -117,6 +119,7 @@ def by_frequency(documents: Documents, frequencies: Array, prior: float = math.i
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train the three models, score them on held-out sequences and map their attention; a second call resumes."""
     scores: dict[str, Evaluation] = {}
     maps: dict[str, Array] = {}
     words: dict[str, Array] = {}
@@ -149,6 +152,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _score_text(evaluation: Evaluation) -> str:
+    """Return perplexity and accuracy with their intervals as text."""
     bits, share = evaluation.interval(), evaluation.accuracy_interval()
     return (
         f"perplexity {2**bits.value:.2f} [{2**bits.low:.2f}, {2**bits.high:.2f}], "
@@ -164,6 +168,16 @@ def _outcome(
     mapped: int,
     seconds: float,
 ) -> Outcome:
+    """Return the verdict and the numbers next to the paper's.
+
+    Args:
+        plan: sizes.
+        recipe: of the model with exact attention.
+        scores: evaluation of each model and of the predictors by frequency.
+        ways: (20, 20) similarities by method ("by heads", "by pairs", "of embeddings") and model.
+        mapped: number of sequences whose attention was measured.
+        seconds: of training.
+    """
     blosum = blosum62()
     agreed = {
         way: {name: agreement(matrix, blosum) for name, matrix in matrices.items()} for way, matrices in ways.items()
@@ -202,8 +216,8 @@ def _outcome(
         size=f"encoder of {model['num_layers']} layers of {model['dim']}, {model['num_heads']} heads, 64 features, "
         f"{plan.steps:,} steps of {train['lanes']} x {train['segment_length']} residues of UniProt, one seed, same "
         f"batches; {len(first.names):,} held-out sequences of other families, {int(first.tokens.sum()):,} "
-        f"masked residues; maps of {mapped} of them; intervals 95 %, bootstrap over sequences; p by relabeling the "
-        "amino acids",
+        f"masked residues; maps of {mapped} of them; intervals 95 %, bootstrap over sequences; p-values by relabeling "
+        "the amino acids",
         note=note,
         data={
             "bits": {name: evaluation.interval() for name, evaluation in scores.items()},
@@ -223,12 +237,13 @@ def _outcome(
 
 
 def _agreed(match: Agreement) -> str:
+    """Return both correlations with their p-values as text."""
     pearson = f"Pearson {match.pearson:.2f} (p {match.pearson_p:.4f})"
     return f"{pearson}, Spearman {match.spearman:.2f} (p {match.spearman_p:.4f})".replace("-", "−")
 
 
 def judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[Verdict, str]:
-    """The three parts of the claim, by rules set before any training."""
+    """Return the verdict on the three parts of the claim, by rules set before any training, and a note on each."""
     bits = {name: evaluation.bits_per_unit for name, evaluation in scores.items()}
     gain = bits["frequencies"] - bits["exact"]
     best = min(MIXERS, key=bits.__getitem__) == "ReLU features"
@@ -251,7 +266,7 @@ def judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[V
             "-", "−"
         )
         + (", so these models learn little beyond its composition." if beyond < LITTLE else "."),
-        "One seed, so differences between models are those of these trainings only. The counts of the sequence itself "
+        "With one seed per model, differences apply to these trainings only. The counts of the sequence itself "
         "and the similarity of embeddings were added after the first result and do not affect the verdict.",
     )
     met = (best, equal, alike)
@@ -259,6 +274,7 @@ def judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[V
 
 
 def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Array) -> Picture:
+    """Draw the similarity of amino acids in BLOSUM62 and in the attention of each model as heat maps."""
     order = [AMINO_ACIDS.index(letter) for letter in ORDER]
     panels = [Panel("BLOSUM62", _shown(blosum, order))]
     for name, similarity in by_heads.items():
@@ -277,7 +293,7 @@ def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Ar
 
 
 def _shown(matrix: Array, order: list[int]) -> list[list[float]]:
-    """The matrix in another order, without its diagonal."""
+    """Return a matrix in another order of amino acids, with its diagonal set to NaN."""
     values = matrix[order][:, order].copy()
     np.fill_diagonal(values, math.nan)
     return cast("list[list[float]]", values.tolist())

@@ -43,7 +43,7 @@ PLANS: dict[str, Plan] = {
 
 
 def passages(tokenizer: Any, split: str, count: int, length: int, seed: int) -> Tensor:
-    """(count, length) token ids of passages of State of the Union speeches, drawn without replacement."""
+    """Return (count, length) token ids of passages of State of the Union speeches, drawn without replacement."""
     cut: list[list[int]] = []
     for _, data in TextTask().texts("train" if split == "train" else "validation"):
         ids = tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
@@ -54,18 +54,18 @@ def passages(tokenizer: Any, split: str, count: int, length: int, seed: int) -> 
 
 
 def embed(model: Any, tokens: Tensor) -> Tensor:
-    """(batch, dim) embeddings of unit norm: means over tokens, as in the model's training."""
+    """Return embeddings (batch, dim) of unit norm of tokens (batch, length): means over tokens, as in its training."""
     return F.normalize(model(tokens).last_hidden_state.mean(1), dim=-1)
 
 
 @torch.no_grad()
 def embed_all(model: Any, tokens: Tensor, batch: int = 20) -> Tensor:
-    """The same for many passages, without gradients."""
+    """Return embeddings of unit norm, (passages, dim), of token ids (passages, length), without gradients."""
     return torch.cat([embed(model, part) for part in tokens.split(batch)])
 
 
 def agreement(ours: Tensor, original: Tensor) -> dict[str, float]:
-    """Mean and least cosine to the original embeddings, and the share of passages with the same nearest neighbor."""
+    """Return mean and least cosine to the original embeddings, and how many passages keep their nearest neighbor."""
     cosines = (ours * original).sum(-1)
     nearest = [(embeddings @ embeddings.T).fill_diagonal_(-2).argmax(1) for embeddings in (ours, original)]
     return {
@@ -76,7 +76,7 @@ def agreement(ours: Tensor, original: Tensor) -> dict[str, float]:
 
 
 def converted(model: Any, features: int, seed: int) -> Any:
-    """A copy of an encoder with FAVOR+ instead of softmax."""
+    """Return a copy of an encoder with FAVOR+ instead of softmax."""
     from longspan import hf
 
     twin = copy.deepcopy(model)
@@ -85,7 +85,7 @@ def converted(model: Any, features: int, seed: int) -> Any:
 
 
 def distill(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Say) -> list[float]:
-    """Distill embeddings and hidden states of all layers from the original; returns the cosine of every step."""
+    """Distill embeddings and hidden states of all layers from the original; return the mean cosine of every step."""
     from longspan import hf
 
     model.eval()  # no dropout, like the teacher: noise would only hide the differences
@@ -118,7 +118,7 @@ def distill(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Say) -> li
 
 
 def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Say) -> dict[str, Any]:
-    """Convert, measure, train, and measure again."""
+    """Convert the encoder, measure its agreement with the original, train it, and measure again."""
     torch.manual_seed(0)
     started = time.perf_counter()
     held_out = passages(tokenizer, "validation", plan.held_out, plan.length, 1)
@@ -143,13 +143,14 @@ def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Say) -> dict[str, Any
 
 
 def other_draw(tuned: Any, teacher: Any, plan: Plan, seed: int, held_out: Tensor, original: Tensor) -> dict[str, float]:
-    """Agreement of the trained weights with a projection that they were not trained with."""
+    """Return the agreement of the trained weights with the original under a random projection not used in training."""
     model = converted(teacher, plan.tuned, seed)
     model.load_state_dict(dict(tuned.named_parameters()), strict=False)
     return agreement(embed_all(model, held_out), original)
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Measure the claim with all-MiniLM-L6-v2, or read the measurements of an earlier call."""
     from longspan.experiments.bundled_models import open_minilm
 
     opened = open_minilm()
@@ -157,7 +158,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     figures = []
     for features, draws in measured["untrained"].items():
         cosines = [draw["cosine"] for draw in draws]
@@ -173,14 +174,16 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
     tuned, other_cosines = measured["tuned"], [draw["cosine"] for draw in measured["other_draws"]]
     figures.append(
         Figure(
-            f"the same, {plan.tuned} features, after {plan.steps} steps",
+            f"cosine to the original embeddings, {plan.tuned} features, after {plan.steps} steps",
             "recovered in few steps",
             f"{tuned['cosine']:.3f} (least {tuned['least']:.3f}); same nearest passage for {tuned['nearest']:.0%}",
         )
     )
     figures.append(
         Figure(
-            "the same with projections it was not trained with", "", ", ".join(f"{draw:.3f}" for draw in other_cosines)
+            "cosine with random projections not used in training",
+            "",
+            ", ".join(f"{draw:.3f}" for draw in other_cosines),
         )
     )
     figures.append(Figure("cosine between different passages, original", "", f"{measured['even']:.3f}"))
@@ -189,10 +192,10 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
         verdict=graded(tuned["cosine"] >= GOAL, tuned["cosine"] > before),
         figures=figures,
         size=f"all-MiniLM-L6-v2 (BERT, 6 layers of 384, 12 heads of 32), passages of {plan.length} tokens of State of "
-        f"the Union speeches, {plan.held_out} of held-out ones; distilled on {plan.steps * plan.batch:,} passages, "
-        "all weights, cosine of embeddings and of every layer's hidden states to the original's",
-        note="The paper measures the accuracy of a pretrained language model; here it is the embeddings of an encoder, "
-        "which a model of a few megabytes can show.",
+        f"the Union speeches, {plan.held_out} from held-out speeches; distilled on {plan.steps * plan.batch:,} "
+        "passages, all weights, cosine of embeddings and of every layer's hidden states to the original's",
+        note="The paper measures the accuracy of a pretrained language model; here the embeddings of an encoder are "
+        "compared, for which a model of a few megabytes is enough.",
         data=measured,
         pictures=[_picture(measured, plan)],
         seconds=measured["seconds"],
@@ -200,6 +203,7 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
 
 
 def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
+    """Plot the cosine to the original embeddings against the number of features, untrained and distilled."""
     features = [int(count) for count in measured["untrained"]]
     draws = [[draw["cosine"] for draw in measured["untrained"][str(count)]] for count in features]
     series = [

@@ -22,6 +22,7 @@ _DENSE, _WEIGHTS, _NONE, _OURS = "dense", "dense, all weights kept", "no attenti
 
 @cache
 def _projection() -> Tensor:
+    """Return the projection of all FAVOR+ layers, (features, head_dim), made once."""
     return ops.orthogonal_projection(_FEATURES, _DIM, generator=torch.Generator().manual_seed(0))
 
 
@@ -29,19 +30,20 @@ LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     _DENSE: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     _WEIGHTS: lambda q, k, v: reference.full_attention(q, k, v),
     _OURS: lambda q, k, v: ops.favor_attention(q, k, v, _projection())[0],
-    "performer, both sides": lambda q, k, v: ops.favor_attention(q, k, v, _projection(), causal=False)[0],
+    "performer, bidirectional": lambda q, k, v: ops.favor_attention(q, k, v, _projection(), causal=False)[0],
     "linear": lambda q, k, v: ops.linear_attention(ops.elu_features(q), ops.elu_features(k), v)[0],
     _NONE: lambda q, k, v: q + k + v,
 }
-"""Ways of attention that are timed, by the names of the report."""
+"""Kinds of attention that are timed, by their names in the report and in saved records."""
 _MOST = {_DENSE: 16384, _WEIGHTS: 4096}
-"""largest lengths at which quadratic ways are measured"""
+"""largest lengths at which quadratic attention is measured"""
 
 
 def step_of(name: str, length: int) -> Step:
-    """Forward and backward pass of a layer on normal numbers, after a warm-up on a short text."""
+    """Return a forward and backward pass of a layer on random inputs, after a warm-up on a short text."""
 
     def step(count: int) -> Step:
+        """Return a forward and backward pass on inputs of `count` tokens."""
         inputs = [torch.randn(1, _HEADS, count, _DIM, requires_grad=True) for _ in range(3)]
         return lambda: torch.autograd.grad(LAYERS[name](*inputs).sum(), inputs)
 
@@ -50,6 +52,7 @@ def step_of(name: str, length: int) -> Step:
 
 
 def _measured(length: int) -> dict[str, dict[str, float]]:
+    """Return seconds and peak bytes of each kind of attention at one length, and how long measuring took."""
     names = [name for name in LAYERS if length <= _MOST.get(name, length)]
     started = time.perf_counter()
     return {
@@ -60,6 +63,7 @@ def _measured(length: int) -> dict[str, dict[str, float]]:
 
 
 def _measure(folder: Path, lengths: tuple[int, ...], say: Say) -> Outcome:
+    """Time all kinds of attention at all lengths; a second call resumes from the folder."""
     measured: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "took": {}}
     for length in lengths:
         for what, values in measure_once(folder / f"length-{length}.json", partial(_measured, length)).items():
@@ -73,7 +77,7 @@ def _measure(folder: Path, lengths: tuple[int, ...], say: Say) -> Outcome:
 
 
 def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     figures = []
     for what, unit, factor in (("seconds", "milliseconds", 1e3), ("bytes", "MB", 1e-6)):
         for name, values in measured[what].items():
@@ -113,14 +117,14 @@ def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcom
                 "performer-speed-memory",
                 {name: {n: 1e-6 * x for n, x in values.items()} for name, values in measured["bytes"].items()},
                 ylabel="MB above the inputs, forward and backward",
-                alt="Memory of the same against length, logarithmic.",
+                alt="Memory of dense, performer and linear attention and of no attention against length, logarithmic.",
             ),
         ],
     )
 
 
 def last_power(values: Mapping[int, float]) -> float:
-    """Growth between the two largest lengths, as a power of the length."""
+    """Return the growth between the two largest lengths, as an exponent of the length."""
     return power(dict(list(values.items())[-2:]))
 
 

@@ -16,7 +16,7 @@ from longspan.tasks.base import heads
 from longspan.train import evaluate_text, load_run
 
 FULL = 0
-"""Instead of a number of rounds: every earlier token is seen."""
+"""In place of a number of hash rounds: full attention, which sees every earlier token."""
 GOAL = 0.99
 PAPER: dict[int, dict[int, float]] = {
     FULL: {FULL: 100, 8: 94.8, 4: 92.5, 2: 76.9, 1: 52.5},
@@ -30,8 +30,8 @@ EVAL_ROUNDS = (FULL, 8, 4, 2, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: symbols of the word, steps, selections and rounds of the trainings; samples and draws of rotations of each
-    evaluation."""
+    """Sizes: symbols of the word, steps, selections and hash rounds of the trainings; samples and sets of rotations of
+    each evaluation."""
 
     word: int
     steps: int
@@ -48,7 +48,7 @@ PLANS: dict[str, Plan] = {
 
 
 def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
-    """LSH attention with a number of rounds; `FULL` is two chunks that see each other, and so everything.
+    """Return LSH attention with a number of hash rounds; `FULL` is two chunks that see each other, and so everything.
 
     Strict: the mean size of buckets is the number of tokens seen in one. Sorted: twice as many buckets as chunks, as
     in the paper.
@@ -61,7 +61,7 @@ def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
 
 
 def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
-    """The recipe of a training."""
+    """Return the recipe of a training with a selection and a number of hash rounds."""
     recipe = read_recipe("reformer-copy", steps=plan.steps)
     recipe["task"]["word"] = plan.word
     recipe["model"]["mixers"] = [mixer(selection, rounds, plan.word)]
@@ -69,7 +69,13 @@ def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
 
 
 def with_rounds(model: Any, table: dict[str, Any], seed: int) -> Any:
-    """The same weights with another mixer, with rotations that were not used in training."""
+    """Return a model with the same weights and another mixer, whose hash rotations were not used in training.
+
+    Args:
+        model: trained model.
+        table: mixer of the new model.
+        seed: seed of its rotations.
+    """
     described = {**describe_model(model), "mixers": [{**table, "seed": seed}]}
     rehashed = build_model(described)
     weights = {name: t for name, t in model.state_dict().items() if not name.endswith(("core.rotations", "core.draws"))}
@@ -80,7 +86,7 @@ def with_rounds(model: Any, table: dict[str, Any], seed: int) -> Any:
 
 
 def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
-    """Accuracy of a run on the second word with a number of rounds, for each draw of rotations."""
+    """Return the accuracy of a run on the second word with a number of hash rounds, for several sets of rotations."""
     model, task = load_run(run)
     documents = heads(task.documents("validation"), 0, plan.samples)
     shares = []
@@ -111,11 +117,12 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _name(rounds: int) -> str:
+    """Return a number of hash rounds as text, "full" for full attention."""
     return "full" if rounds == FULL else str(rounds)
 
 
 def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, seconds: float) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     labels = " / ".join(_name(number) for number in EVAL_ROUNDS)
     figures = [
         Figure(
@@ -141,13 +148,14 @@ def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, se
     return Outcome(
         verdict=graded(every and more, some),
         figures=figures,
-        size=f"1 layer of 128, 4 heads, learned positions, 0 w 0 w with {plan.word} symbols of 127 in w; "
-        f"{plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} held-out "
-        f"texts, for each number of rounds {plan.draws} draws of rotations not used in training",
-        note="Holds: at least 99 % with 4 rounds in training and evaluation in every selection, and more rounds never "
-        "worse by more than a point in either; in part: 99 % in one selection, or in all with fewer rounds better "
-        f"somewhere. More rounds never worse: {'yes' if more else 'no'}. 'full' sees every earlier token with "
-        "shared queries and keys. The paper trained 150,000 steps of a layer of 256; its selection is 'sorted'.",
+        size=f"1 layer of 128, 4 heads, learned positions, texts 0 w 0 w where w is {plan.word} symbols of an alphabet "
+        f"of 127; {plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} "
+        f"held-out texts, for each number of rounds {plan.draws} sets of rotations not used in training",
+        note="It holds if accuracy is at least 99 % with 4 rounds in training and evaluation in every selection, and "
+        "more rounds are never worse by more than a point in either; in part if 99 % is reached in one selection, or "
+        f"in all with fewer rounds better somewhere. More rounds never worse: {'yes' if more else 'no'}. 'full' sees "
+        "every earlier token with shared queries and keys. The paper trained a layer of 256 for 150,000 steps; its "
+        "selection is 'sorted'.",
         data=dict(by_selection),
         pictures=[_picture(selection, by_selection[selection]) for selection in by_selection],
         seconds=seconds,
@@ -155,6 +163,7 @@ def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, se
 
 
 def _picture(selection: str, rows: dict[str, dict[str, float]]) -> Picture:
+    """Draw accuracy by hash rounds in training (rows) and at evaluation (columns) as a heat map."""
     return picture_of(
         heat_figure,
         f"reformer-copy-{selection}",

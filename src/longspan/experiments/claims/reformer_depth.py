@@ -43,6 +43,7 @@ PLANS: dict[str, Plan] = {
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Measure a training step of each kind of block at each depth; a second call resumes from the folder."""
     by_mode: dict[str, list[dict[str, float]]] = {}
     for mode in KINDS:
         for layers in plan.layers:
@@ -54,14 +55,14 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _timed(mode: str, layers: int, plan: Plan) -> dict[str, float]:
-    """The numbers of a process, and the seconds that it ran."""
+    """Measure a training step in a separate process, and the seconds that the process ran."""
     begin = time.perf_counter()
     measurements = blocks_alone(mode, layers, plan.length, plan.dim, MIXERS)
     return {**measurements, "process": time.perf_counter() - begin}
 
 
 def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     depths = ", ".join(f"{layers}" for layers in plan.layers)
     figures = []
     for mode, records in by_mode.items():
@@ -97,7 +98,7 @@ def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
         figures=figures,
         size=f"a forward and backward pass on one text of {plan.length:,} tokens, dim {plan.dim}, 4 heads, local "
         "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) alternating, dropout 0.1, fp32, 1 thread; each "
-        "in its own process: peak resident memory above that before, without the parameters' gradients",
+        "in its own process: peak resident memory minus that before the pass and minus gradients of the parameters",
         note="Only small parts grow with the depth: the buckets of LSH layers, which are stored for the backward pass "
         "(one byte per token, head and round), and states of random generators. Whether reversibility costs quality is "
         "not measured here.",
@@ -108,10 +109,12 @@ def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
 
 
 def _megabytes(values: list[float]) -> str:
+    """Return bytes as text in MB, separated by commas."""
     return ", ".join(f"{value / 1e6:.1f}" for value in values)
 
 
 def _picture(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Picture:
+    """Plot peak memory against the number of layers, one line per kind of block."""
     series = [
         Series(x=list(plan.layers), y=[record["peak"] / 1e6 for record in records], label=KINDS[mode], kind="marked")
         for mode, records in by_mode.items()

@@ -46,16 +46,17 @@ PLANS: dict[str, Plan] = {
 
 
 def train_once(folder: Path, kind: Kind, seed: int, steps: int, *assignments: str) -> None:
-    """Run the recipe, or resume it."""
+    """Train the recipe for a kind of task in a folder, or resume it."""
     name = "rmt-reasoning" if kind == "reasoning" else "rmt"
     settings = (f"task.kind={kind}", f"train.seed={seed}", f"train.steps={steps}")
     train_or_resume(read_recipe(name, *settings, *assignments), folder)
 
 
 def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> dict[str, Any]:
-    """The answers of a run, read from the file of an earlier evaluation if there is one."""
+    """Return the answers of a run at one length, from the file of an earlier evaluation if there is one."""
 
     def measure() -> dict[str, Any]:
+        """Load the model of the run and return its answers after `segments` segments."""
         model, task = load_run(folder)
         answers = evaluate_memory(
             model, cast(MemoryTask, task), segments=segments, count=count, kinds=(kind,), batch=BATCH, seed=seed
@@ -66,6 +67,7 @@ def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> 
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train all kinds of tasks with all seeds, then ask at all lengths; a second call resumes from the folder."""
     by_kind: dict[str, dict[int, list[dict[str, Any]]]] = {kind: {} for kind in KINDS}
     # long texts last, so that an interrupted call has all short ones
     for kind in KINDS:
@@ -85,7 +87,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, seed: int = 0) -> Interval:
-    """Accuracy over several trainings, with a bootstrap over trainings and over samples within each."""
+    """Return the accuracy over several trainings, with a bootstrap over trainings and over samples within each."""
     random = np.random.default_rng(seed)
     shares = [np.asarray(answers, dtype=np.float64) for answers in right]
     value = float(np.mean([share.mean() for share in shares]))
@@ -98,7 +100,7 @@ def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, se
 
 
 def intervals(records: list[dict[str, Any]]) -> Interval:
-    """Accuracy over trainings and samples: a bootstrap over both, or Wilson's interval if all are correct."""
+    """Return the accuracy with its interval: a bootstrap over trainings and samples, or Wilson's if all are correct."""
     right = [[letter == "1" for letter in record["answers"]] for record in records]
     value = seeds_interval(right)
     if value.low < value.high:
@@ -108,6 +110,7 @@ def intervals(records: list[dict[str, Any]]) -> Interval:
 
 
 def _outcome(by_kind: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, seconds: float, floor: str) -> Outcome:
+    """Return the verdict and the numbers next to the paper's, from records by kind of task and segments."""
     figures, reached = [], True
     for kind, lengths in by_kind.items():
         for segments, records in lengths.items():
@@ -145,6 +148,7 @@ def _outcome(by_kind: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, se
 
 
 def _picture(by_kind: dict[str, dict[int, list[dict[str, Any]]]]) -> Picture:
+    """Plot accuracy with its intervals against the number of segments, one line per kind of task."""
     series = [
         interval_series(list(lengths), [intervals(records) for records in lengths.values()], label=kind)
         for kind, lengths in by_kind.items()

@@ -44,7 +44,7 @@ PLANS: dict[str, Plan] = {
 
 
 def mixer_of(name: str) -> dict[str, Any]:
-    """The mixer of every layer."""
+    """Return the mixer that every layer of a model has."""
     if name == DENSE:
         return {"name": "full"}
     if name == LOCAL:
@@ -55,14 +55,14 @@ def mixer_of(name: str) -> dict[str, Any]:
 
 
 def flops(mixer: Mapping[str, Any]) -> int:
-    """FLOPs of a forward pass over a piece."""
+    """Return the FLOPs of a forward pass over `PIECE` bytes of a model with this mixer in every layer."""
     table = recipe_of("routing")["model"]
     return int(build_model({**table, "vocab_size": 256, "mixers": [dict(mixer)]}).flops(PIECE))
 
 
 @cache
 def equal_window() -> int:
-    """The smallest window with which local heads cost at least the FLOPs of routed and local ones."""
+    """Return the smallest window with which local heads cost at least the FLOPs of routed and local ones."""
     routed_flops = flops(mixer_of(ROUTED))
     low, high = 1, PIECE
     while low < high:
@@ -72,9 +72,10 @@ def equal_window() -> int:
 
 
 def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
-    """A forward pre-hook of a core that records its choices of clusters."""
+    """Return a forward pre-hook of a core that records its choices of clusters in `choices`."""
 
     def hook(core: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the positional arguments of a core with a layout that records its choices."""
         *rest, rows = arguments
         return (*rest, rows.with_choices(choices))
 
@@ -83,7 +84,7 @@ def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
 
 @torch.no_grad()
 def usage(model: Any, documents: Documents) -> list[list[float]]:
-    """Share of tokens per cluster, largest first, for every routed head of every layer."""
+    """Return the share of tokens per cluster, largest first, for every routed head of every layer."""
     counts: list[np.ndarray[Any, Any]] = []
     clusters = recipe_of("routing")["model"]["mixers"][0]["mixers"][1]["num_clusters"]
     for document in documents.items:
@@ -113,12 +114,13 @@ def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _used(run: Path, plan: Contest) -> dict[str, Any]:
+    """Measure the usage of clusters by the model of a run on the held-out documents."""
     model, task = load_run(run)
     return {"shares": usage(model, heads(task.documents("validation"), plan.head, plan.documents))}
 
 
 def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> Outcome:
-    """The verdict and the numbers next to the paper's.
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots.
 
     Args:
         models: records of `contest`.
@@ -145,8 +147,8 @@ def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> O
         figures=figures,
         size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
         f"local heads of equal FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
-        f"{plan.train['steps']:,} steps of one piece, {plan.seeds} seeds, one of extra models; held out: the first "
-        f"{plan.head:,} bytes of {len(models[LOCAL][0]['names'])} speeches; {INTERVALS}",
+        f"{plan.train['steps']:,} steps of one piece, {plan.seeds} seeds, one seed for extra models; held-out text: "
+        f"the first {plan.head:,} bytes of {len(models[LOCAL][0]['names'])} speeches; {INTERVALS}",
         note=_note(models, busy, len(shares[0])),
         data={"models": models, "shares": shares},
         pictures=[_picture(shares)],
@@ -155,10 +157,10 @@ def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> O
 
 
 def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
-    """The meaning of the verdict, and its limitations: collapsed clusters, too short a training."""
+    """Explain the verdict and its limitations: collapsed clusters, too short a training."""
     parts = [
-        "Holds: better than local heads, the interval of the difference below zero; in part: better, but the interval "
-        "includes zero."
+        "It holds if the routed model is better than local heads, with an interval of the difference below zero; in "
+        "part if it is better but the interval includes zero."
     ]
     if 2 * min(busy) < clusters or 4 * np.mean(busy) < 3 * clusters:
         parts.append(
@@ -171,17 +173,19 @@ def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
             "heads see, is behind them too."
         )
     parts.append(
-        "The routed heads are strict, so that decoding equals training; in the paper all clusters take equally many "
-        "tokens."
+        "The routed heads are strict, so that decoding equals training; in the paper all clusters take the same number "
+        "of tokens."
     )
     return " ".join(parts)
 
 
 def _window(name: str) -> str:
+    """Return the window of the local heads as text, or "" for other models."""
     return f" (window {equal_window()})" if name == LOCAL else ""
 
 
 def _picture(shares: list[list[float]]) -> Picture:
+    """Plot the share of tokens per cluster, largest first, for each routed head and their mean."""
     count = len(shares[0])
     ranks = list(range(1, count + 1))
     mean = np.mean(shares, axis=0).tolist()

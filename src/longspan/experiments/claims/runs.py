@@ -1,4 +1,4 @@
-"""What claims that train share: recipes, runs that resume, measurements that are saved."""
+"""Code that claims with training share: recipes, runs that resume, measurements that are saved."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +11,7 @@ from longspan.train import find_recipe, read_log, run
 
 
 def read_recipe(name: str, *assignments: str, **train: Any) -> dict[str, Any]:
-    """The recipe NAME.toml with assignments such as "task.kind=detect" and fields of `[train]`.
+    """Read the recipe NAME.toml, with assignments such as "task.kind=detect" and fields of `[train]`.
 
     A limit in minutes is dropped: a number of steps gives the same model on any machine.
     """
@@ -35,7 +35,7 @@ def train_or_resume(recipe: Mapping[str, Any], folder: Path) -> None:
 
 
 def measure_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """The record that `measure` returns, read from `path` if an earlier call saved it there."""
+    """Return the record that `measure` makes, from `path` if an earlier call saved it there."""
     if not path.is_file():
         write_json(path, dict(measure()))
     record: dict[str, Any] = read_json(path)
@@ -43,5 +43,5 @@ def measure_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[s
 
 
 def trained_seconds(runs: Iterable[Path]) -> float:
-    """Seconds of training of all runs, earlier calls included."""
+    """Return the seconds of training of all runs, earlier calls included."""
     return float(sum(line["seconds"] for run in runs for line in read_log(run / "log.jsonl")[-1:]))

@@ -45,7 +45,7 @@ V  0 -3 -3 -3 -1 -2 -2 -3 -3  3  1 -2  1 -1 -2 -2  0 -3 -1  4
 
 
 def blosum62() -> Array:
-    """(20, 20) scores in half bits, in the order of `AMINO_ACIDS`."""
+    """Return the BLOSUM62 scores in half bits, (20, 20), in the order of `AMINO_ACIDS`."""
     columns, *rows = (line.split() for line in _BLOSUM62.strip().splitlines())
     score = {(row[0], column): float(value) for row in rows for column, value in zip(columns, row[1:], strict=True)}
     return np.array([[score[a, b] for b in AMINO_ACIDS] for a in AMINO_ACIDS])
@@ -53,7 +53,7 @@ def blosum62() -> Array:
 
 @torch.no_grad()
 def attention_between(model: Any, tokens: Tensor) -> Array:
-    """Attention within a sequence, summed by pairs of amino acids.
+    """Return the attention within a sequence, summed by pairs of amino acids.
 
     Args:
         model: a `MaskedLM` in evaluation mode.
@@ -73,28 +73,37 @@ def attention_between(model: Any, tokens: Tensor) -> Array:
 
 
 def even_attention(tokens: Tensor) -> Array:
-    """(20, 20) fp64: `attention_between` of a head that attends evenly to all positions."""
+    """Return `attention_between` of a head that attends evenly to all positions of tokens (length,): (20, 20) fp64."""
     counts = np.bincount(tokens.numpy(), minlength=len(VOCABULARY))[FIRST : FIRST + len(AMINO_ACIDS)]
     even: Array = np.outer(counts, counts) / len(tokens)
     return even
 
 
 def similarity_by_heads(between: Array) -> Array:
-    """(20, 20) correlations over heads; see the module. `between` is `attention_between` summed over sequences."""
+    """Return the correlations (20, 20), over heads, of the shares of attention that two amino acids get.
+
+    Args:
+        between: (layers * heads, 20, 20), `attention_between` summed over sequences.
+    """
     shares = between.sum(1) / between.sum((1, 2))[:, None]
     correlations: Array = np.corrcoef(shares.T)
     return correlations
 
 
 def similarity_by_pairs(between: Array, even: Array) -> Array:
-    """(20, 20) log-odds; see the module. Both arguments are sums over the same sequences."""
+    """Return log2 of the attention between two amino acids over even attention, mean of both directions: (20, 20).
+
+    Args:
+        between: (layers * heads, 20, 20), `attention_between` summed over sequences.
+        even: (20, 20), `even_attention` summed over the same sequences.
+    """
     odds: Array = np.log2(between.sum(0) / (len(between) * even))
     return (odds + odds.T) / 2
 
 
 @torch.no_grad()
 def similarity_of_embeddings(model: Any) -> Array:
-    """(20, 20) correlations of the amino acids' embeddings, minus their mean."""
+    """Return correlations (20, 20) of the amino acids' embeddings, minus their mean."""
     weights = model.embedding.weight[FIRST : FIRST + len(AMINO_ACIDS)].double().numpy()
     correlations: Array = np.corrcoef(weights - weights.mean(0))
     return correlations
@@ -107,7 +116,7 @@ class Agreement(NamedTuple):
         pearson: their correlation.
         spearman: the correlation of their ranks.
         pearson_p: share of relabelings of the amino acids, the identity included, with at least this correlation.
-        spearman_p: the same for ranks.
+        spearman_p: share of relabelings with at least this correlation of ranks.
     """
 
     pearson: float
@@ -117,14 +126,14 @@ class Agreement(NamedTuple):
 
 
 def agreement(left: Array, right: Array, *, samples: int = 10_000, seed: int = 0) -> Agreement:
-    """Correlations of two symmetric matrices off their diagonals, with a permutation test.
+    """Return the correlations of two symmetric matrices off their diagonals, with a permutation test.
 
     Pairs that share an amino acid are not independent, so the test relabels amino acids, rows and columns together
     (Mantel 1967), instead of pairs.
 
     Args:
         left: (20, 20), symmetric.
-        right: the same.
+        right: (20, 20), symmetric.
         samples: number of relabelings.
         seed: seed of the relabelings.
     """
@@ -135,6 +144,13 @@ def agreement(left: Array, right: Array, *, samples: int = 10_000, seed: int = 0
 
 
 def _mantel(left: Array, right: Array, samples: int, seed: int) -> tuple[float, float]:
+    """Return the correlation of two symmetric matrices off their diagonals, and its p-value (Mantel's test).
+
+    Args:
+        left, right: (n, n).
+        samples: number of relabelings of the rows and columns of `left`.
+        seed: seed of the relabelings.
+    """
     upper = np.triu_indices(len(left), 1)
     fixed = _standard(right[upper])
     value = float(_standard(left[upper]) @ fixed)
@@ -146,12 +162,13 @@ def _mantel(left: Array, right: Array, samples: int, seed: int) -> tuple[float, 
 
 
 def _standard(values: Array) -> Array:
+    """Return values (n,) with mean 0 and norm 1, so that a dot product of two is their correlation."""
     centered: Array = values - values.mean()
     return centered / float(np.linalg.norm(centered))
 
 
 def _ranked(matrix: Array) -> Array:
-    """The matrix with off-diagonal values replaced by their ranks, equal values by their mean rank."""
+    """Replace the off-diagonal values of a symmetric matrix by their ranks, equal values by their mean rank."""
     upper = np.triu_indices(len(matrix), 1)
     _, inverse, count = np.unique(matrix[upper], return_inverse=True, return_counts=True)
     mean = np.cumsum(count) - (count - 1) / 2
@@ -161,7 +178,7 @@ def _ranked(matrix: Array) -> Array:
 
 
 def rank_of_pair(matrix: Array, pair: str) -> int:
-    """The rank of a pair such as "DE" among the 190, most similar first."""
+    """Return the rank of a pair such as "DE" among the 190 pairs of amino acids, most similar first."""
     upper = np.triu_indices(len(matrix), 1)
     a, b = (AMINO_ACIDS.index(letter) for letter in pair)
     return int((matrix[upper] > matrix[a, b]).sum()) + 1

@@ -92,7 +92,7 @@ PLANS: dict[str, Plan] = {
 
 
 def step_of(way: str, length: int) -> Step:
-    """Forward and backward pass of one way of attention on normal numbers, after a warm-up on a short text."""
+    """Return a forward and backward pass of one kind of attention on random inputs, after a warm-up on a short text."""
     for count in (64, length):
         step = _step(way, count)
         if count < length:
@@ -101,10 +101,12 @@ def step_of(way: str, length: int) -> Step:
 
 
 def _step(way: str, length: int) -> Step:
+    """Return a forward and backward pass of one kind of attention on random inputs of `length` tokens."""
     inputs = [torch.randn(1, HEADS, length, DIM, requires_grad=True) for _ in range(3)]
     stride = math.isqrt(length)
 
     def attend() -> Tensor:
+        """Return the outputs of attention, (1, heads, length, head_dim)."""
         if way == WEIGHTS:
             return reference.full_attention(*inputs)
         if way == DENSE:
@@ -116,7 +118,7 @@ def _step(way: str, length: int) -> Step:
 
 
 def growth(plan: Plan, say: Say) -> dict[str, dict[str, dict[int, float]]]:
-    """CPU seconds, peak bytes, and pairs by the definition, for each way by length."""
+    """Measure CPU seconds, peak bytes, and query-key pairs by the definition, for each kind of attention by length."""
     curves: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "pairs": {}}
     most = {DENSE: plan.dense, WEIGHTS: plan.weights}
     for length in plan.lengths:
@@ -133,7 +135,7 @@ def growth(plan: Plan, say: Say) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def pairs(way: str, length: int) -> float:
-    """Number of weights per head by the definition."""
+    """Return the number of query-key pairs per head by the definition."""
     stride = math.isqrt(length)
     fields: dict[str, Any] = {} if way == DENSE else {"pattern": way, "stride": stride}
     if way == FIXED:
@@ -142,7 +144,7 @@ def pairs(way: str, length: int) -> float:
 
 
 def _by_length(curves: Mapping[str, Mapping[str, Mapping[Any, float]]]) -> dict[str, dict[str, dict[int, float]]]:
-    """The same with lengths as numbers, which JSON stores as text."""
+    """Return curves with integer lengths as keys, after JSON has turned the lengths into text."""
     return {
         kind: {way: {int(length): value for length, value in values.items()} for way, values in ways.items()}
         for kind, ways in curves.items()
@@ -150,6 +152,7 @@ def _by_length(curves: Mapping[str, Mapping[str, Mapping[Any, float]]]) -> dict[
 
 
 def _mixers(stride: int) -> dict[str, dict[str, Any]]:
+    """Return the mixers of dense, fixed and strided attention with a stride."""
     return {
         DENSE: {"name": "full"},
         FIXED: {"name": "sparse", "pattern": "fixed", "stride": stride, "summary": SUMMARY},
@@ -158,12 +161,12 @@ def _mixers(stride: int) -> dict[str, dict[str, Any]]:
 
 
 def text_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Recipes of the three models of text, otherwise `recipes/lm/full.toml`; the stride is the root of the length."""
+    """Return recipes of three models of text, otherwise `recipes/lm/full.toml`; the stride is sqrt of the length."""
     return {name: recipe_with(mixer) for name, mixer in _mixers(math.isqrt(plan.text.train["segment_length"])).items()}
 
 
 def image_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Recipes of the three models of tiles, otherwise `recipes/sparse-tiles.toml`; the stride is a row of pixels."""
+    """Return recipes of three models of tiles, otherwise `recipes/sparse-tiles.toml`; the stride is a row of pixels."""
     recipes = {}
     for name, mixer in _mixers(3 * plan.tile).items():
         recipe = read_recipe("sparse-tiles")
@@ -175,7 +178,7 @@ def image_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def frequency_bits(plan: Plan) -> float:
-    """Bits per byte on held-out tiles of a predictor that knows only the frequencies of bytes in training tiles."""
+    """Return held-out bits per byte of a predictor that knows only the frequencies of bytes in training tiles."""
     task = tasks.build(image_recipes(plan)[DENSE]["task"])
     counts = np.ones(task.vocab_size)
     for item in task.documents("train").items:
@@ -190,7 +193,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     grown = _by_length(measure_once(folder / "growth.json", lambda: growth(plan, say)))
     measured: dict[str, Any] = {"growth": grown, "text": contest(folder / "text", text_recipes(plan), plan.text, say)}
     if importlib.util.find_spec("skimage") is None:
-        say("no images; install them with: pip install --no-deps scikit-image")
+        say("skipping images, which are not installed; install them with: pip install --no-deps scikit-image")
     else:
         measured["image"] = contest(folder / "image", image_recipes(plan), plan.image, say)
         measured["frequencies"] = measure_once(folder / "frequencies.json", lambda: {"bits": frequency_bits(plan)})[
@@ -200,6 +203,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _shown(values: Mapping[int, float], scale: float, unit: str) -> str:
+    """Return values by length as text, with their unit and their growth as a power of the length."""
     words = ", ".join(
         f"{length:,}: {scale * value:,.{0 if scale * value >= 100 else 2}f}" for length, value in values.items()
     )
@@ -207,7 +211,7 @@ def _shown(values: Mapping[int, float], scale: float, unit: str) -> str:
 
 
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     grown, text, image = measured["growth"], measured["text"], measured.get("image")
     time_powers, memory_powers = (
         {way: power(values) for way, values in grown[key].items()} for key in ("seconds", "bytes")
@@ -255,53 +259,56 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
 
 
 def _bits(models: ModelRecords, paper: Mapping[str, str], where: str) -> list[Figure]:
+    """Return the rows of the results table for the held-out bits per byte of each model."""
     return bit_figures(models, DENSE, paper, f"bits per byte on {where}")
 
 
 def _size(measured: Mapping[str, Any], plan: Plan) -> str:
+    """Describe models, data and training of all measurements."""
     text, image = plan.text, plan.image
     words = (
         f"time and memory of the operations alone: batch 1, {HEADS} heads of {DIM}, fp32, one thread, strides of "
         f"sqrt(n), {SUMMARY} summary columns; CPU time, median of {plan.rounds} alternating round(s); peak "
         "resident memory above that before, each in its own process. Text: 4 layers of 128, State of the Union "
         f"speeches, {text.train['steps']:,} steps of {text.train['lanes']} x {text.train['segment_length']:,} bytes, "
-        f"{text.seeds} seed(s); held out: the first {text.head:,} bytes of "
+        f"{text.seeds} seed(s); held-out text: the first {text.head:,} bytes of "
         f"{len(measured['text'][DENSE][0]['names'])} speeches"
     )
     if "image" in measured:
         words += (
             f". Images: 4 layers of 128, tiles of {plan.tile} x {plan.tile} x 3 bytes of eight photographs, "
-            f"{image.train['steps']:,} steps of {image.train['lanes']} tile(s), {image.seeds} seed(s); held out: "
-            f"{len(measured['image'][DENSE][0]['names'])} tiles of other photographs"
+            f"{image.train['steps']:,} steps of {image.train['lanes']} tile(s), {image.seeds} seed(s); held-out "
+            f"images: {len(measured['image'][DENSE][0]['names'])} tiles of other photographs"
         )
     return f"{words}; {INTERVALS}"
 
 
 def _note(grows: bool, leads: list[Interval], strided: Interval) -> str:
-    """`leads` over dense attention: fixed on text, and strided on images if there are any."""
+    """Explain the verdict; `leads` are differences to dense: fixed on text, and strided on images if there are any."""
 
     parts = [
         f"Time and memory grow no faster than n^{GROWTH} (and time of dense attention at least n^{DENSE_GROWTH}): "
-        f"{'yes' if grows else 'no'}. Fixed on text as good as dense (the upper end of the interval at most {EQUAL} "
-        f"bits per byte): {as_good(leads[0])}, {signed(leads[0])}."
+        f"{'yes' if grows else 'no'}. Fixed patterns on text match dense attention (the upper end of the interval is "
+        f"at most {EQUAL} bits per byte): {as_good(leads[0])}, {signed(leads[0])}."
     ]
     if len(leads) == 1:
         parts.append(
-            "There were no images (pip install --no-deps scikit-image), so that part is open and the claim cannot "
-            "hold as a whole."
+            "Images were not installed (pip install --no-deps scikit-image), so that part was not measured and the "
+            "claim holds at most in part."
         )
     else:
-        parts.append(f"Strided on images as good as dense: {as_good(leads[1])}, {signed(leads[1])}.")
+        parts.append(f"Strided patterns on images match dense attention: {as_good(leads[1])}, {signed(leads[1])}.")
     parts.append(
-        f"Strided on text, which the paper advises against: {signed(strided)}. Neither sparse nor dense attention "
-        "stores weights here, so memory is linear in the length; the paper stores them, as does the row 'weights "
-        "kept'. The models are small and trained briefly, the images are few and dissimilar."
+        f"Strided patterns on text, which the paper advises against: {signed(strided)}. Neither sparse nor dense "
+        "attention stores weights here, so memory is linear in the length; the paper stores them, as does the row "
+        "'weights kept'. The models are small and trained briefly, the images are few and dissimilar."
         + next((words for lead in leads if (words := caution(lead, "dense attention"))), "")
     )
     return " ".join(parts)
 
 
 def _pictures(grown: Mapping[str, Mapping[str, Mapping[int, float]]]) -> list[Picture]:
+    """Plot time and memory against the length."""
     milliseconds = {way: {n: 1e3 * value for n, value in values.items()} for way, values in grown["seconds"].items()}
     megabytes = {way: {n: 1e-6 * value for n, value in values.items()} for way, values in grown["bytes"].items()}
     return [
@@ -324,7 +331,7 @@ SPARSE = Claim(
     name="sparse",
     system="Sparse Transformer",
     source="Child et al. 2019, sections 4.3, 5.1 and 7, tables 1 and 2",
-    text="Factorized patterns take time and memory of n sqrt n without loss of quality: fixed ones on text, strided "
+    text="Factorized patterns need time and memory of n sqrt n without loss of quality: fixed ones on text, strided "
     "ones on images.",
     measure=measure,
     minutes={"small": 0.8, "full": 8},

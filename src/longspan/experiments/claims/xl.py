@@ -46,7 +46,7 @@ TRAINED = 128
 
 
 def with_memory(model: Any, length: int) -> Any:
-    """The same weights with another length of memory."""
+    """Return a model with the same weights and another memory length, in evaluation mode."""
     table = describe_model(model)
     table["mixers"] = [{**mixer, "mem_len": length} for mixer in table["mixers"]]
     resized = build_model(table)
@@ -55,7 +55,7 @@ def with_memory(model: Any, length: int) -> Any:
 
 
 def by_length(model: Any, documents: Any, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Nats of each document for each length of memory."""
+    """Return nats of each document for each length of memory."""
     records: dict[str, Any] = {"names": list(documents.names)}
     for length in lengths:
         records[str(length)] = evaluate_text(with_memory(model, length), documents, chunk=TRAINED).record()
@@ -63,12 +63,13 @@ def by_length(model: Any, documents: Any, lengths: tuple[int, ...]) -> dict[str,
 
 
 def _evaluation(records: dict[str, Any], length: int) -> Evaluation:
+    """Return the evaluation with one length of memory from the records of `by_length`."""
     return Evaluation.of(records[str(length)], records["names"])
 
 
 @torch.no_grad()
 def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
-    """Distance to the farthest token that affects the last prediction."""
+    """Return the distance to the farthest of tokens (length,) that affects the last prediction."""
     base = model(tokens[None], None)[0][0, -1]
     low, high = 0, len(tokens) - 1
     # visible tokens are an interval that ends at the last one, so bisection finds its start
@@ -85,8 +86,9 @@ def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
 
 @torch.no_grad()
 def speed(model: Any, tokens: torch.Tensor, plan: Plan) -> dict[str, float]:
-    """CPU seconds per token, streaming and rereading the window for every token, alternating."""
+    """Return CPU seconds per token of streaming, and of rereading a window for every token, timed in turns."""
     span = 2 * TRAINED
+    # keys of saved records
     seconds: dict[str, list[float]] = {"streaming": [], "reading anew": []}
     for _ in range(plan.rounds):
         session = StreamSession(model)
@@ -123,7 +125,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -> Outcome:
-    """The verdict and the numbers next to the paper's."""
+    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
     losses = measured["losses"]
     none = _evaluation(losses, plan.lengths[0])
     figures, values = [], []
@@ -158,10 +160,10 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -
         verdict=graded(best.high < 0 and falls and rate > 1 and beyond, best.high < 0),
         figures=figures,
         size=f"4 layers of 128, segments and memory of {TRAINED}, bytes of State of the Union speeches, {plan.steps:,} "
-        f"steps of 1,024 bytes; held out: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "
+        f"steps of 1,024 bytes; held-out text: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "
         "intervals by bootstrap over documents",
-        note=f"Bits fall with every length: {'yes' if falls else 'no'}. The model was trained with {TRAINED}, so "
-        "longer memories are an extrapolation.",
+        note=f"Bits per byte fall with every longer memory: {'yes' if falls else 'no'}. The model was trained with a "
+        f"memory of {TRAINED}, so longer ones are an extrapolation.",
         data=measured,
         pictures=[_picture(values, plan)],
         seconds=seconds,
@@ -169,6 +171,7 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -
 
 
 def _picture(values: list[float], plan: Plan) -> Picture:
+    """Plot held-out bits per byte against the length of the memory."""
     return picture_of(
         line_figure,
         "xl",

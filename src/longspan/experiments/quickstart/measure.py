@@ -22,7 +22,7 @@ _COLUMNS = (("segments", 9), ("tokens", 10), ("memorize", 10), ("detect", 10), (
 
 @dataclass(frozen=True)
 class Reading:
-    """Answers by kind of question, after texts of one number of segments."""
+    """Answers by kind of question, after texts of the same number of segments."""
 
     segments: int
     answers: dict[str, MemoryEvaluation]
@@ -34,18 +34,18 @@ class Reading:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed, all rows of a batch together."""
+        """Tokens read per second, summed over the rows of a batch."""
         total = sum(answers.tokens * len(answers.right) for answers in self.answers.values())
         return total / max(sum(answers.seconds for answers in self.answers.values()), 1e-9)
 
     @property
     def resident(self) -> int | None:
-        """Peak resident bytes of the process; None where unknown."""
+        """Peak resident bytes of the process; None where the system does not report it."""
         return next(iter(self.answers.values())).resident
 
 
 def plan(longest: int, count: int) -> list[tuple[int, int]]:
-    """(segments, questions of each kind), with fewer questions at long lengths."""
+    """Return (segments, questions of each kind) for every length up to `longest`; long texts get fewer questions."""
     return [
         (length, count if length <= 64 else max(count // 2, 1) if length <= 256 else max(count // 16, 1))
         for length in LENGTHS
@@ -54,12 +54,12 @@ def plan(longest: int, count: int) -> list[tuple[int, int]]:
 
 
 def kinds_of(task: MemoryTask) -> tuple[Kind, ...]:
-    """The kinds of questions; a model trained to detect a fact can also memorize one at the start."""
+    """Return the kinds of questions; a model trained to detect a fact can also memorize one at the start."""
     return ("reasoning",) if task.config.kind == "reasoning" else ("memorize", "detect")
 
 
 def ask(model: Any, task: MemoryTask, questions: list[tuple[int, int]]) -> list[Reading]:
-    """Ask at every length and print a row of the table after each."""
+    """Evaluate the model at every length and print a row of the table after each."""
     kinds = kinds_of(task)
     columns = [column for column in _COLUMNS if column[0] not in ("memorize", "detect")]
     columns[2:2] = [(kind, 10) for kind in kinds]
@@ -69,6 +69,7 @@ def ask(model: Any, task: MemoryTask, questions: list[tuple[int, int]]) -> list[
         status = StatusLine(every=30.0)
 
         def show(share: float, segments: int = segments, status: StatusLine = status) -> None:
+            """Show the share of the texts that was read, for one number of segments."""
             status.show(f"{segments:>9,} {share:>10.0%} read")
 
         reading = Reading(
@@ -93,7 +94,7 @@ def ask(model: Any, task: MemoryTask, questions: list[tuple[int, int]]) -> list[
 
 
 def check(readings: list[Reading], clock: Clock) -> list[Check]:
-    """All checks; times and the goal beyond `SURE` segments are not fatal."""
+    """Return all checks of the quickstart; those of time and of more than `SURE` segments are not fatal."""
     kinds = list(readings[0].answers)
     checks = []
     for kind in kinds:
@@ -110,7 +111,7 @@ def check(readings: list[Reading], clock: Clock) -> list[Check]:
 
 
 def _accuracy(kind: str, readings: list[Reading], *, fatal: bool) -> Check:
-    """Compare the accuracy over all lengths with the bar, by its 95 % interval.
+    """Check that the accuracy over all lengths reaches the bar, by its 95 % interval.
 
     The check passes where the lower end reaches the bar, and fails where the upper end, of all lengths together or of
     one of them, stays below it. Between the two the questions are too few to tell.
@@ -125,9 +126,9 @@ def _accuracy(kind: str, readings: list[Reading], *, fatal: bool) -> Check:
     first, last = (f"{reading.segments:,}" for reading in (readings[0], readings[-1]))
     return Check(
         name=f"{kind}: accuracy at {first} to {last} segments, {'the bar' if fatal else 'the goal'}",
-        value=f"{right} of {count}, interval {interval.low:.1%} to {interval.high:.1%}; at worst {sum(at_worst.right)} "
+        value=f"{right} of {count}, interval {interval.low:.1%} to {interval.high:.1%}; lowest {sum(at_worst.right)} "
         f"of {len(at_worst.right)}, at {worst.segments:,}",
-        bar=f"lower end {ACCURACY:.0%}",
+        bar=f"lower end at least {ACCURACY:.0%}",
         passed=passed,
         undecided=not passed and not failed,
         fatal=fatal,
@@ -135,7 +136,7 @@ def _accuracy(kind: str, readings: list[Reading], *, fatal: bool) -> Check:
 
 
 def _constant(readings: list[Reading]) -> list[Check]:
-    """Compare memory and speed at the longest text with those at 16 segments."""
+    """Check that memory and speed at the longest text equal those at 16 segments."""
     base = next((reading for reading in readings if reading.segments == 16), readings[0])
     last = readings[-1]
     if last.segments <= base.segments:
@@ -147,7 +148,7 @@ def _constant(readings: list[Reading]) -> list[Check]:
             Check(
                 name=f"Resident memory at {last.segments:,} segments equals that at {base.segments}",
                 value=f"{si_bytes(base.resident)} and {si_bytes(last.resident)}: {100 * grown:+.1f}%".replace("-", "−"),
-                bar=f"+{RESIDENT_GROWTH:.0%}",
+                bar=f"at most +{RESIDENT_GROWTH:.0%}",
                 passed=grown <= RESIDENT_GROWTH,
             )
         )

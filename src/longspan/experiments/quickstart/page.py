@@ -22,13 +22,13 @@ from longspan.tasks import MemoryTask
 from longspan.tasks.memory import PLACES
 from longspan.train import read_log
 
-TITLE = "longspan: a question answered over two million tokens"
+TITLE = "longspan: recall a fact after two million tokens"
 
 
 def write(
     output: Path, run: Path, model: Any, task: MemoryTask, readings: list[Reading], checks: list[Check], clock: Clock
 ) -> Path:
-    """Draw the figures and write the page; returns its path."""
+    """Draw the figures and write the HTML page of the quickstart; return its path."""
     log, recipe = read_log(run / "log.jsonl"), read_json(run / "recipe.json")
     facts = _facts(model, recipe, log, readings, clock)
     most = recipe["train"]["max_segments"]
@@ -36,9 +36,9 @@ def write(
         Section("Checks", [check_table(checks)]),
         Section("Accuracy", [_accuracy(readings, most), _table(readings), *_example(model, task, readings)]),
         Section("Constant memory, constant speed", _constant(readings)),
-        Section("What a dense Transformer would do", _flops(model, task)),
+        Section("Cost of a dense Transformer", _flops(model, task)),
         Section("Training", [_training(log)]),
-        Section("The numbers", [Table(columns=("", ""), rows=facts)]),
+        Section("Details of the run", [Table(columns=("", ""), rows=facts)]),
         Section(
             "Next", [Code(_commands(run, output)), Text("All numbers on this page are in report.json next to it.")]
         ),
@@ -54,13 +54,14 @@ def write(
     lead = (
         f"A Recurrent Memory Transformer was trained on at most {most} segments of {task.config.segment_length} "
         f"tokens. Here it reads up to {last.segments:,} of them, {last.tokens:,} tokens of unseen text, with one "
-        "sentence that says who went where, and answers a question about it at the end. longspan quickstart made this "
+        "sentence about who went where, and answers a question about it at the end. longspan quickstart made this "
         "page and checks its claims."
     )
     return write_report(output, TITLE, sections, data, lead=lead, footer="made by longspan quickstart")
 
 
 def _accuracy(readings: list[Reading], most: int) -> Picture:
+    """Plot accuracy with its intervals against the number of segments, one line per kind of question."""
     lengths = [reading.segments for reading in readings]
     series = [
         interval_series(lengths, [reading.answers[kind].interval() for reading in readings], label=kind)
@@ -83,11 +84,12 @@ def _accuracy(readings: list[Reading], most: int) -> Picture:
 
 
 def _table(readings: list[Reading]) -> Table:
+    """Return the table of answers by number of segments."""
     columns = [
         "segments",
         "tokens",
         *readings[0].answers,
-        "facts cut by a border",
+        "facts cut by a segment border",
         "false writes",
         "repeats of a sentence",
     ]
@@ -109,7 +111,7 @@ def _table(readings: list[Reading]) -> Table:
 
 
 def _example(model: Any, task: MemoryTask, readings: list[Reading]) -> list[Passage | Text]:
-    """A sample of one segment with its facts and its question marked, the right answer, and the model's."""
+    """Show a sample of one segment with its facts and its question marked, the correct answer, and the model's."""
     kind = next(iter(readings[-1].answers))
     sample = task.sample("test", 1, [0], kind=kind)  # type: ignore[arg-type]
     (segment,) = list(sample)
@@ -121,25 +123,27 @@ def _example(model: Any, task: MemoryTask, readings: list[Reading]) -> list[Pass
     return [
         Text(
             "A sample of one segment, with the fact and the question marked. Noise consists of sentences from held-out "
-            "speeches and the King James Bible, drawn one by one; a fact may be anywhere, also across a segment "
+            "speeches and the King James Bible, drawn one by one. A fact may be anywhere, even across a segment "
             "border, so that no segment contains all of it."
         ),
         Passage(mark_all(text, [*sample.what.facts, sample.what.question])),
-        Text(f"The right answer: {PLACES[sample.answer]}. The model's answer: {chosen}."),
+        Text(f"The correct answer: {PLACES[sample.answer]}. The model's answer: {chosen}."),
     ]
 
 
 def mark_all(text: str, passages: Sequence[str]) -> list[tuple[str, bool]]:
-    """Split `text` into pieces, each with whether it is one of `passages`; those that do not occur are ignored."""
+    """Split `text` into (piece, whether it is one of `passages`); passages that do not occur are ignored."""
     pattern = "|".join(re.escape(passage) for passage in sorted(passages, key=len, reverse=True))
     pieces = re.split(f"({pattern})", text)
     return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
 
 
 def _constant(readings: list[Reading]) -> list[Picture | Text]:
+    """Plot resident memory (where known) and speed against the number of segments."""
     lengths = [reading.segments for reading in readings]
 
     def draw(name: str, label: str, value: Callable[[Reading], float], alt: str, caption: str) -> Picture:
+        """Plot one value of each reading against the number of segments."""
         values = [value(reading) for reading in readings]
         series = [Series(x=lengths, y=values, kind="marked")]
         return picture_of(
@@ -180,6 +184,7 @@ def _constant(readings: list[Reading]) -> list[Picture | Text]:
 
 
 def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
+    """Plot computed FLOPs per token of the model and of a dense Transformer of the same size."""
     recurrent, size = model.recurrent, task.config.segment_length
     config = recurrent.backbone.config
     with torch.device("meta"):
@@ -213,6 +218,7 @@ def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
 
 
 def _training(log: list[dict[str, Any]]) -> Picture:
+    """Plot accuracy over the minutes of training, with a mark at each new stage."""
     minutes = [line["seconds"] / 60 for line in log]
     stages = [Mark(line["seconds"] / 60) for line in log if line["new_stage"]]
     series = [Series(x=minutes, y=[line["accuracy"] for line in log])]
@@ -232,6 +238,7 @@ def _training(log: list[dict[str, Any]]) -> Picture:
 def _facts(
     model: Any, recipe: dict[str, Any], log: list[dict[str, Any]], readings: list[Reading], clock: Clock
 ) -> list[tuple[str, str]]:
+    """Return the rows of the table of facts: model, training, state, machine."""
     config, memory, last = model.recurrent.backbone.config, model.recurrent.config, log[-1]
     shape = f"encoder, {config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"
     far = [reading for reading in readings if reading.segments > SURE]
@@ -241,12 +248,16 @@ def _facts(
         ("training", f"{last['seconds'] / 60:.1f} minutes, {last['step']:,} steps, {last['tokens']:,} tokens"),
         ("trained on", f"at most {last['segments']} segments of {memory.segment_length} tokens"),
         ("state", f"{state:,} bytes per text, at any length"),
-        ("beyond the bar", f"{sum(len(a.right) for reading in far for a in reading.answers.values())} questions"),
+        (
+            f"after more than {SURE} segments",
+            f"{sum(len(a.right) for reading in far for a in reading.answers.values())} questions",
+        ),
         *machine_facts(recipe["train"]["seed"], clock),
     ]
 
 
 def _commands(run: Path, output: Path) -> str:
+    """Return the commands to try next, as text for a shell."""
     name, folder = shlex.quote(str(run)), shlex.quote(str(output))
     return "\n".join(
         [

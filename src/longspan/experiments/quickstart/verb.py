@@ -22,21 +22,24 @@ def quickstart(
         typer.Option("--recipe", metavar="FILE", help="The recipe to train.", show_default=f"recipes/{RECIPE}"),
     ] = None,
     set_: tour.AssignmentsOption = None,
-    longest: Annotated[int, typer.Option("--longest", min=1, help="Most segments before a question.")] = 4096,
+    longest: Annotated[
+        int, typer.Option("--longest", min=1, help="Largest number of segments before a question.")
+    ] = 4096,
     count: Annotated[
         int, typer.Option("--count", min=1, help="Questions of each kind at short lengths; long ones get fewer.")
     ] = 64,
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="For training and evaluation; auto is CUDA if available.")
+        str,
+        typer.Option("--device", metavar="NAME", help="Device for training and evaluation; auto is CUDA if available."),
     ] = "cpu",
     reuse: tour.ReuseOption = False,
 ) -> int:
     """Recall a fact after 2M tokens and write an HTML report; about ten minutes.
 
     Trains a Recurrent Memory Transformer on at most five segments of 499 tokens: State of the Union addresses with a
-    sentence somewhere that says who went where. Then asks about it after 1, 4, 16 ... 4,096 segments of unseen text,
+    sentence somewhere about who went where. Then asks about it after 1, 4, 16 ... 4,096 segments of unseen text,
     2,043,904 tokens, read in constant memory. Checks its own claims and exits with status 1 if one fails; times are
-    only reported, as other programs disturb them.
+    only reported, because other programs affect them.
 
     Examples:
       longspan quickstart

@@ -18,7 +18,7 @@ STREAM_SECONDS, TOTAL_SECONDS = 180, 480
 
 
 def check(plan: Plan, memory: dict[int, Evaluation], streamed: Streamed, clock: Clock) -> list[Check]:
-    """All checks; times are not fatal."""
+    """Return all checks of the quickstart; those of time and speed are not fatal."""
     return [
         _memory_helps(plan, memory),
         Check(
@@ -35,9 +35,10 @@ def check(plan: Plan, memory: dict[int, Evaluation], streamed: Streamed, clock: 
 
 
 def _memory_helps(plan: Plan, memory: dict[int, Evaluation]) -> Check:
+    """Check that the memory of training beats no memory on held-out documents."""
     minus = memory[plan.mem_len].minus(memory[0])
     return Check(
-        name=f"A memory of {plan.mem_len} bytes beats none on the held-out documents",
+        name=f"A memory of {plan.mem_len} bytes beats no memory on held-out documents",
         value=f"{interval(minus)} bits per byte",
         bar="interval below 0",
         passed=minus.high < 0,
@@ -45,10 +46,11 @@ def _memory_helps(plan: Plan, memory: dict[int, Evaluation]) -> Check:
 
 
 def _whole_text(plan: Plan, streamed: Streamed) -> Check:
+    """Check that the stream read every byte of the text with finite losses."""
     read = streamed.records[-1]["bytes"]
     finite = all(record["bits_per_byte"] is not None for record in streamed.records)
     return Check(
-        name="The whole text was read as one document, every loss finite",
+        name="The whole text was read as one document, with finite losses",
         value=f"{read:,} bytes" + ("" if finite else ", not all finite"),
         bar=f"{plan.size:,} bytes",
         passed=read == plan.size and finite,
@@ -56,6 +58,7 @@ def _whole_text(plan: Plan, streamed: Streamed) -> Check:
 
 
 def _state(plan: Plan, streamed: Streamed) -> Check:
+    """Check that the state has one size at every position, equal to the computed one."""
     model, _ = open_run(str(plan.run), [INFERENCE], device=plan.device)
     sizes = {model.state_nbytes(1, length) for length in (1, 10**3, 10**7)}
     sizes |= {record["state_bytes"] for record in streamed.records}
@@ -68,7 +71,7 @@ def _state(plan: Plan, streamed: Streamed) -> Check:
 
 
 def growth(records: list[dict[str, Any]]) -> float | None:
-    """Growth of a process's peak memory after its first block, as a share; None where unknown."""
+    """Return the growth of a process's peak memory after its first block, as a share; None where unknown."""
     first, last = records[0], records[-1]
     if first["peak"] is not None:
         return float(last["peak"] / first["peak"] - 1)
@@ -78,6 +81,7 @@ def growth(records: list[dict[str, Any]]) -> float | None:
 
 
 def _resident(streamed: Streamed) -> Check:
+    """Check that the peak memory of both processes does not grow after their first block."""
     grown = [growth(records) for records in (streamed.first, streamed.second)]
     known = [rise for rise in grown if rise is not None]
     begin = streamed.first[0]
@@ -85,13 +89,13 @@ def _resident(streamed: Streamed) -> Check:
     return Check(
         name="Peak resident memory at the end equals that after the first 64 KB, in both processes",
         value=f"{start}, +{max(known):.2%} at most" if known else "unknown on this system",
-        bar=f"+{MEMORY_GROWTH:.0%}",
+        bar=f"at most +{MEMORY_GROWTH:.0%}",
         passed=not known or max(known) <= MEMORY_GROWTH,
     )
 
 
 def speed(records: list[dict[str, Any]], first: float, last: float) -> float:
-    """Bytes per second between two fractions of the text."""
+    """Return bytes per second between two fractions of the text, such as 0.1 and 0.2."""
     positions = np.array([0, *(record["bytes"] for record in records)], dtype=float)
     seconds = np.array([0, *(record["seconds"] for record in records)], dtype=float)
     borders = np.array([first, last]) * positions[-1]
@@ -100,6 +104,7 @@ def speed(records: list[dict[str, Any]], first: float, last: float) -> float:
 
 
 def _clocks(streamed: Streamed, clock: Clock) -> list[Check]:
+    """Check that the speed is constant, and compare the times with their limits."""
     records = streamed.records
     second, last = speed(records, 0.1, 0.2), speed(records, 0.9, 1.0)
     seconds = records[-1]["seconds"]

@@ -24,7 +24,7 @@ TITLE = "longspan: one text of any length, in constant memory"
 def write(
     plan: Plan, checks: list[Check], memory: dict[int, Evaluation], streamed: Streamed, written: Written, clock: Clock
 ) -> Path:
-    """Draw the figures and write the page; returns its path."""
+    """Draw the figures and write the HTML page of the quickstart; return its path."""
     log = read_log(plan.run / "log.jsonl")
     facts = _facts(plan, log, streamed, clock)
     sections = [
@@ -33,7 +33,7 @@ def write(
         Section("Length of the memory", _memory_blocks(plan, memory)),
         Section("Training", [_training_picture(log)]),
         Section("Generated text", _writing_blocks(written)),
-        Section("The numbers", [Table(columns=("", ""), rows=facts)]),
+        Section("Details of the run", [Table(columns=("", ""), rows=facts)]),
         Section(
             "Next",
             [
@@ -60,6 +60,7 @@ def write(
 
 
 def _plain(evaluation: Evaluation, without: Evaluation) -> dict[str, Any]:
+    """Return an evaluation, its interval and its difference to the one without memory, as plain data."""
     return {
         **evaluation.summary(),
         "interval": list(evaluation.interval()),
@@ -68,12 +69,14 @@ def _plain(evaluation: Evaluation, without: Evaluation) -> dict[str, Any]:
 
 
 def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
+    """Plot bits per byte, resident memory (where known) and speed along the text."""
     records = streamed.records
     position = [record["bytes"] / 1e6 for record in records]
     where = f"position in {plan.text_name} (MB)"
     mark = [Mark(plan.half / 1e6, "saved; a new process continues")]
 
     def draw(name: str, label: str, series: Sequence[Series], alt: str, caption: str, **more: Any) -> Picture:
+        """Plot series against the position in the text, with a mark where the process was replaced."""
         return picture_of(
             line_figure, name, series, xlabel=where, ylabel=label, marks=mark, **more, alt=alt, caption=caption
         )
@@ -122,6 +125,7 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
 
 
 def _running_mean(records: list[dict[str, Any]]) -> list[float]:
+    """Return bits per byte of the text up to each record."""
     total, last, means = 0.0, 0, []
     for record in records:
         total += record["bits_per_byte"] * (record["bytes"] - last)
@@ -131,6 +135,7 @@ def _running_mean(records: list[dict[str, Any]]) -> list[float]:
 
 
 def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | Table | Text]:
+    """Plot and tabulate held-out bits per byte by the length of the memory."""
     lengths = list(memory)
     series = [interval_series(lengths, [evaluation.interval() for evaluation in memory.values()])]
     drawn = picture_of(
@@ -144,19 +149,20 @@ def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | 
         xticks=lengths,
         alt="Bits per byte against the length of the memory: falling.",
         caption="The same weights with several lengths of memory. The band is a 95 % interval over documents; it is "
-        "wide as documents differ. The table compares each length with no memory on the same documents.",
+        "wide because documents differ. The table compares each length with no memory on the same documents.",
     )
     rows = [
         (f"{length:,}", interval(evaluation.interval()), interval(evaluation.minus(memory[0])) if length else "")
         for length, evaluation in memory.items()
     ]
-    table = Table(columns=("memory (bytes)", "bits per byte", "difference to none"), rows=rows, right=(0, 1, 2))
+    table = Table(columns=("memory (bytes)", "bits per byte", "difference from no memory"), rows=rows, right=(0, 1, 2))
     count = len(next(iter(memory.values())).names)
     note = Text(f"Measured on the first {HEAD:,} bytes of each of the {count} held-out documents.")
     return [drawn, table, note]
 
 
 def _training_picture(log: list[dict[str, Any]]) -> Picture:
+    """Plot bits per byte in training and on held-out documents over the minutes of training."""
     steps = [line for line in log if "bits_per_byte" in line]
     validations = [line for line in log if "validation" in line]
     series = [
@@ -182,14 +188,16 @@ def _training_picture(log: list[dict[str, Any]]) -> Picture:
 
 
 def _writing_blocks(written: Written) -> list[Quote | Text]:
+    """Return the prompt and the text that the model generated."""
     return [
         Text(f"The start of a held-out document ({written.name}) and the model's continuation (underlined):"),
         Quote(written.prompt, written.text),
-        Text("After a few minutes of training the model writes words and phrases, but no sense."),
+        Text("After a few minutes of training the model writes words and phrases, but they make no sense."),
     ]
 
 
 def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clock) -> list[tuple[str, str]]:
+    """Return the rows of the table of facts: model, training, results, machine."""
     model, _ = open_run(str(plan.run), [INFERENCE], device=plan.device)
     recipe = read_json(plan.run / "recipe.json")
     config, train = model.config, recipe["train"]
@@ -209,6 +217,7 @@ def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clo
 
 
 def _commands(plan: Plan) -> str:
+    """Return the commands to try next, as text for a shell."""
     run, folder = shlex.quote(str(plan.run)), shlex.quote(str(plan.folder))
     return "\n".join(
         [

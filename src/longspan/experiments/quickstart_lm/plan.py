@@ -19,7 +19,7 @@ INFERENCE = "model.mixers.0.cache=kv"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A quickstart.
+    """Sizes, inputs and output paths of one run of the quickstart.
 
     Attributes:
         recipe: the training recipe, plain data.
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def run(self) -> Path:
-        """The folder of the run."""
+        """Folder of the training run."""
         return self.folder / "run"
 
     @property
@@ -49,12 +49,12 @@ class Plan:
 
     @property
     def half(self) -> int:
-        """Bytes before the state is saved."""
+        """Number of bytes read before the state is saved."""
         return self.size // 2
 
     @property
     def compared(self) -> int:
-        """Bytes after the resumption that are compared with an uninterrupted stream.
+        """Number of bytes after the resumption that are compared with an uninterrupted stream.
 
         Whole blocks: if one of the two cut the last block short, its matrix products would have other shapes, and
         perhaps another last bit.
@@ -63,17 +63,17 @@ class Plan:
 
     @property
     def block(self) -> int:
-        """Bytes between two measurements."""
+        """Number of bytes between two measurements."""
         return min(BLOCK, max(1024, self.size // 60))
 
     @property
     def memory_lengths(self) -> tuple[int, ...]:
-        """Lengths of memory to compare, from none to four times that of training."""
+        """Memory lengths to compare, from 0 to four times that of training."""
         length = self.mem_len
         return tuple(sorted({0, length // 4, length // 2, length, 2 * length, 4 * length}))
 
     def describe_training(self) -> str:
-        """The model and the training text, for the console."""
+        """Describe the model, the training text and the length of the training in one line."""
         train, source = self.recipe.get("train", {}), self.recipe.get("task", {}).get("source", "sotu")
         minutes, steps = train.get("minutes"), train.get("steps")
         end = f"for {minutes:g} minutes" if minutes is not None else f"for {steps or 1000:,} steps"
@@ -81,11 +81,11 @@ class Plan:
 
 
 def make_plan(recipe: Mapping[str, Any], folder: Path, text: str) -> Plan:
-    """Make a plan, and write the text to a file if it is `kjv`.
+    """Return the plan for a recipe and a text, after writing the text to a file if it is `kjv`.
 
     Raises:
-        ConfigError: the recipe is not of a byte-level transformer_xl.
-        DataError: the text is missing, or too short to be cut in two.
+        ConfigError: the recipe is not for a byte-level transformer_xl.
+        DataError: the text is missing, or shorter than 4,096 bytes.
     """
     first = (recipe.get("model", {}).get("mixers") or [{}])[0]
     if first.get("name") != "transformer_xl" or recipe.get("task", {}).get("tokenizer", "bytes") != "bytes":
@@ -95,7 +95,7 @@ def make_plan(recipe: Mapping[str, Any], folder: Path, text: str) -> Plan:
     path = _text_file(text, folder)
     size = path.stat().st_size
     if size < 4096:
-        raise DataError(f"{path}: {size:,} bytes are too few to stop halfway; use a text of at least 4,096")
+        raise DataError(f"{path}: has {size:,} bytes, too few to stop halfway; use a text of at least 4,096 bytes")
     return Plan(
         recipe=recipe,
         folder=folder,
@@ -107,6 +107,11 @@ def make_plan(recipe: Mapping[str, Any], folder: Path, text: str) -> Plan:
 
 
 def _text_file(text: str, folder: Path) -> Path:
+    """Return the file to stream: `text` itself, or `folder/kjv.txt`, which is written if `text` is `kjv`.
+
+    Raises:
+        DataError: there is no such file.
+    """
     if text != "kjv":
         if not Path(text).is_file():
             raise DataError(f"{text}: no such file; --text takes kjv or a file")

@@ -39,7 +39,7 @@ def compare_memories(plan: Plan) -> dict[int, Evaluation]:
 
 @dataclass(frozen=True)
 class Streamed:
-    """Records of two processes, of which the second continues from the state that the first saved.
+    """Measurements of two processes, the second of which continued from the state that the first saved.
 
     Attributes:
         first: records of the first process, up to the position where it saved the state.
@@ -65,7 +65,7 @@ class Streamed:
 
 
 def stream(plan: Plan) -> Streamed:
-    """Stream the text: one process up to a little beyond the middle, another from the state saved there to the end."""
+    """Stream the text: one process reads a little beyond the middle, another from the state saved there to the end."""
     out, state = plan.folder / "stream", plan.folder / "stream" / "half.state"
     out.mkdir(parents=True, exist_ok=True)
     status = StatusLine(every=10.0)
@@ -87,13 +87,13 @@ def stream(plan: Plan) -> Streamed:
 
 
 def stream_command(plan: Plan, options: list[str]) -> list[str]:
-    """Arguments of `longspan` for one of the processes."""
+    """Return the arguments of `longspan` for one of the two streaming processes."""
     settings = [f"--set={INFERENCE}", f"--block={plan.block}", f"--device={plan.device}"]
     return ["stream", str(plan.run), str(plan.text), *settings, *options]
 
 
 def _run_process(plan: Plan, name: Path, options: list[str], status: StatusLine, offset: int) -> None:
-    """Run `longspan stream` in a new process and show the last line of its log.
+    """Run `longspan stream` in a new process and show the last line of its log meanwhile.
 
     Raises:
         LongspanError: the process failed; with its error message.
@@ -115,11 +115,12 @@ def _run_process(plan: Plan, name: Path, options: list[str], status: StatusLine,
         reason = (
             message.splitlines()[-1].removeprefix("longspan: error: ") if message else f"exit code {process.returncode}"
         )
-        raise LongspanError(f"streaming in a process of its own failed: {reason}")
+        raise LongspanError(f"streaming in a separate process failed: {reason}")
     _show(log, status, offset, plan.size)
 
 
 def _show(log: Path, status: StatusLine, offset: int, size: int) -> None:
+    """Show the newest record of a log on the status line; `offset` bytes were read by an earlier process."""
     records = _records(log)
     if records:
         last = records[-1]
@@ -132,7 +133,7 @@ def _show(log: Path, status: StatusLine, offset: int, size: int) -> None:
 
 
 def _records(log: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log."""
+    """Return the complete lines of a JSON log; an empty list if there is no file."""
     if not log.exists():
         return []
     return [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -148,7 +149,7 @@ class Written:
 
 
 def write_on(plan: Plan) -> Written:
-    """Let the model continue the newest held-out document."""
+    """Let the model continue the newest held-out document, and print the prompt and the continuation."""
     model, task = open_run(str(plan.run), [INFERENCE], device=plan.device)
     documents = task.documents("validation")
     start = task.tokenizer.decode(documents[-1].cut(0, min(PROMPT, len(documents[-1]))).targets.tolist())

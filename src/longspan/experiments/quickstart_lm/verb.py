@@ -24,7 +24,10 @@ def quickstart_lm(
     ] = None,
     set_: tour.AssignmentsOption = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="For every step; auto (CUDA if available), cpu, cuda, ...")
+        str,
+        typer.Option(
+            "--device", metavar="NAME", help="Device for every step: auto (CUDA if available), cpu, cuda, ..."
+        ),
     ] = "",
     reuse: tour.ReuseOption = False,
 ) -> int:
@@ -33,7 +36,8 @@ def quickstart_lm(
     Trains a byte-level Transformer-XL on 200 years of State of the Union addresses for three minutes. Streams the
     whole King James Bible, which is not in its training text, in constant memory; halfway the state is saved and a new
     process continues from it. Compares longer and shorter memories on held-out speeches, and continues one of them.
-    Checks its own claims and exits with status 1 if one fails; times are only reported, as other programs disturb them.
+    Checks its own claims and exits with status 1 if one fails; times are only reported, because other programs affect
+    them.
 
     Examples:
       longspan quickstart-lm
