@@ -33,7 +33,7 @@ class DrawnMechanism(BoundedMechanism):
     """Statistics of this process's training forward passes since the last step: tensors; None = none."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the module as torch does, but never cast a buffer named in `wide` to less than fp32."""
+        """Move or cast the module as torch does, but never cast the buffers that `wide` names to less than fp32."""
         before = {name: self._buffers[name] for name in self.wide}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():

@@ -55,7 +55,7 @@ def locate_weights(model: str, gguf: str | None = None) -> WeightsLocation:
     if len(files) > 1:
         raise CheckpointError(f"{model}: contains {len(files)} GGUF files; choose one, such as --gguf {files[0]}")
     if not files:
-        raise CheckpointError(f"{model}: contains no weights (*.safetensors, *.bin or *.gguf)")
+        raise CheckpointError(f"{model}: contains no weights; expected a file *.safetensors, *.bin or *.gguf")
     return WeightsLocation(model, files[0])
 
 
