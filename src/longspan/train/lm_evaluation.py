@@ -105,11 +105,15 @@ def place_nats(
 
 
 def cut(lengths: Array, window: Window | None) -> Array:
-    """Cut documents into windows: (windows, 4) rows of document, first, first scored, and last position (excluded).
+    """Return overlapping windows of documents, such that every token is scored in exactly one of them.
 
     Args:
         lengths: (documents,) number of tokens of each document.
-        window: context and stride; None: one window per document.
+        window: context and stride, in tokens; None: one window per document.
+
+    Returns:
+        (windows, 4) int64: index of the document, first token of the window, first token that is scored in it, and the
+        end of the window (excluded).
     """
     rows: list[tuple[int, int, int, int]] = []
     for index, length in enumerate(lengths.tolist()):

@@ -188,7 +188,7 @@ class MixedHeadsMechanism(Mechanism):
         return sum(core.redraw_count for core in self.cores)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer groups of all mechanisms."""
+        """Return the parameters of all mechanisms that need optimizer settings of their own."""
         return [group for core in self.cores for group in core.parameter_groups()]
 
 
