@@ -286,7 +286,8 @@ class StreamSession:
         for key, ours, what in (("model", weights, "weights or configuration"), ("draw", (model.redraw_count,), draws)):
             if (theirs := header.get(key)) not in ours:
                 raise CheckpointError(
-                    f"{path}: is the state of another model: {what}: {theirs} in the file, {ours[0]} in this model"
+                    f"{path}: is the state of another model: {what}: {theirs} in the file, {ours[0]} in this model; "
+                    "load it into the model that saved it"
                 )
         session._move_to(state, int(header["position"]))
         session.chunk = int(header["chunk"])

@@ -127,7 +127,7 @@ def test_convert_names_what_is_wrong_before_it_loads_weights(
     assert "--dtype 'int8'" in error_line(capfd, "convert", plain, "--to", "window", "--dtype", "int8", *out)
     (tmp_path / "file").write_text("x")
     assert "is not a folder" in error_line(capfd, "convert", plain, "--to", "window", "-o", tmp_path / "file")
-    assert "the model itself" in error_line(capfd, "convert", plain, "--to", "window", "-o", plain)
+    assert "contains MODEL itself" in error_line(capfd, "convert", plain, "--to", "window", "-o", plain)
     assert "choose another folder" in error_line(capfd, "convert", plain, "--to", "window", "-o", tmp_path)
     assert not (tmp_path / "out").exists()
 

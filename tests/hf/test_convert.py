@@ -377,7 +377,7 @@ def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path)
         (
             "mixed_heads",
             {"mixers": XL_SECOND},
-            r"mixed_heads: cannot replace pretrained attention: parts\[1\]: it projects cached hidden states",
+            r"mixed_heads: cannot replace pretrained attention: mixers\[1\]: it projects cached hidden states",
         ),
         ("gated_delta", {"expand_v": 2.0}, "needs values of width 8 per head; those of this model have width 4"),
         ("infinni", {}, "infini"),

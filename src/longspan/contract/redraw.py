@@ -74,8 +74,7 @@ class DrawnMechanism(BoundedMechanism):
         return self.draws.expand(rows.batch).masked_fill(rows.live == 0, 0)
 
     def redraw_at(self, step: int, every: int, buffer: Tensor, draw: Callable[[], Tensor]) -> bool:
-        """Redraw a random buffer in place if the step is a multiple of `every` (0 = never); return whether it was
-        redrawn.
+        """Redraw a random buffer in place if the step is a multiple of `every` (0 = never); return whether it was.
 
         All processes get the numbers of the first one, and the version counter goes up by one.
         """

@@ -49,7 +49,7 @@ def import_transfo_xl(weights: Mapping[str, Tensor], config: Mapping[str, Any]) 
         CheckpointError: weights that are missing, unexpected, or have other shapes.
     """
     table = _Table(config)
-    model = Decoder(_decoder(table))
+    model = Decoder(_decoder_config(table))
     published = {name: weight for name, weight in weights.items() if not name.endswith("pos_emb.inv_freq")}
     load_weights(model, _WeightMap(published, model, table).run(), _WHERE)
     return model
@@ -113,8 +113,8 @@ class _Table(PublishedConfig):
         return not self.cuts and not self.has_projections
 
 
-def _decoder(table: _Table) -> DecoderConfig:
-    """Return the same architecture in this library's fields."""
+def _decoder_config(table: _Table) -> DecoderConfig:
+    """Return the configuration of a `Decoder` with the architecture of a Transformer-XL of transformers."""
     table.warn_of_dropout("dropatt")
     mem_len = int(table["mem_len"])
     segment = int(table.config.get("tgt_len") or mem_len)

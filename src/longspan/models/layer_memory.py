@@ -58,13 +58,17 @@ class Associative(nn.Module):
         nn.init.zeros_(self.strength.bias)
 
     def read(self, x: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
-        """Add to x (..., n, dim) what the memory returns for it."""
+        """Return x (..., n, dim) plus what its queries read from the memory.
+
+        Args:
+            x: hidden states (..., n, dim).
+            memory: (..., features, dim).
+            normalizer: (..., features).
+        """
         return x + ops.associative_read(ops.dpfp(self.query(x), self.nu), memory, normalizer).to(x.dtype)
 
     def write(self, m: Tensor, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        """Return memory (..., features, dim) and normalizer (..., features) after writing memory
-        tokens m (..., n, dim).
-        """
+        """Return memory (..., features, dim) and normalizer (..., features) after writing tokens m (..., n, dim)."""
         phi, strength = ops.dpfp(self.key(m), self.nu), self.strength(m).sigmoid()[..., 0]
         return ops.associative_write(phi, self.value(m), strength, memory, normalizer)
 
@@ -84,7 +88,7 @@ class _MemoryHooks:
         self.written: list[tuple[Tensor, Tensor]] = []
 
     def before(self, index: int, h: Tensor) -> Tensor:
-        """Return the input h (batch, columns, dim) of layer `index` with the memory's answer added."""
+        """Return the input h (batch, columns, dim) of layer `index`, with what it reads from the memory added."""
         return self.owner.layer(index).read(h, self.memory[:, index], self.normalizer[:, index])
 
     def after(self, index: int, h: Tensor) -> None:

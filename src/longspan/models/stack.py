@@ -185,7 +185,7 @@ class Stack(nn.Module):
             raise ConfigError(f"tokens have shape {tuple(tokens.shape)}, expected (batch, length)")
         offset = states.live(state, inputs.shape[0], inputs.device)
         if offset.shape[0] != inputs.shape[0]:
-            raise ConfigError(f"tokens have {inputs.shape[0]} rows, but the state has {offset.shape[0]}")
+            raise ConfigError(f"tokens have {inputs.shape[0]} rows, the state {offset.shape[0]}; pass equal numbers")
         reads: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores()):
             reads |= core.layout_inputs(None if state is None else state.layers[index])

@@ -96,7 +96,11 @@ def memorizing_attention(
 def mix_retrieved(retrieved: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
     """Return g retrieved + (1 - g) local with g = sigmoid(gate), in local's dtype; local alone where not `filled`.
 
-    Tensors are (..., heads, length, head_dim); `filled` broadcasts to them.
+    Args:
+        retrieved: (..., heads, length, head_dim), attention to the memories.
+        local: like `retrieved`, attention to the local keys.
+        gate: (heads,), before the sigmoid.
+        filled: bool, broadcast to `retrieved`: whether a query has memories to retrieve.
     """
     share = gate.to(retrieved.dtype).sigmoid()[:, None, None] * filled
     return (local + share * (retrieved - local)).to(local.dtype)

@@ -147,7 +147,7 @@ class MixedHeadsMechanism(Mechanism):
         return torch.cat(outputs, 1), MixedHeadsState(tuple(next_states), rows.live)
 
     def layout_inputs(self, state: MixedHeadsState | None) -> dict[Hashable, Tensor]:
-        """Tensors of all mechanisms whose values determine the layout of a call."""
+        """Return the tensors of all mechanisms whose values the layout of a call needs on the host."""
         inputs: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores):
             inputs |= core.layout_inputs(None if state is None else state.parts[index])
