@@ -98,7 +98,7 @@ class StreamSession:
         if not model.traits.streams:
             raise UnsupportedError(f"{model.why_no_stream()}; StreamSession needs a model that streams")
         if not model.traits.causal:
-            raise UnsupportedError("StreamSession needs a causal model; this one is bidirectional")
+            raise UnsupportedError("StreamSession needs a causal model; this one is bidirectional, so use a Decoder")
         if chunk is not None and chunk < 1:
             raise ConfigError(f"chunk = {chunk}: must be at least 1")
         self.model: Any = model.eval()

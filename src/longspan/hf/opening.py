@@ -108,7 +108,9 @@ def _layers_by_window(model: Any) -> dict[int | None, list[int]]:
     """
     family = attention_modules(model)
     if not family.family.causal:
-        raise UnsupportedError(f"a model of type {model.config.model_type!r} is bidirectional and does not stream")
+        raise UnsupportedError(
+            f"a model of type {model.config.model_type!r} is bidirectional and does not stream; use a causal one"
+        )
     config = model.config
     kinds = list(getattr(config, "layer_types", None) or [])
     layers: dict[int | None, list[int]] = {}

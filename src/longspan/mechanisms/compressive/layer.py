@@ -149,7 +149,7 @@ class CompressiveMechanism(RelativeMechanism):
         )
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of the compression function's parameters (rate `compressor_lr`); empty if it has none."""
+        """Return the optimizer group of the compression function's parameters (rate `compressor_lr`); empty if it has none."""
         parameters = list(self.compressor.parameters())
         return [ParameterGroup("compressor", parameters, lr=self.config.compressor_lr)] if parameters else []
 

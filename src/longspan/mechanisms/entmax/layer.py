@@ -61,7 +61,7 @@ class EntmaxMechanism(KeyValueMechanism):
         return Traits(streams=self.shape.causal, bounded=self.config.window is not None, sparse=True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of the alphas: rate `alpha_lr`, no weight decay (it would pull them to the softmax)."""
+        """Return the optimizer group of the alphas: rate `alpha_lr`, no weight decay (it would pull them to the softmax)."""
         return [ParameterGroup("alphas", [self.alpha_minus_one], lr=self.config.alpha_lr, weight_decay=0.0)]
 
     @torch.no_grad()

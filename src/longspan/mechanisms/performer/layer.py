@@ -192,7 +192,10 @@ class PerformerMechanism(DrawnMechanism):
 
     @torch.no_grad()
     def _apply_statistics(self) -> None:
-        """Add this step's E|x + y|^2 = E|x|^2 + E|y|^2 + 2 E x . E y, over all processes, to `pending_square`."""
+        """Add this step's E|x + y|^2 of queries x and keys y, over all processes, to `pending_square`.
+
+        Queries and keys count as independent: E|x + y|^2 = E|x|^2 + E|y|^2 + 2 E x . E y.
+        """
         pending, self.pending = self.pending, None
         if pending is None:
             if processes()[1] == 1:
