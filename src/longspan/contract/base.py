@@ -370,7 +370,7 @@ class Mixer(nn.Module):
 
         Args:
             x: (B, N, dim), as returned by `rows.gather`.
-            state, rows, penalties: as in a call; the layout, with the offsets of the state.
+            state, rows, aux_losses: as in a call; the layout, with the offsets of the state.
 
         Returns:
             (B, N, dim), arbitrary after a row's last real token, and the next state.

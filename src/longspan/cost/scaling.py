@@ -224,9 +224,10 @@ def fit(
 
 
 def _bootstrap(shape: _Form, columns: list[Array], best: list[float], draws: int, seed: int) -> list[list[float]]:
-    """Return the parameters fitted to each bootstrap sample of the runs; samples that cannot determine them are skipped.
+    """Return the parameters fitted to each bootstrap sample of the runs.
 
-    Every fit begins from `best` and all start values of the form, as the best fit of a sample may be far from `best`.
+    Samples that cannot determine the parameters are skipped. Every fit begins from `best` and from all start values of
+    the form, as the best fit of a sample may be far from `best`.
 
     Args:
         shape: form of the law.

@@ -220,17 +220,17 @@ def _nearest(
 def _query_tiles(
     block: Tensor, query_group: Tensor, keys: KeyOrdering, reach: MemberRange
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Group queries into tiles such that a tile has one group and one block of keys: the block where it is among the
-    members.
+    """Return tiles of queries such that all queries of a tile have the same group and read the same blocks of keys.
 
     Args:
-        block: (rows, length) that block of each query.
-        query_group: (rows, length).
+        block: (rows, length) block of sorted keys in which a query stands among the members of its group.
+        query_group: (rows, length) group of each query.
         keys: the sorted keys.
         reach: which members a query sees.
 
     Returns:
-        Queries (tiles, TILE), places (rows, length), and the blocks (tiles, width) that every tile reads.
+        The queries of each tile (tiles, TILE), -1 = none; the slot of each query in the tiles (rows, length); and the
+        blocks (tiles, width) that each tile reads.
     """
     rows, count = len(block), keys.size.shape[1] - 1
     row = torch.arange(rows, device=block.device)[:, None]

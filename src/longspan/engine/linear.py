@@ -217,7 +217,7 @@ class _Blocked(FirstOrder):
 def _run_block(
     first: int, features: Features, real: Tensor | None, start: Tensor | None, parts: list[Tensor], sums: LinearSums
 ) -> tuple[Tensor, LinearSums]:
-    """Compute the block of the call that begins at column `first`, from its q, k, v (`parts`)."""
+    """Return the outputs of the block of a call that begins at column `first`, from its q, k, v, and the next sums."""
     live = None if real is None else real[:, first : first + BLOCK]
     begin = None if start is None else start[:, first : first + BLOCK] - first
     return _one_block(features, parts[0], parts[1], parts[2], sums, live, begin)

@@ -59,7 +59,7 @@ def zero_memory(model: Decoder, batch_size: int = 1) -> StackState:
     """Return the state in which transformers starts a text: `mem_len` zero vectors in every layer, visible as if read.
 
     Args:
-        model: a decoder of `transformer_xl` layers with memory "hidden".
+        model: a decoder of `transformer_xl` layers with cache = "hidden".
         batch_size: rows.
 
     Raises:
@@ -69,7 +69,7 @@ def zero_memory(model: Decoder, batch_size: int = 1) -> StackState:
     layers: list[TransformerXLState] = []
     for block, core in zip(model.layers, cores, strict=True):
         if not isinstance(core, TransformerXLMechanism) or core.config.cache != "hidden":
-            raise UnsupportedError("zero_memory: every layer must be transformer_xl with memory = 'hidden'")
+            raise UnsupportedError("zero_memory: every layer must be transformer_xl with cache = 'hidden'")
         empty = block.mixer.init_state(batch_size)
         # the memory of a pre-norm block contains the zeros after its norm
         hidden = empty.hidden if block.post else block.mixer_norm(empty.hidden).detach()

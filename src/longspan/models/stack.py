@@ -134,7 +134,7 @@ class Stack(nn.Module):
 
         Args:
             tokens: (B, columns) token ids, or None with inputs_embeds.
-            state, mask, reset, penalties: as in a call of a `Decoder`.
+            state, mask, reset, aux_losses: as in a call of a `Decoder`.
             inputs_embeds: (B, columns, dim) instead of tokens.
             hooks: run before and after each layer; None = none.
             inputs: a list to which the input (B, N, dim) of each layer is appended.

@@ -204,9 +204,7 @@ def reshape(model: Any, assignments: Sequence[str]) -> tuple[Any, str]:
     if not assignments:
         return model, ""
     if hasattr(model, "describe"):
-        raise ConfigError(
-            "--set: the fields of a converted model are fixed; run `longspan convert` with other fields and train that"
-        )
+        raise ConfigError("--set: the fields of a converted model are fixed; run `longspan convert` with others")
     trained = describe_model(model)
     data: dict[str, Any] = {"model": trained}
     for assignment in assignments:

@@ -147,7 +147,7 @@ def attention_layout(
 
 
 def column_list(*tensors: Tensor) -> Tensor:
-    """Return the columns of all rows of tensors (batch, columns, ...) as one tensor (count, ...), after a zero entry."""
+    """Return the columns of all rows of tensors (batch, columns, ...) as one tensor (count, ...), after a zero."""
     zeros = tensors[0].new_zeros(1, *tensors[0].shape[2:])
     return torch.cat([zeros, *(t.flatten(0, 1) for t in tensors)])
 

@@ -27,8 +27,8 @@ class PerformerConfig:
             a generalized kernel: "relu", "abs", "exp", "sigmoid", "tanh", "gelu", "cos", "sin", "square", "elu",
             "identity".
         regularized: if True, all projection rows have norm sqrt(head_dim) (SMREG) instead of chi-distributed norms.
-        redraw: number of optimizer steps after which the projection is redrawn; 0 = never. Every redraw also discards
-            the states that a training run carries from step to step.
+        redraw_every: number of optimizer steps after which the projection is redrawn; 0 = never. Every redraw also
+            discards the states that a training run carries from step to step.
         seed: random seed of the first projection.
     """
 
