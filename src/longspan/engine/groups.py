@@ -223,7 +223,7 @@ def _query_tiles(
     """Return tiles of queries such that all queries of a tile have the same group and read the same blocks of keys.
 
     Args:
-        block: (rows, length) block of sorted keys in which a query stands among the members of its group.
+        block: (rows, length) block of sorted keys that has the query's place among its group's members.
         query_group: (rows, length) group of each query.
         keys: the sorted keys.
         reach: which members a query sees.

@@ -288,7 +288,16 @@ def _cell(template: nn.Module, maps: nn.Module, rows: BatchLayout, size: int) ->
 
 
 def _batched(cell: Cell, parts: Any, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a cell for several layers at once; layers are the first dimension of every tensor."""
+    """Return what `cell` returns, for several layers at once.
+
+    Args:
+        cell: see `_cell`.
+        parts: weights of the block and of the memory maps by name, with the layers as first dimension.
+        args: tensors with the layers as first dimension.
+
+    Returns:
+        Three tensors, with the layers as first dimension.
+    """
     with warnings.catch_warnings():
         # torch warns about kernels without a batching rule, which run layer by layer
         warnings.filterwarnings("ignore", message="There is a performance drop")

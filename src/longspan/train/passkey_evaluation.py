@@ -150,16 +150,16 @@ def _ask(
         measured: results to add to.
     """
     rows = states.select(state, torch.zeros(len(group), dtype=torch.int64, device=state.live.device))
-    told = [part.told + part.filler[part.place(depth) :] + part.asked for part in group]
-    tokens = _tokens(told).to(state.live.device)
+    texts = [part.told + part.filler[part.place(depth) :] + part.asked for part in group]
+    tokens = _tokens(texts).to(state.live.device)
     measured.tokens += tokens.numel()
     rows = read(model, tokens[:, :-1], rows)
-    token, said = tokens[:, -1:], []
+    token, generated = tokens[:, -1:], []
     for _ in range(task.config.digits):
         logits, rows = cast("tuple[Tensor, StackState]", model.last(token, rows))
         token = logits.argmax(-1, keepdim=True)
-        said.append(token)
-    answers = torch.cat(said, 1).tolist()
+        generated.append(token)
+    answers = torch.cat(generated, 1).tolist()
     scores = [score(list(part.number), answer) for part, answer in zip(group, answers, strict=True)]
     measured.contained.setdefault(depth, []).extend(whole for _, whole in scores)
     count = len(measured.contained[depth])

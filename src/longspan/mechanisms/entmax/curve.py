@@ -37,7 +37,9 @@ def num_steps(a: float, dtype: torch.dtype) -> int:
 
 
 def solve(weigh: Weigh, rows: Tensor, keys: int, a: float | Tensor, steps: int) -> Tensor:
-    """Return the threshold of every row (..., 1), to rounding, in units of a above the row's maximum.
+    """Return the threshold t of every row, (..., 1), exact to rounding.
+
+    It belongs to scores from which the row's maximum is subtracted, times a (times 1 where a is 0); see the module.
 
     Args:
         weigh: returns (p, w) of all rows for thresholds t (..., 1); it is called `steps` times.
