@@ -153,9 +153,7 @@ def _positions(positions: Any, inputs: Tensor) -> Tensor:
     """Check position_ids and return them as (batch, length) int64."""
     batch, length = inputs.shape[:2]
     if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
-        got = (
-            f"{positions.dtype} of shape {tuple(positions.shape)}" if isinstance(positions, Tensor) else repr(positions)
-        )
+        got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
         raise ConfigError(f"position_ids: expected integers of shape {(batch, length)}, got {got}")
     if positions.ndim > 2:
         raise UnsupportedError(

@@ -208,7 +208,16 @@ def _backward(
 def _tile_backward(
     tile: Tile, curve: Curve, gradient: Tensor, of_head: list[Tensor], scale: float, alpha_learns: bool
 ) -> Tensor | None:
-    """Add the gradients of one head of a tile for queries and keys in place; return that of alpha or None."""
+    """Write the gradients of one head of a tile in place, and return that of alpha (None unless it learns).
+
+    Args:
+        tile: the tile.
+        curve: the weights of the head's alpha, in buffers.
+        gradient: buffer of the size of the tile's scores.
+        of_head: q, gradient of the output, thresholds and gradient of q; k, v and their gradients, which are added to.
+        scale: factor of the scores.
+        alpha_learns: whether alpha needs its gradient.
+    """
     q, grad, t, dq, k, v, dk, dv = of_head
     tile.scores(q, k, scale * curve.unit, curve.x)
     curve.x.sub_(curve.x.amax(-1, keepdim=True))
