@@ -156,7 +156,7 @@ def test_a_broken_package_is_one_line_and_breaks_no_other(
     monkeypatch.setattr(registry, "names", lambda: ["full", "forgetful", "missing", "odd"])
     assert run(["show", "patterns", "--length", "5", "-o", str(tmp_path / "all")]) == 0
     drawn = capfd.readouterr()
-    assert "left out: mixer: mixer 'missing'" in drawn.err
+    assert "skipped: mixer: mixer 'missing'" in drawn.err
     assert "forgetful" in drawn.out
     assert run(["show", "patterns", "missing", "-o", str(tmp_path / "one")]) == 2
     assert "failed to load" in capfd.readouterr().err
