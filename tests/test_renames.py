@@ -147,7 +147,7 @@ def test_recipes_take_old_names() -> None:
 
 
 def test_a_field_under_both_names_is_refused() -> None:
-    with pytest.raises(ls.ConfigError, match="'redraw' is the old name of 'redraw_every'; leave"):
+    with pytest.raises(ls.ConfigError, match="'redraw' is the old name of 'redraw_every', which is also set; leave"):
         ls.mixers.build("performer", **SIZES, redraw=1, redraw_every=2)
 
 

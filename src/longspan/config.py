@@ -136,14 +136,20 @@ def override(data: dict[str, Any], assignment: str) -> dict[str, Any]:
         last = depth == len(keys) - 1
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f"--set {assignment!r}: {key!r} is not an index of a list of length {len(node)}")
+                where = ".".join(keys[:depth])
+                raise ConfigError(
+                    f"--set {assignment!r}: {key!r} is not an index of a list of length {len(node)}, {where}; indices "
+                    "start at 0"
+                )
             index: Any = int(key)
         elif isinstance(node, dict):
             index = key
             if not last:
                 node.setdefault(key, {})
         else:
-            raise ConfigError(f"--set {assignment!r}: {'.'.join(keys[:depth])} is a value, not a table")
+            raise ConfigError(
+                f"--set {assignment!r}: {'.'.join(keys[:depth])} is a value, not a table; it has no fields to set"
+            )
         if last:
             node[index] = value
         else:

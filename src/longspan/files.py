@@ -151,7 +151,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if metadata.keys() != {HEADER} and metadata.get(DIGEST) != tensors_digest(tensors, metadata[HEADER]):
             raise CheckpointError(f"{path}: damaged: its contents have changed since it was written")
     except KeyError:
-        raise CheckpointError(f"{path}: is a safetensors file, but was not written by longspan") from None
+        raise CheckpointError(
+            f"{path}: is a safetensors file, but was not written by longspan; pass a file that longspan saved"
+        ) from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     return tensors, header

@@ -137,7 +137,12 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         return [continuations[index] for index in range(len(requests))]
 
     def _answer(self, session: StreamSession, options: dict[str, Any]) -> str:
-        """Generate text until a stop string, an end-of-text token or the maximal number of tokens."""
+        """Return the text that a session generates until a stop string, an end-of-text token or the largest length.
+
+        Args:
+            session: after the prompt; it is advanced.
+            options: of the request, in the harness's names: until, do_sample, temperature, top_p, max_gen_toks.
+        """
         until = options.get("until") or []
         ends = [until] if isinstance(until, str) else list(until)
         drawn = bool(options.get("do_sample", False))

@@ -103,7 +103,7 @@ _reading_saved: contextvars.ContextVar[bool] = contextvars.ContextVar("longspan_
 
 @contextlib.contextmanager
 def reading_saved() -> Iterator[None]:
-    """Inside, old names do not warn: they are those of a file that an earlier version wrote."""
+    """Suppress warnings about old names while the context is open: a file of an earlier version is being read."""
     token = _reading_saved.set(True)
     try:
         yield
@@ -115,7 +115,8 @@ def warn(old: str, new: str, *, stacklevel: int = 2) -> None:
     """Warn that `old` is now called `new`.
 
     Args:
-        old, new: as a user writes them, with what they belong to.
+        old: the old name as a user writes it, with what it belongs to, such as `q.w: 'penalties'`.
+        new: the present name.
         stacklevel: as of `warnings.warn`, counted from the caller.
     """
     if not _reading_saved.get():
@@ -124,7 +125,7 @@ def warn(old: str, new: str, *, stacklevel: int = 2) -> None:
 
 
 def value(field: str, given: Any) -> Any:
-    """The present name of a value of `field`, such as `model.positions`."""
+    """Return the present name of a value of `field`, such as `model.positions`; an old name warns."""
     new = VALUES[field].get(given) if isinstance(given, str) else None
     if new is None:
         return given
@@ -133,7 +134,7 @@ def value(field: str, given: Any) -> Any:
 
 
 def mixer(name: str) -> str:
-    """The present name of a mechanism."""
+    """Return the present name of a mechanism; an old name warns."""
     new = MIXERS.get(name)
     if new is None:
         return name
@@ -142,7 +143,7 @@ def mixer(name: str) -> str:
 
 
 def fields(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the mechanism `name` under their present names; nested `mixers` too.
+    """Return the fields of the mechanism `name` under their present names; nested `mixers` too.
 
     Raises:
         ConfigError: a field is given under both names.
@@ -154,7 +155,7 @@ def fields(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(given: Any) -> Any:
-    """A table of a mechanism, its `name` among the fields, under present names; what is no such table stays."""
+    """Return a mechanism's table (its fields and its `name`) under present names; anything else unchanged."""
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         return given
     name = mixer(given["name"])
@@ -164,7 +165,13 @@ def table(given: Any) -> Any:
 def renamed(
     new_of_old: Mapping[str, str], given: Mapping[str, Any], where: str, *, stacklevel: int = 4
 ) -> dict[str, Any]:
-    """`given` with present names for old keys, in the same order.
+    """Return `given` with old keys replaced by present ones, in the same order; each old key warns.
+
+    Args:
+        new_of_old: old to new keys.
+        given: fields or keyword arguments.
+        where: what they belong to, for messages.
+        stacklevel: as of `warn`.
 
     Raises:
         ConfigError: something is given under both names.
@@ -174,14 +181,14 @@ def renamed(
         new = new_of_old.get(key, key)
         if new != key:
             if new in given:
-                raise ConfigError(f"{where}: {key!r} is the old name of {new!r}; leave {key!r} out")
+                raise ConfigError(f"{where}: {key!r} is the old name of {new!r}, which is also set; leave {key!r} out")
             warn(f"{where}: {key!r}", repr(new), stacklevel=stacklevel)
         current[new] = item
     return current
 
 
 def model(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's table with its mixers and positions under present names."""
+    """Return a model's table with its mixers and positions under present names."""
     current = dict(given)
     if isinstance(current.get("mixers"), list | tuple):
         current["mixers"] = [table(mixer) for mixer in current["mixers"]]
@@ -191,7 +198,7 @@ def model(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe with its tables under present names; tables that are none stay as they are."""
+    """Return a recipe with the fields of its model and its training under present names."""
     current = dict(given)
     if isinstance(current.get("model"), Mapping):
         current["model"] = model(current["model"])
@@ -202,10 +209,10 @@ def recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded(given: Any) -> Any:
-    """A model's table under the names of version 0.1, for digests that do not change with names.
+    """Return a model's table under the names of version 0.1, for digests that do not change with names.
 
     Args:
-        given: plain data: tables, lists, values.
+        given: a model's table, or a list or value inside it.
     """
     if isinstance(given, list | tuple):
         return [recorded(item) for item in given]
@@ -220,11 +227,12 @@ def recorded(given: Any) -> Any:
 
 
 def accept_old_names(namespace: Any) -> None:
-    """Let the functions and classes of a namespace take their old keywords, and give their old attributes, too.
+    """Make the functions and classes of a module accept their old keywords and have their old attributes, too.
 
     Args:
-        namespace: `globals()` of a module, changed in place; classes in it get other methods and more properties, which
-            their subclasses inherit. Entries of `KEYWORDS` and `ATTRIBUTES` that it does not have are passed over.
+        namespace: `globals()` of the module, changed in place: functions and methods in `KEYWORDS` are wrapped, and
+            classes in `ATTRIBUTES` get properties, which their subclasses inherit. Entries of both tables that the
+            module does not have are skipped.
     """
     for name, new_of_old in ATTRIBUTES.items():
         for old, new in new_of_old.items() if isinstance(namespace.get(name), type) else ():
@@ -289,12 +297,12 @@ def _with_old_keywords(function: Callable[..., Any], new_of_old: Mapping[str, st
 
 
 def with_current_keyword(cls: type, method: str, new_of_old: Mapping[str, str]) -> None:
-    """Let a class that was written for version 0.1 be called by present keywords: its method is wrapped in place.
+    """Wrap a method of a class that was written for version 0.1, in place, so that present keywords reach it.
 
     Args:
-        cls: of a user or of another package.
-        method: its name.
-        new_of_old: keywords that the method may take by their old names.
+        cls: class of a user or of another package.
+        method: name of the method.
+        new_of_old: old to new keywords; those that the method takes by their old names are translated.
     """
     function = getattr(cls, method)
     taken = inspect.signature(function).parameters
@@ -315,15 +323,15 @@ def with_current_keyword(cls: type, method: str, new_of_old: Mapping[str, str]) 
 def old_names(
     module: str, namespace: Mapping[str, Any], otherwise: Callable[[str], Any] | None = None
 ) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that gives what old names stand for.
+    """Return a `__getattr__` for a module, so that its old names refer to the renamed objects, with a warning.
 
     Args:
         module: its `__name__`, a key of `NAMES`.
         namespace: its `globals()`.
-        otherwise: finds what has no old name; None = nothing is found.
+        otherwise: called with attributes that are no old name; None: they raise AttributeError.
 
     Returns:
-        A function of an attribute's name; AttributeError where the module has none of that name.
+        A function of an attribute's name.
     """
 
     def find(name: str) -> Any:

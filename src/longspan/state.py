@@ -174,11 +174,14 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
     for name, tensor in expected.items():
         stored_tensor = stored[name]
         if stored_tensor.ndim != tensor.ndim or (tensor.ndim > 1 and stored_tensor.shape[-1] != tensor.shape[-1]):
-            shapes = f"{tuple(stored_tensor.shape)}, expected one like {tuple(tensor.shape)}"
-            raise CheckpointError(f"{path}: is the state of another model: {name} has shape {shapes}")
+            raise CheckpointError(
+                f"{path}: is the state of another model: {name} has shape {tuple(stored_tensor.shape)}, expected one "
+                f"like {tuple(tensor.shape)}; load it into the model that saved it"
+            )
         if stored_tensor.is_floating_point() != tensor.is_floating_point():
             raise CheckpointError(
-                f"{path}: is the state of another model: {name} is {stored_tensor.dtype}, expected {tensor.dtype}"
+                f"{path}: is the state of another model: {name} is {stored_tensor.dtype}, expected {tensor.dtype}; "
+                "load it into the model that saved it"
             )
     return _map(lambda name, tensor: stored[name].to(tensor.device, tensor.dtype), like), header
 

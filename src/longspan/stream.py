@@ -98,7 +98,7 @@ class StreamSession:
         if not model.traits.streams:
             raise UnsupportedError(f"{model.why_no_stream()}; StreamSession needs a model that streams")
         if not model.traits.causal:
-            raise UnsupportedError("StreamSession needs a causal model; this one is bidirectional")
+            raise UnsupportedError("StreamSession needs a causal model; this one is bidirectional, so use a Decoder")
         if chunk is not None and chunk < 1:
             raise ConfigError(f"chunk = {chunk}: must be at least 1")
         self.model: Any = model.eval()
@@ -286,7 +286,8 @@ class StreamSession:
         for key, ours, what in (("model", weights, "weights or configuration"), ("draw", (model.redraw_count,), draws)):
             if (theirs := header.get(key)) not in ours:
                 raise CheckpointError(
-                    f"{path}: is the state of another model: {what}: {theirs} in the file, {ours[0]} in this model"
+                    f"{path}: is the state of another model: {what}: {theirs} in the file, {ours[0]} in this model; "
+                    "load it into the model that saved it"
                 )
         session._move_to(state, int(header["position"]))
         session.chunk = int(header["chunk"])

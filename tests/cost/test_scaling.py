@@ -72,7 +72,7 @@ def test_parameters_that_the_runs_do_not_determine_are_named() -> None:
     fit = scaling.fit("chinchilla", {**table, "loss": loss}, draws=5)
     assert {"A", "B"} <= set(fit.undetermined)
     assert fit.intervals == {}
-    with pytest.raises(ConfigError, match=r"A, .*B.* of 'chinchilla' not determined by these runs"):
+    with pytest.raises(ConfigError, match=r"A, .*B.* of 'chinchilla': not determined by these runs"):
         scaling.optimal(fit, 1e20)
     # sizes that hardly differ determine their exponent no better than one
     near = {"N": [1e6, 1.001e6, 1.002e6] * 4, "D": [1e6] * 3 + [1e7] * 3 + [1e8] * 3 + [1e9] * 3}

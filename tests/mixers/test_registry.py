@@ -61,7 +61,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     mixer = ls.mixers.build("window", **SIZES)
     with pytest.raises(ls.ConfigError, match=r"window: x has shape \(2, 3, 8\), expected \(batch, length, 16\)"):
         mixer(torch.randn(2, 3, 8))
-    with pytest.raises(ls.ConfigError, match="x has 2 rows, but the state has 3"):
+    with pytest.raises(ls.ConfigError, match="x has 2 rows, the state 3; pass equal numbers"):
         mixer(torch.randn(2, 3, 16), mixer.init_state(3))
     both = ls.mixers.build("window", **SIZES, causal=False)
     with pytest.raises(ls.UnsupportedError, match="bidirectional mixer sees the future"):

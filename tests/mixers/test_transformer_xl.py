@@ -28,7 +28,7 @@ def test_memory_of_keys_and_values_gives_the_same_outputs() -> None:
                 outs.append(y)
             torch.testing.assert_close(outs[0], outs[1], atol=1e-12, rtol=0)
     assert ls.state.nbytes(states[1]) == projected.state_nbytes(2, 19, torch.float64)
-    with pytest.raises(ls.UnsupportedError, match="cache='kv' is for inference"):
+    with pytest.raises(ls.UnsupportedError, match="cache = 'kv' is for inference"):
         projected(x)
 
 

@@ -125,7 +125,7 @@ def test_invalid_tokens_are_named_in_one_line() -> None:
         model(torch.tensor([[3, -1]]))
     with pytest.raises(ls.DataError, match="expected integers"):
         model(torch.ones(1, 2))
-    with pytest.raises(ls.ConfigError, match="tokens have 1 rows, but the state has 2"):
+    with pytest.raises(ls.ConfigError, match="tokens have 1 rows, the state 2; pass equal numbers"):
         model(torch.tensor([[3, 1]]), model.init_state(2))
     with pytest.raises(ls.ConfigError, match="either tokens or inputs_embeds"):
         model()

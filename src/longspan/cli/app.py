@@ -143,7 +143,7 @@ def start(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
-    """Old names get a line of their own, without the place in the code that met them."""
+    """Print a warning: one line for an old name, without file and line number; others as Python does."""
     if issubclass(category, renames.RenamedWarning):
         say(f"warning: {message}")
     else:

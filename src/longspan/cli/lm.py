@@ -254,10 +254,11 @@ def figure(key: str, measured: "Interval") -> str:
 
 
 def bucket_table(buckets: "Sequence[Bucket]", what: str, unit: str, measured: str) -> "Table":
-    """Return the table of a loss by bucket: range, amount of text, loss per reading, and their difference.
+    """Return the table of a loss by bucket: range, amount of text, loss of each reading, and their difference.
 
     Args:
-        buckets: ranges of positions or frequencies, with the loss of one or two readings.
+        buckets: ranges of positions or frequencies, with the loss of one or two readings (with the carried state, and
+            without it).
         what: heading of the column of ranges.
         unit: of the amount, such as `"bytes"`.
         measured: unit of the loss, such as `"bits per byte"`.

@@ -76,7 +76,8 @@ def _bucket_pictures(
 
     Args:
         name: file name of the pictures, without extension.
-        buckets: ranges of positions or frequencies, with the loss of one or two readings.
+        buckets: ranges of positions or frequencies, with the loss of one or two readings (with the carried state, and
+            without it).
         xticks: ticks of the x axis.
         xlabel: label of the x axis.
         unit: of the loss, the label of the y axis.

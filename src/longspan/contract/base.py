@@ -175,9 +175,7 @@ class Mechanism(nn.Module):
 
     @classmethod
     def about(cls) -> str:
-        """Return the equations of the mechanism and their source:
-        the docstring of its module or folder, else of its class.
-        """
+        """Return the equations and their source: the docstring of the class's module or folder, else of the class."""
         folder, _, name = cls.__module__.rpartition(".")
         module = sys.modules[folder if name == "layer" else cls.__module__]
         return (module.__doc__ or cls.__doc__ or "").strip()
@@ -197,7 +195,7 @@ class Mechanism(nn.Module):
         hidden: Hidden | None = None,
         aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
-        """Attend.
+        """Return the attention outputs of a call and the next state.
 
         Args:
             q: (B, heads, N, head_dim), contiguous rows as gathered by `rows`.
@@ -209,7 +207,7 @@ class Mechanism(nn.Module):
             aux_losses: a list to which auxiliary losses are appended.
 
         Returns:
-            (B, heads, N, value_dim), arbitrary after a row's last real token, and the next state.
+            Outputs (B, heads, N, value_dim), arbitrary after a row's last real token, and the next state.
         """
         raise NotImplementedError
 
@@ -236,8 +234,7 @@ class Mechanism(nn.Module):
         return out, state
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
-        """Return small tensors (spans, projection versions, counts of a state), by name, that decide the layout of a
-        call.
+        """Return small tensors by name (spans, projection versions, counts of a state) that decide a call's layout.
 
         A model reads those of all layers in one transfer to the host; `forward` gets them by `rows.read(...)`.
         """
@@ -359,7 +356,7 @@ class Mixer(nn.Module):
             raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}; call it with state=None")
         offset = states.live(state, x.shape[0], x.device)
         if offset.shape[0] != x.shape[0]:
-            raise ConfigError(f"{self.name}: x has {x.shape[0]} rows, but the state has {offset.shape[0]}")
+            raise ConfigError(f"{self.name}: x has {x.shape[0]} rows, the state {offset.shape[0]}; pass equal numbers")
         return offset
 
     def _hidden(self, x: Tensor) -> Hidden | None:
@@ -373,7 +370,7 @@ class Mixer(nn.Module):
 
         Args:
             x: (B, N, dim), as returned by `rows.gather`.
-            state, rows, penalties: as in a call; the layout, with the offsets of the state.
+            state, rows, aux_losses: as in a call; the layout, with the offsets of the state.
 
         Returns:
             (B, N, dim), arbitrary after a row's last real token, and the next state.

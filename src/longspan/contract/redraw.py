@@ -33,7 +33,7 @@ class DrawnMechanism(BoundedMechanism):
     """Statistics of this process's training forward passes since the last step: tensors; None = none."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the module as torch does, but never cast a buffer named in `wide` to less than fp32."""
+        """Move or cast the module as torch does, but never cast the buffers that `wide` names to less than fp32."""
         before = {name: self._buffers[name] for name in self.wide}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -74,8 +74,7 @@ class DrawnMechanism(BoundedMechanism):
         return self.draws.expand(rows.batch).masked_fill(rows.live == 0, 0)
 
     def redraw_at(self, step: int, every: int, buffer: Tensor, draw: Callable[[], Tensor]) -> bool:
-        """Redraw a random buffer in place if the step is a multiple of `every` (0 = never); return whether it was
-        redrawn.
+        """Redraw a random buffer in place if the step is a multiple of `every` (0 = never); return whether it was.
 
         All processes get the numbers of the first one, and the version counter goes up by one.
         """

@@ -139,9 +139,7 @@ def _chinchilla(p: Sequence[float], n: Array, d: Array) -> Any:
 
 
 def _power_starts(x: Array, loss: Array) -> list[list[float]]:
-    """Return start values of a power law: the straight line through the logarithms,
-    the exact solution without a floor.
-    """
+    """Return start values of a power law: the line through the logarithms, which is the best fit without a floor."""
     slope, height = np.polyfit(np.log(x), np.log(loss), 1)
     exponent = max(-slope, 1e-3)
     return [[math.exp(min(height / exponent, 600.0)), exponent]]
@@ -226,9 +224,17 @@ def fit(
 
 
 def _bootstrap(shape: _Form, columns: list[Array], best: list[float], draws: int, seed: int) -> list[list[float]]:
-    """Return the fitted parameters of bootstrap samples of the runs.
+    """Return the parameters fitted to each bootstrap sample of the runs.
 
-    Each is fitted from every start, as a sample may have its minimum elsewhere than all runs.
+    Samples that cannot determine the parameters are skipped. Every fit begins from `best` and from all start values of
+    the form, as the best fit of a sample may be far from `best`.
+
+    Args:
+        shape: form of the law.
+        columns: inputs and loss of the runs.
+        best: parameters fitted to all runs.
+        draws: number of samples.
+        seed: of the samples.
     """
     generator, samples = np.random.default_rng(seed), []
     count = len(columns[0])

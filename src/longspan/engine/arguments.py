@@ -135,8 +135,9 @@ class _Limits(NamedTuple):
     memory_lengths: Any
 
     def causal(self, own: Any, memory: int, dropped: int, maximum: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
-        """Return the first visible key columns (batch, length or 1) and the queries (batch, length) that see none; None
-        = no limit.
+        """Return the first visible key column of each query, and which queries see no key, in the causal form.
+
+        Both are (batch, length or 1), int64 and bool, or None where there is no limit.
 
         Args:
             own: (length,) the key column of each query.

@@ -88,13 +88,13 @@ class KeyOrdering(NamedTuple):
 
 
 def order_keys(group: Tensor, count: int, *, front: int = 0, gap: int = 0) -> KeyOrdering:
-    """Sort keys by group.
+    """Return the order of keys by group, in blocks of `TILE` slots that each contain keys of one group only.
 
     Args:
         group: (rows, columns) in [0, count], `count` for padding.
         count: number of groups.
-        front: empty blocks before the first row.
-        gap: empty blocks between rows.
+        front: number of empty blocks before the first row.
+        gap: number of empty blocks between rows.
     """
     rows, columns = group.shape
     size = torch.zeros(rows, count + 1, dtype=torch.int64, device=group.device)
@@ -121,7 +121,7 @@ def order_keys(group: Tensor, count: int, *, front: int = 0, gap: int = 0) -> Ke
 
 
 def stable_sort(number: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Sort each row of number (rows, columns), below `most`, stably, with one sort for all rows: (sorted, columns)."""
+    """Return the rows of `number` (rows, columns) stably sorted, and the column of each; numbers are below `most`."""
     rows, columns = number.shape
     row = torch.arange(rows, device=number.device)[:, None]
     ordered, order = torch.sort((number + row * most).flatten(), stable=True)
@@ -129,9 +129,7 @@ def stable_sort(number: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def tiles_of(tokens: int, groups: int) -> int:
-    """Return the maximal number of tiles for `tokens` tokens in `groups` groups,
-    as the last tile of a group may be partial.
-    """
+    """Return the maximal number of tiles of `tokens` tokens in `groups` groups, each with a partial last tile."""
     return (tokens + min(groups, tokens) * (TILE - 1)) // TILE
 
 
@@ -222,17 +220,17 @@ def _nearest(
 def _query_tiles(
     block: Tensor, query_group: Tensor, keys: KeyOrdering, reach: MemberRange
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Group queries into tiles such that a tile has one group and one block of keys: the block where it is among the
-    members.
+    """Return tiles of queries such that all queries of a tile have the same group and read the same blocks of keys.
 
     Args:
-        block: (rows, length) that block of each query.
-        query_group: (rows, length).
+        block: (rows, length) block of sorted keys that has the query's place among its group's members.
+        query_group: (rows, length) group of each query.
         keys: the sorted keys.
         reach: which members a query sees.
 
     Returns:
-        Queries (tiles, TILE), places (rows, length), and the blocks (tiles, width) that every tile reads.
+        The queries of each tile (tiles, TILE), -1 = none; the slot of each query in the tiles (rows, length); and the
+        blocks (tiles, width) that each tile reads.
     """
     rows, count = len(block), keys.size.shape[1] - 1
     row = torch.arange(rows, device=block.device)[:, None]

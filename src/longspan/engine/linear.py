@@ -217,7 +217,7 @@ class _Blocked(FirstOrder):
 def _run_block(
     first: int, features: Features, real: Tensor | None, start: Tensor | None, parts: list[Tensor], sums: LinearSums
 ) -> tuple[Tensor, LinearSums]:
-    """Compute the block of the call that begins at column `first`, from its q, k, v (`parts`)."""
+    """Return the outputs of the block of a call that begins at column `first`, from its q, k, v, and the next sums."""
     live = None if real is None else real[:, first : first + BLOCK]
     begin = None if start is None else start[:, first : first + BLOCK] - first
     return _one_block(features, parts[0], parts[1], parts[2], sums, live, begin)
@@ -241,15 +241,9 @@ def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _one_block(
-    features: Features,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sums: LinearSums,
-    real: Tensor | None,
-    start: Tensor | None,
+    features: Features, q: Tensor, k: Tensor, v: Tensor, sums: LinearSums, real: Tensor | None, start: Tensor | None
 ) -> tuple[Tensor, LinearSums]:
-    """Compute one block: its whole chunks at once, then the rest as one shorter chunk."""
+    """Return the causal outputs of a block and the sums after it: whole chunks, then the rest as a shorter chunk."""
     phi_q, _ = features(q, False)
     phi_k, scale = _masked(*features(k, True), real)
     length = q.shape[2]
@@ -273,7 +267,7 @@ def _one_block(
 
 
 def _masked(phi: Tensor, scale: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Zero the features of padding and set its log-scale to EMPTY."""
+    """Return the features and log-scales of keys with those of padding (False in `real`) set to 0 and EMPTY."""
     if real is not None:
         phi = phi.masked_fill(~real[:, None, :, None], 0)
         scale = None if scale is None else scale.masked_fill(~real[:, None], EMPTY)
@@ -281,18 +275,13 @@ def _masked(phi: Tensor, scale: Tensor | None, real: Tensor | None) -> tuple[Ten
 
 
 def _chunks(
-    phi_q: Tensor,
-    phi_k: Tensor,
-    v: Tensor,
-    scale: Tensor | None,
-    sums: LinearSums,
-    start: Tensor | None,
-    size: int,
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, scale: Tensor | None, sums: LinearSums, start: Tensor | None, size: int
 ) -> tuple[Tensor, LinearSums]:
-    """Compute chunks of `size` columns, all at once but for the sums that pass from one to the next.
+    """Return the causal outputs of whole chunks of `size` columns, and the sums after them.
 
-    Legend: B batch, K kv heads, G query heads of each, n chunks, C = size, m features, e = head_dim + 1: values with a
-    column of ones, so that numerator and denominator are one product.
+    The chunks are computed together, except for the sums that pass from one to the next. Letters in shapes: B batch, K
+    kv heads, G query heads of each, n chunks, C = size, m features, e = head_dim + 1: values with a column of ones, so
+    that numerator and denominator are one product.
     """
     batch, heads, length, width = phi_q.shape
     kv_heads, count = phi_k.shape[1], length // size
@@ -341,7 +330,7 @@ def _chunks(
 
 
 def _per_group(t: Tensor, group: int) -> Tensor:
-    """Repeat (..., C, x) for the query heads of a kv head: (..., G C, x)."""
+    """Repeat a tensor (..., C, x) for the `group` query heads of each kv head: (..., group * C, x)."""
     return t if group == 1 else t.repeat(*(1,) * (t.ndim - 2), group, 1)
 
 
@@ -360,7 +349,11 @@ def _values_and_keys(sums: LinearSums) -> Tensor:
 def _plain_sums(
     keys: Tensor, ones: Tensor, sums: LinearSums, own: Tensor | None, continues: Tensor | None
 ) -> tuple[Tensor, LinearSums]:
-    """Return the sums before each chunk (B, K, n, m, e) in the dtype of the keys, and those after the last chunk."""
+    """Return the sums before each chunk (B, K, n, m, e) in the dtype of the keys, and those after the last chunk.
+
+    Arguments and letters are those of `_chunks`: keys (B, K, n, C, m), ones (B, K, n, C, e), own (B, 1, n, C) and
+    continues (B, 1, n), which are None in a single document.
+    """
     weighted_keys = keys if own is None else keys * own[..., None]
     added = weighted_keys.mT @ ones
     now = _values_and_keys(sums)
@@ -379,7 +372,11 @@ def _plain_sums(
 def _scaled_sums(
     keys: Tensor, ones: Tensor, logs: Tensor, sums: LinearSums, own: Tensor | None, continues: Tensor | None
 ) -> tuple[Tensor, Tensor, LinearSums]:
-    """Return the sums before each chunk (B, K, n, m, e), their log-units (B, K, n), and the last sums."""
+    """Like `_plain_sums`, for keys with log-scales (B, K, n, C): sums are stored divided by exp(unit).
+
+    The unit is the largest log-scale in the sums, so that they do not overflow. Returns the sums before each chunk,
+    their units (B, K, n), and the sums after the last chunk.
+    """
     if own is not None:
         logs = torch.where(own, logs, EMPTY)
     largest = logs.detach().amax(-1)
@@ -424,7 +421,7 @@ def _bidirectional(
 def _add_block(
     features: Features, k: Tensor, v: Tensor, real: Tensor | None, total: Tensor | None, most: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Add a block of keys to the running total and its largest log-scale."""
+    """Return the sums over keys and values with a block added, and their largest log-scale (None without scales)."""
     phi, scale = _masked(*features(k, True), real)
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     if scale is None:
@@ -440,7 +437,7 @@ def _add_block(
 
 
 def _read_block(features: Features, q: Tensor, total: Tensor, kv_heads: int, group: int) -> Tensor:
-    """Compute the outputs of a block of queries from the total over all keys."""
+    """Return the outputs of a block of queries from the sums `total` over all keys."""
     phi, _ = features(q, False)
     batch, heads, length, width = phi.shape
     out = _divided(phi.reshape(batch, kv_heads, group * length, width) @ total.to(phi.dtype))
@@ -479,8 +476,8 @@ def linear_cost(length: int, *, features: int, head_dim: int, causal: bool = Tru
 
     Args:
         length: tokens.
-        features: m.
-        head_dim: of the values.
+        features: number of features per query or key.
+        head_dim: width of the values.
         causal: see `linear_attention`.
     """
     return group_cost(length, features=features, head_dim=head_dim, group=1, causal=causal)

@@ -322,7 +322,14 @@ class _BackwardPart:
         self.items = self.shape[0] * self.shape[1]
 
     def run(self, queries: list[Tensor], keys: list[Tensor], slots: list[Tensor]) -> None:
-        """Compute all tiles; all tensors are (batch, heads, positions, dim)."""
+        """Compute the gradients of this part's tiles and write them to `slots`.
+
+        Args:
+            queries: q, the gradient of the output and their inner products, then the round's share of the output if
+                there are several rounds; (batch, heads, positions, dim) like all tensors here.
+            keys: k and v.
+            slots: buffers of the gradients of q, k and v.
+        """
         self.q, self.grad, self.inner, *self.share = (self._by_query(t).flatten(0, 2) for t in queries)
         self.k, self.v = (self._by_key(t).flatten(0, 1) for t in keys)
         self.dq, shaped = self._by_query(slots[0]), []

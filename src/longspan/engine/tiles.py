@@ -206,7 +206,7 @@ def make_blocks(run: Run, batch: int, most: int) -> Iterator[Block]:
 
 
 def take(x: Tensor, block: Block, start: int, width: int, step: int, spread: int = 1) -> Tensor:
-    """Return a view of a block's part of x (batch, heads, positions, dim): (rows * tiles, heads, width, dim)."""
+    """Return a view of a block's part of x, (rows * tiles, heads, width, dim)."""
     offset = x.storage_offset() + block.row * x.stride(0) + (start + block.tile * step) * x.stride(2)
     lead = x.stride(0) if block.tiles == 1 else step * x.stride(2)
     size = (block.rows * block.tiles, x.shape[1], width, x.shape[3])
@@ -290,7 +290,15 @@ class Bands:
 
 
 def plan_hides(plan: Plan, distance: Tensor) -> Tensor:
-    """Return which distances the pattern of a plan hides."""
+    """Return where the pattern of a plan hides a key.
+
+    Args:
+        plan: limits of the distances that are visible.
+        distance: query position minus key position, int64 of any shape.
+
+    Returns:
+        bool like `distance`, True = hidden.
+    """
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if plan.nearest is not None:
         hidden |= distance < plan.nearest
@@ -302,8 +310,12 @@ def plan_hides(plan: Plan, distance: Tensor) -> Tensor:
 
 
 def tile_mask(pattern: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return the additive mask of a block, from its pattern (queries, keys) and its visible keys;
-    None = nothing is hidden.
+    """Return what to add to the scores of a block: 0 where a key is visible, HIDDEN elsewhere; None = all are visible.
+
+    Args:
+        pattern: (queries, keys), 0 or HIDDEN by distance; None = the pattern hides nothing.
+        seen: (rows * tiles, 1, queries, keys) bool from `Visibility.seen`; None = all.
+        dtype: of the mask.
     """
     if seen is None:
         return pattern

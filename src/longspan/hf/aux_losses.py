@@ -19,7 +19,7 @@ class LastAuxLosses:
 
     Args:
         losses: scalars of the call.
-        output: (batch, length, dim) of the call; None = there is no graph any more.
+        output: (batch, length, dim) of the call; None = the graph is gone.
     """
 
     def __init__(self, losses: Sequence[Tensor], output: Tensor | None) -> None:

@@ -94,7 +94,9 @@ def prepare_call(
     forward, modules = type(base).forward, attention_modules(base)
     known = known_keywords(forward)
     if len(arguments) > len(known):
-        raise ConfigError(f"{type(base).__name__}: takes {len(known)} positional arguments, got {len(arguments)}")
+        raise ConfigError(
+            f"{type(base).__name__}: takes at most {len(known)} positional arguments, got {len(arguments)}"
+        )
     keywords = {**dict(zip(known, arguments, strict=False)), **keywords}
     inputs = keywords.get("input_ids")
     inputs = keywords.get("inputs_embeds") if inputs is None else inputs

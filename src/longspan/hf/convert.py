@@ -189,10 +189,13 @@ def _check_fit(name: str, core: Mechanism, family: Family, model_type: str) -> N
     """
     traits, head_dim = core.traits, core.shape.head_dim
     if not traits.convertible:
-        raise UnsupportedError(f"{name}: cannot replace pretrained attention: {traits.no_conversion_reason}")
+        raise UnsupportedError(
+            f"{name}: cannot replace pretrained attention: {traits.no_conversion_reason}; choose another mixer"
+        )
     if core.value_dim != head_dim:
         raise UnsupportedError(
-            f"{name}: needs values of width {core.value_dim} per head; those of this model have width {head_dim}"
+            f"{name}: needs values of width {core.value_dim} per head; those of this model have width {head_dim}; "
+            "choose another mixer"
         )
     if not traits.bidirectional and not family.causal:
         raise UnsupportedError(f"{name}: is causal only, but {model_type} is bidirectional; choose another mixer")

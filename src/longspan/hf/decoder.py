@@ -50,7 +50,9 @@ class ConvertedDecoder(nn.Module):
         if unconverted := len(modules.attentions) - len(layers):
             raise UnsupportedError(f"{unconverted} layers of this model are not converted; convert all of them")
         if not self.traits.streams:
-            raise UnsupportedError(f"{self.why_no_stream()}; a ConvertedDecoder must stream in every layer")
+            raise UnsupportedError(
+                f"{self.why_no_stream()}; a ConvertedDecoder must stream in every layer, so convert with another mixer"
+            )
         if not modules.family.causal:
             raise UnsupportedError("this model is bidirectional and does not stream; use a causal language model")
 

@@ -60,8 +60,17 @@ class StateGeneration(GenerationMixin):
         reset: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare the arguments of one call as in transformers,
-        with the columns of the prompt's `reset` that belong to it.
+        """Return the arguments of the model's next call; transformers' `generate` calls this before each one.
+
+        Args:
+            input_ids: as in transformers, like all arguments that are not listed here.
+            next_sequence_length: as in transformers.
+            attention_mask: as in transformers.
+            inputs_embeds: as in transformers.
+            is_first_iteration: as in transformers.
+            reset: (batch, length) bool of the whole prompt, True where a document starts; the columns that the call
+                reads are passed on, and generated tokens continue the document.
+            kwargs: as in transformers.
         """
         parent: Any = super()
         inputs: dict[str, Any] = parent.prepare_inputs_for_generation(

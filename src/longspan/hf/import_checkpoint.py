@@ -67,7 +67,7 @@ def _read(source: Any) -> tuple[Mapping[str, Tensor], Any]:
                 weights |= torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             # files from elsewhere may raise anything
-            raise CheckpointError(f"{path}: damaged: {error}") from None
+            raise CheckpointError(f"{path}: damaged: {error}; download it again") from None
     if not weights:
         raise CheckpointError(f"{folder}: contains no weights; expected *.safetensors or pytorch_model*.bin")
     return weights, config

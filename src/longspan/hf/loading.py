@@ -118,7 +118,8 @@ def _load_mechanisms(model: Any, folder: Any, options: dict[str, Any]) -> None:
             raise CheckpointError(f"{folder}: {key} is missing; convert and save the model again")
         if theirs.shape != ours.shape:
             raise CheckpointError(
-                f"{folder}: {key} has shape {tuple(theirs.shape)}, expected {tuple(ours.shape)} by the configuration"
+                f"{folder}: {key} has shape {tuple(theirs.shape)}, expected {tuple(ours.shape)} by the configuration; "
+                "convert and save the model again"
             )
         changes = theirs.is_floating_point() and isinstance(dtype, torch.dtype) and theirs.dtype != dtype
         fitted[key] = theirs.to(ours.device, torch.promote_types(dtype, torch.float32) if changes else theirs.dtype)

@@ -26,7 +26,7 @@ def with_auxiliary(loss: Tensor, aux_losses: list[Tensor] | None, share: Tensor 
 
 
 def counting(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords of a call about counted labels: num_items_in_batch and ignore_index."""
+    """Return the keywords of a call that say which labels count, if they are set: num_items_in_batch, ignore_index."""
     return {name: keywords[name] for name in ("num_items_in_batch", "ignore_index") if keywords.get(name) is not None}
 
 

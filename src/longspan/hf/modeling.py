@@ -121,7 +121,8 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         if getattr(self._stack.config, "adaptive", False):
             raise UnsupportedError(
-                "resize_token_embeddings: adaptive embeddings (adaptive_cutoffs, embedding_dim) have a fixed vocabulary"
+                "resize_token_embeddings: adaptive embeddings (adaptive_cutoffs, embedding_dim) have a fixed "
+                "vocabulary; build a model with another vocab_size"
             )
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         size = self.config.vocab_size

@@ -55,7 +55,7 @@ def locate_weights(model: str, gguf: str | None = None) -> WeightsLocation:
     if len(files) > 1:
         raise CheckpointError(f"{model}: contains {len(files)} GGUF files; choose one, such as --gguf {files[0]}")
     if not files:
-        raise CheckpointError(f"{model}: contains no weights (*.safetensors, *.bin or *.gguf)")
+        raise CheckpointError(f"{model}: contains no weights; expected a file *.safetensors, *.bin or *.gguf")
     return WeightsLocation(model, files[0])
 
 
@@ -108,7 +108,9 @@ def _layers_by_window(model: Any) -> dict[int | None, list[int]]:
     """
     family = attention_modules(model)
     if not family.family.causal:
-        raise UnsupportedError(f"a model of type {model.config.model_type!r} is bidirectional and does not stream")
+        raise UnsupportedError(
+            f"a model of type {model.config.model_type!r} is bidirectional and does not stream; use a causal one"
+        )
     config = model.config
     kinds = list(getattr(config, "layer_types", None) or [])
     layers: dict[int | None, list[int]] = {}

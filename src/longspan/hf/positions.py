@@ -153,7 +153,8 @@ def _positions(positions: Any, inputs: Tensor) -> Tensor:
     """Check position_ids and return them as (batch, length) int64."""
     batch, length = inputs.shape[:2]
     if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
-        raise ConfigError("position_ids: expected integers of shape (batch, length)")
+        got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+        raise ConfigError(f"position_ids: expected integers of shape {(batch, length)}, got {got}")
     if positions.ndim > 2:
         raise UnsupportedError(
             f"position_ids has shape {tuple(positions.shape)}; positions in several dimensions (multimodal RoPE) are "

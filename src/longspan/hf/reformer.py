@@ -50,7 +50,7 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         CheckpointError: weights that are missing, unexpected, or have other shapes.
     """
     table = PublishedConfig(_WHERE, config)
-    model = Decoder(_decoder(table))
+    model = Decoder(_decoder_config(table))
     published = {name: weight for name, weight in weights.items() if not name.endswith(_CONSTANTS)}
     # two names of one tensor in transformers 4; if they differ (from 5.24 on), the logits use this one
     if "lm_head.decoder.bias" in published:
@@ -60,8 +60,8 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     return model
 
 
-def _decoder(table: PublishedConfig) -> DecoderConfig:
-    """Return the same architecture in this library's fields."""
+def _decoder_config(table: PublishedConfig) -> DecoderConfig:
+    """Return the configuration of a `Decoder` with the architecture of a Reformer of transformers."""
     if not table["is_decoder"]:
         raise UnsupportedError(f"{_WHERE}: is_decoder = False: encoders are not supported, only language models")
     if table["hidden_act"] not in ("relu", "gelu"):

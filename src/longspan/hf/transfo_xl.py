@@ -49,7 +49,7 @@ def import_transfo_xl(weights: Mapping[str, Tensor], config: Mapping[str, Any]) 
         CheckpointError: weights that are missing, unexpected, or have other shapes.
     """
     table = _Table(config)
-    model = Decoder(_decoder(table))
+    model = Decoder(_decoder_config(table))
     published = {name: weight for name, weight in weights.items() if not name.endswith("pos_emb.inv_freq")}
     load_weights(model, _WeightMap(published, model, table).run(), _WHERE)
     return model
@@ -59,7 +59,7 @@ def zero_memory(model: Decoder, batch_size: int = 1) -> StackState:
     """Return the state in which transformers starts a text: `mem_len` zero vectors in every layer, visible as if read.
 
     Args:
-        model: a decoder of `transformer_xl` layers with memory "hidden".
+        model: a decoder of `transformer_xl` layers with cache = "hidden".
         batch_size: rows.
 
     Raises:
@@ -69,7 +69,7 @@ def zero_memory(model: Decoder, batch_size: int = 1) -> StackState:
     layers: list[TransformerXLState] = []
     for block, core in zip(model.layers, cores, strict=True):
         if not isinstance(core, TransformerXLMechanism) or core.config.cache != "hidden":
-            raise UnsupportedError("zero_memory: every layer must be transformer_xl with memory = 'hidden'")
+            raise UnsupportedError("zero_memory: every layer must be transformer_xl with cache = 'hidden'")
         empty = block.mixer.init_state(batch_size)
         # the memory of a pre-norm block contains the zeros after its norm
         hidden = empty.hidden if block.post else block.mixer_norm(empty.hidden).detach()
@@ -113,8 +113,8 @@ class _Table(PublishedConfig):
         return not self.cuts and not self.has_projections
 
 
-def _decoder(table: _Table) -> DecoderConfig:
-    """Return the same architecture in this library's fields."""
+def _decoder_config(table: _Table) -> DecoderConfig:
+    """Return the configuration of a `Decoder` with the architecture of a Transformer-XL of transformers."""
     table.warn_of_dropout("dropatt")
     mem_len = int(table["mem_len"])
     segment = int(table.config.get("tgt_len") or mem_len)

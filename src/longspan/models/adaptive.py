@@ -123,7 +123,10 @@ class AdaptiveSoftmax(nn.Module):
         self._initialize(config)
 
     def _initialize(self, config: DecoderConfig) -> None:
-        """Initialize the weights: zero for init = "sparse", else normal; maps with width^-1/2."""
+        """Initialize the weights: zero for init = "sparse", else normal.
+
+        Projections are always normal, with standard deviation width^-1/2 for a cluster of that embedding width.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear) and config.init == "sparse":
                 nn.init.zeros_(module.weight)

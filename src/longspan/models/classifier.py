@@ -25,7 +25,7 @@ class RecurrentClassifier(nn.Module):
         num_classes: number of classes.
 
     Args of a call:
-        tokens, state, mask, reset, penalties, traces: as in `RecurrentMemory`.
+        tokens, state, mask, reset, aux_losses, traces: as in `RecurrentMemory`.
         flush: answer from an incomplete segment as if the text ended here.
 
     Returns of a call:

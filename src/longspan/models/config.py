@@ -119,7 +119,7 @@ class StackConfig:
         """Raise a ConfigError if the fields of positions contradict each other."""
         shape, widths = self.position_shape, self.position_dims
         if self.positions == "learned" and self.max_positions < 1:
-            raise ConfigError(f"{where}.max_positions = {self.max_positions}: learned positions need at least 1")
+            raise ConfigError(f"{where}.max_positions = {self.max_positions}: must be at least 1 for learned positions")
         if self.positions == "factorized" and (not shape or min(shape) < 1):
             raise ConfigError(
                 f"{where}.position_shape = {shape}: factorized positions need sizes of at least 1, for "

@@ -10,7 +10,7 @@ class Encoder(Stack):
     """A bidirectional encoder of any mixers that have a bidirectional form.
 
     Args of a call:
-        tokens, mask, reset, penalties, inputs_embeds: as of a `Decoder`; documents do not see each other.
+        tokens, mask, reset, aux_losses, inputs_embeds: as of a `Decoder`; documents do not see each other.
 
     Returns of a call:
         Hidden states (batch, length, dim; twice that with `streams = "both"`), zeros at padding.

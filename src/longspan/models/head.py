@@ -176,7 +176,9 @@ def linear_head(module: Any) -> Head | CalledHead:
     """
     if not (isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")):
         layer = "no output layer" if module is None else f"an output layer of type {type(module).__name__}"
-        raise UnsupportedError(f"computing the loss in chunks needs a linear output layer; this model has {layer}")
+        raise UnsupportedError(
+            f"computing the loss in chunks needs a linear output layer; this model has {layer}; set loss_chunk = 0"
+        )
     return (
         Head(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
         if is_plain(module)

@@ -58,13 +58,17 @@ class Associative(nn.Module):
         nn.init.zeros_(self.strength.bias)
 
     def read(self, x: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
-        """Add to x (..., n, dim) what the memory returns for it."""
+        """Return x (..., n, dim) plus what its queries read from the memory.
+
+        Args:
+            x: hidden states (..., n, dim).
+            memory: (..., features, dim).
+            normalizer: (..., features).
+        """
         return x + ops.associative_read(ops.dpfp(self.query(x), self.nu), memory, normalizer).to(x.dtype)
 
     def write(self, m: Tensor, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
-        """Return memory (..., features, dim) and normalizer (..., features) after writing memory
-        tokens m (..., n, dim).
-        """
+        """Return memory (..., features, dim) and normalizer (..., features) after writing tokens m (..., n, dim)."""
         phi, strength = ops.dpfp(self.key(m), self.nu), self.strength(m).sigmoid()[..., 0]
         return ops.associative_write(phi, self.value(m), strength, memory, normalizer)
 
@@ -84,7 +88,7 @@ class _MemoryHooks:
         self.written: list[tuple[Tensor, Tensor]] = []
 
     def before(self, index: int, h: Tensor) -> Tensor:
-        """Return the input h (batch, columns, dim) of layer `index` with the memory's answer added."""
+        """Return the input h (batch, columns, dim) of layer `index`, with what it reads from the memory added."""
         return self.owner.layer(index).read(h, self.memory[:, index], self.normalizer[:, index])
 
     def after(self, index: int, h: Tensor) -> None:
@@ -284,7 +288,16 @@ def _cell(template: nn.Module, maps: nn.Module, rows: BatchLayout, size: int) ->
 
 
 def _batched(cell: Cell, parts: Any, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a cell for several layers at once; layers are the first dimension of every tensor."""
+    """Return what `cell` returns, for several layers at once.
+
+    Args:
+        cell: see `_cell`.
+        parts: weights of the block and of the memory maps by name, with the layers as first dimension.
+        args: tensors with the layers as first dimension.
+
+    Returns:
+        Three tensors, with the layers as first dimension.
+    """
     with warnings.catch_warnings():
         # torch warns about kernels without a batching rule, which run layer by layer
         warnings.filterwarnings("ignore", message="There is a performance drop")

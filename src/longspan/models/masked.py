@@ -25,7 +25,7 @@ class MaskedLM(Stack):
     Args of a call:
         tokens: (batch, length) token ids, some of them replaced, as the task decides.
         state: None.
-        mask, reset, penalties, inputs_embeds: as of a `Decoder`; documents do not see each other.
+        mask, reset, aux_losses, inputs_embeds: as of a `Decoder`; documents do not see each other.
 
     Returns of a call:
         Logits (batch, length, vocab_size), zeros at padding, and None.

@@ -21,12 +21,19 @@ class UpdatedMemory(NamedTuple):
 
 
 class PaperUpdate(nn.Module):
-    """Overwrites the memory by the model's output at the memory tokens (Bulatov et al. 2022,
-    section 3; 2023, section 2).
+    """Overwrites the memory by the model's output at the memory tokens.
+
+    Source: Bulatov et al. 2022, section 3; 2023, section 2.
     """
 
     def forward(self, old: Tensor, new: Tensor, mass: Tensor) -> UpdatedMemory:
-        """Return the new memory (B, memory tokens, dim) unchanged, with the old mass."""
+        """Return the new memory as it is, and the accumulated evidence `mass` unchanged; the old memory is not used.
+
+        Args:
+            old: (B, memory tokens, dim), the memory before the segment.
+            new: like `old`, the model's output at the memory tokens.
+            mass: (B, memory tokens), not used without a gate.
+        """
         return UpdatedMemory(new, mass, None)
 
 
@@ -60,7 +67,13 @@ class GatedUpdate(nn.Module):
         self.noise = noise
 
     def forward(self, old: Tensor, new: Tensor, mass: Tensor) -> UpdatedMemory:
-        """Update the old memory by the new one, both (B, memory tokens, dim), and the mass (B, memory tokens)."""
+        """Return the memory, its accumulated evidence and the logits of the gate after a segment.
+
+        Args:
+            old: (B, memory tokens, dim), the memory before the segment.
+            new: like `old`, the model's output at the memory tokens.
+            mass: (B, memory tokens), the evidence accumulated before the segment.
+        """
         logits = (self.norm(new) * self.gate).sum(-1).float() + self.bias.float()
         noisy = logits
         if self.training and self.noise:

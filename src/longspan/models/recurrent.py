@@ -91,7 +91,7 @@ class RecurrentMemory(nn.Module):
     Args of a call:
         tokens: (batch, length) token ids.
         state: the state that the previous call returned; None = empty past.
-        mask, reset, penalties: as in a Decoder.
+        mask, reset, aux_losses: as in a Decoder.
         flush: return the outputs of an incomplete segment as if it ended here (encoder form; the decoder form always
             does). The returned state is the same with and without, so the stream can continue.
         traces: a list to which a `Trace` of every segment is appended.

@@ -102,7 +102,7 @@ class Stack(nn.Module):
         return why_no_stream(self.cores())
 
     def embed(self, tokens: Tensor, rows: BatchLayout) -> Tensor:
-        """Embed gathered token ids (B, N) as (B, N, dim), with learned positions if the model has them."""
+        """Embed token ids (B, N), as returned by `rows.gather`; returns (B, N, dim), learned positions included."""
         return self.add_positions(self.embedding(tokens), rows)
 
     def add_positions(self, h: Tensor, rows: BatchLayout) -> Tensor:
@@ -134,7 +134,7 @@ class Stack(nn.Module):
 
         Args:
             tokens: (B, columns) token ids, or None with inputs_embeds.
-            state, mask, reset, penalties: as in a call of a `Decoder`.
+            state, mask, reset, aux_losses: as in a call of a `Decoder`.
             inputs_embeds: (B, columns, dim) instead of tokens.
             hooks: run before and after each layer; None = none.
             inputs: a list to which the input (B, N, dim) of each layer is appended.
@@ -177,15 +177,15 @@ class Stack(nn.Module):
         reset: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> tuple[Tensor, BatchLayout]:
-        """Return the gathered input (B, N, dim) of the first layer, and the layout of the call."""
+        """Return the input (B, N, dim) of the first layer, after `rows.gather`, and the layout of the call."""
         inputs = tokens if inputs_embeds is None else inputs_embeds
         if inputs is None or (tokens is not None and inputs_embeds is not None):
-            raise ConfigError("pass either tokens or inputs_embeds, not both or neither")
+            raise ConfigError("tokens and inputs_embeds: pass exactly one of them")
         if tokens is not None and tokens.ndim != 2:
             raise ConfigError(f"tokens have shape {tuple(tokens.shape)}, expected (batch, length)")
         offset = states.live(state, inputs.shape[0], inputs.device)
         if offset.shape[0] != inputs.shape[0]:
-            raise ConfigError(f"tokens have {inputs.shape[0]} rows, but the state has {offset.shape[0]}")
+            raise ConfigError(f"tokens have {inputs.shape[0]} rows, the state {offset.shape[0]}; pass equal numbers")
         reads: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores()):
             reads |= core.layout_inputs(None if state is None else state.layers[index])

@@ -106,8 +106,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         table = getattr(model.backbone, "longspan_table", None)
         if table is None and not isinstance(model.backbone, (Decoder, Encoder)):
             raise UnsupportedError(
-                f"RecurrentMemory over {type(model.backbone).__name__}: save the backbone with its own save_pretrained "
-                "and the memory (model.cell) with its state_dict()"
+                f"RecurrentMemory over {type(model.backbone).__name__} cannot be saved as one model; save the backbone "
+                "with its own save_pretrained and the memory (model.cell) with its state_dict()"
             )
         return {**(table or describe_model(model.backbone)), "memory": to_dict(model.config)}
     kinds = [kind for kind, (model_class, _) in _KINDS.items() if isinstance(model, model_class)]

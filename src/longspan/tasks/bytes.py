@@ -153,7 +153,7 @@ class TilesTask(ByteTask):
 
     @property
     def position_shape(self) -> tuple[int, ...]:
-        """Rows, columns, channels."""
+        """Rows, columns and color channels of a tile."""
         return self.config.tile, self.config.tile, CHANNELS
 
     def _grouped(self, source: str | Sequence[str]) -> tuple[Named, Array]:

@@ -59,7 +59,7 @@ def held_out_documents(group: Array, fraction: float, seed: int, *, at_least_one
 def split_groups(
     documents: Named, group: Array, fraction: float, seed: int, *, at_least_one: bool = True
 ) -> dict[Split, Named]:
-    """Split documents by group into training and validation; either may be empty.
+    """Split documents into training and validation, every group within one of them; either may be empty.
 
     Args:
         documents: named documents.

@@ -269,7 +269,10 @@ def _mark(length: int, fact: bool) -> Array:
 
 
 def _whole(mark: Array) -> bool:
-    """Return whether marks contain a complete fact: a last token after the first first token."""
+    """Return whether a segment contains a complete fact: the first token of a fact, and later the last one of a fact.
+
+    mark (length,) is as returned by `_mark`.
+    """
     begun = (mark == 1).cumsum() > 0
     return bool((begun & (mark == 2)).any())
 

@@ -183,7 +183,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: is not a valid gzip file: {error}") from None
+            raise DataError(f"{path}: is not a valid gzip file: {error}; download it again") from None
     before, *records = (b"\n" + data).split(b"\n>")
     if before.strip():
         raise DataError(f"{path}: is not a FASTA file, which begins with '>'; give another file")

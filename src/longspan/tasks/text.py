@@ -146,7 +146,9 @@ class TextTask:
         """The tokenizer; subwords and words are learned at the first use unless `prepare` has loaded them."""
         if self._tokenizer is None:
             if self.config.tokenizer == "model":
-                raise ConfigError("task.tokenizer = 'model': works with model.kind = 'pretrained' only; choose another")
+                raise ConfigError(
+                    "task.tokenizer = 'model': works with model.kind = 'pretrained' only; choose another tokenizer"
+                )
             if self.config.vocabulary:
                 self._tokenizer = Words.read(self.config.vocabulary)
             else:

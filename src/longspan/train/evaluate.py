@@ -86,7 +86,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, record: Mapping[str, Sequence[float]], names: Sequence[str], unit: str = "byte") -> "Evaluation":
-        """Return the evaluation whose `record()` and document names are given."""
+        """Return the evaluation from a saved `record()`, the names of its documents and the name of its unit."""
         totals: dict[str, Any] = {name: np.array(record[name]) for name in _TOTALS}
         return cls(tuple(names), **totals, unit=unit)
 

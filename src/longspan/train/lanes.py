@@ -248,7 +248,8 @@ class Lanes(Iterator[Batch]):
             )
         if len(state["places"]) != self.lanes:
             raise CheckpointError(
-                f"train.lanes = {self.lanes}, but the checkpoint has {len(state['places'])} lanes; resume with these"
+                f"train.lanes = {self.lanes}, but the checkpoint has {len(state['places'])} lanes; resume with "
+                f"train.lanes = {len(state['places'])}"
             )
         self._epoch, self._dealt = state["epoch"], state["dealt"]
         self._order = self._order_of(self._epoch)

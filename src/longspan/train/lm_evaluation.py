@@ -105,11 +105,15 @@ def place_nats(
 
 
 def cut(lengths: Array, window: Window | None) -> Array:
-    """Cut documents into windows: (windows, 4) rows of document, first, first scored, and last position (excluded).
+    """Return overlapping windows of documents, such that every token is scored in exactly one of them.
 
     Args:
         lengths: (documents,) number of tokens of each document.
-        window: context and stride; None: one window per document.
+        window: context and stride, in tokens; None: one window per document.
+
+    Returns:
+        (windows, 4) int64: index of the document, first token of the window, first token that is scored in it, and the
+        end of the window (excluded).
     """
     rows: list[tuple[int, int, int, int]] = []
     for index, length in enumerate(lengths.tolist()):
@@ -246,10 +250,11 @@ def totals_of(nats: Sequence[Array]) -> Array:
 
 
 def difference(nats: Sequence[Array], other: Sequence[Array], units: Array) -> Interval:
-    """Return the difference in bits per byte of two readings of the same documents, with a paired interval.
+    """Return `nats` minus `other` in bits per byte: two readings of the same documents, with a paired interval.
 
     Args:
-        nats, other: per document the loss of each token, from `place_nats`.
+        nats: per document the loss of each token in one reading, from `place_nats`.
+        other: that in the other reading.
         units: (documents,) bytes of each document.
     """
     return _share((totals_of(nats) - totals_of(other)) / math.log(2), units)
@@ -266,7 +271,7 @@ class Bucket:
     amount: int
     """number of bytes (for positions) or words (for frequencies) in it"""
     values: Mapping[str, Interval]
-    """per reading, bits per byte or per word"""
+    """bits per byte or per word, by reading: a way to read the text, such as with the carried state or in segments"""
     gain: Interval | None
     """first reading minus second reading; None if there is only one"""
 

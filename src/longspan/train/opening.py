@@ -204,14 +204,14 @@ def reshape(model: Any, assignments: Sequence[str]) -> tuple[Any, str]:
     if not assignments:
         return model, ""
     if hasattr(model, "describe"):
-        raise ConfigError(
-            "--set: the fields of a run of a pretrained model are fixed; convert the model with others and train that"
-        )
+        raise ConfigError("--set: the fields of a converted model are fixed; run `longspan convert` with others")
     trained = describe_model(model)
     data: dict[str, Any] = {"model": trained}
     for assignment in assignments:
         if not assignment.startswith("model."):
-            raise ConfigError(f"--set {assignment!r}: only fields of the model can be changed here: model.a.b=c")
+            raise ConfigError(
+                f"--set {assignment!r}: only fields of the model can be changed after training; write model.a.b=c"
+            )
         data = override(data, assignment)
     other = build_model(data["model"])
     try:

@@ -69,7 +69,7 @@ class PasskeyCurriculumConfig(CurriculumConfig):
 
 @dataclass
 class PasskeyCurriculum(Stages):
-    """Progress of a run in the retrieval curriculum; see `Stages`.
+    """Progress of a run in the passkey curriculum; see `Stages`.
 
     Attributes:
         mentions: repetitions of the number in the current stage; -1: not started.

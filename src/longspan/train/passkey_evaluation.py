@@ -27,7 +27,7 @@ class PasskeyEvaluation:
 
     Attributes:
         length: number of tokens per text.
-        contained: per depth (percent), for each sample whether the answer contains the number.
+        contained: per depth (percent), for each sample whether the answer contains the passkey.
         digits: per depth, the share of digits at their correct position, over all samples.
         state_bytes: size of the state of one text at its end.
         tokens: number of tokens read; text shared between samples counts once.
@@ -45,7 +45,7 @@ class PasskeyEvaluation:
 
     @property
     def right(self) -> int:
-        """Number of samples whose answer contains the number."""
+        """Number of samples whose answer contains the passkey."""
         return sum(sum(answers) for answers in self.contained.values())
 
     @property
@@ -79,18 +79,21 @@ def evaluate_passkey(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> PasskeyEvaluation:
-    """Measure how many numbers a model retrieves from texts of the task's `length`, at each depth.
+    """Measure how many passkeys (numbers hidden in text) a model retrieves from texts of the task's `length`, by depth.
 
-    The answer is generated greedily, one token per digit of the number. If all samples have the same filler, the shared
-    text is read once.
+    The answer is generated greedily, one token per digit of the passkey. If all samples have the same filler, the
+    shared text is read once.
 
     Args:
         model: a causal model that streams; it is put into evaluation mode.
         task: whose held-out texts are read.
-        depths: of the number in the text, in percent.
+        depths: of the passkey in the text, in percent.
         count: number of samples per depth, read as one batch.
         seed: of the samples.
         progress: called with the share of the work that is done, 0 to 1.
+
+    Returns:
+        Correct answers per depth, and the size of the state, the memory use and the time of reading.
     """
     model.eval()
     measured, started = PasskeyEvaluation(task.config.length), time.perf_counter()
@@ -111,17 +114,17 @@ def evaluate_passkey(
 def _prefixes(
     model: Decoder, task: PasskeyTask, part: Passkey, depths: Sequence[int], measured: PasskeyEvaluation
 ) -> Iterator[tuple[int, StackState]]:
-    """Read the text before the number once, stopping at each depth.
+    """Yield each depth with the model's state before the passkey at that depth; the text is read once for all depths.
 
     Args:
         model: to read with.
         task: of the texts.
         part: the sample whose text is read.
-        depths: in percent, ascending.
-        measured: whose `tokens` are counted up.
+        depths: of the passkey in the filler, in percent, ascending.
+        measured: results, to whose `tokens` the tokens that are read are added.
 
     Yields:
-        Each depth and the state after the text before it, of one row.
+        The depth, and the state (one row) after the text before the passkey.
     """
     done, begin = 0, torch.tensor([[task.tokenizer.begin]])
     state = read(model, _tokens([part.head]), read(model, begin, model.init_state(1)))
@@ -136,27 +139,27 @@ def _prefixes(
 def _ask(
     model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, state: StackState, measured: PasskeyEvaluation
 ) -> None:
-    """Continue from the state with number, rest of the text and question, one row per sample, and score the answers.
+    """Continue from the state with passkey, rest of the text and question, one row per sample, and score the answers.
 
     Args:
         model: to read with.
         task: of the texts.
         group: samples, one per row.
-        depth: of the number, in percent.
-        state: of one row, after the text before the number.
+        depth: of the passkey in the filler, in percent.
+        state: of one row, after the text before the passkey.
         measured: results to add to.
     """
     rows = states.select(state, torch.zeros(len(group), dtype=torch.int64, device=state.live.device))
-    told = [part.told + part.filler[part.place(depth) :] + part.asked for part in group]
-    tokens = _tokens(told).to(state.live.device)
+    texts = [part.told + part.filler[part.place(depth) :] + part.asked for part in group]
+    tokens = _tokens(texts).to(state.live.device)
     measured.tokens += tokens.numel()
     rows = read(model, tokens[:, :-1], rows)
-    token, said = tokens[:, -1:], []
+    token, generated = tokens[:, -1:], []
     for _ in range(task.config.digits):
         logits, rows = cast("tuple[Tensor, StackState]", model.last(token, rows))
         token = logits.argmax(-1, keepdim=True)
-        said.append(token)
-    answers = torch.cat(said, 1).tolist()
+        generated.append(token)
+    answers = torch.cat(generated, 1).tolist()
     scores = [score(list(part.number), answer) for part, answer in zip(group, answers, strict=True)]
     measured.contained.setdefault(depth, []).extend(whole for _, whole in scores)
     count = len(measured.contained[depth])

@@ -72,7 +72,6 @@ def write_tokenizer(model: Mapping[str, Any], folder: Path) -> None:
 
 def publish(model: Any, folder: Path) -> None:
     """Write a trained model to a folder: a pretrained one in the format of transformers, others in our own."""
-
     if hasattr(model, "export"):
         model.export(folder)
     else:

@@ -21,7 +21,7 @@ class MechanismHeads(Heads, Generic[C]):
 
 
 def find_mechanisms(model: Any, kind: type[C], run: str, name: str) -> list[MechanismHeads[C]]:
-    """Return all mechanisms of one class in a model, in the order of the layers, also those inside `heads` mixers.
+    """Return all mechanisms of one class in a model, in the order of the layers, also those inside `mixed_heads`.
 
     Args:
         model: to search.

@@ -199,7 +199,7 @@ def _alike(weights: "Tensor") -> list[list[int]]:
 
 
 def _words(fields: dict[str, Any]) -> str:
-    """Format fields as on the command line, `a=1, b=x`; the mechanisms of a `heads` mixer are separated by `|`."""
+    """Format fields as on the command line, `a=1, b=x`; those of `mixed_heads` are separated by `|`."""
     if "mixers" in fields:
         parts = [dict(part) for part in fields["mixers"]]
         return " | ".join(

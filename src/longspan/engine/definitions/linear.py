@@ -69,7 +69,17 @@ def visibility(
 def sums_after(
     phi_k: Tensor, v: Tensor, scale: Tensor, seen: Tensor, before: Tensor, state: Any, scaled: bool
 ) -> LinearSums:
-    """Return the sums over the keys that a token after the last real one would see, computed token by token."""
+    """Return the sums over the keys that a token after the last real one would see, computed token by token.
+
+    Args:
+        phi_k: (batch, kv_heads, length, features).
+        v: (batch, kv_heads, length, head_dim).
+        scale: (batch, kv_heads, length) log-scales of the keys.
+        seen: (batch, query, key) bool, from `visibility`.
+        before: (batch, query) bool, from `visibility`.
+        state: sums before the call; None = none.
+        scaled: whether the sums are divided by exp of their largest log-scale.
+    """
     batch, kv_heads, length, features = phi_k.shape
     rows = []
     for row in range(batch):

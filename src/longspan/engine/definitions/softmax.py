@@ -106,11 +106,21 @@ def window_attention(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attention to the nearest keys.
+    """Return softmax attention to the nearest keys, (batch, heads, length, head_dim).
 
-    Causal: 0 <= i - j < window; else |i - j| < window. With `blocks`, i and j count from query column 0, which starts a
-    block (older keys have negative j): j <= i and i // window - j // window <= 1; not causal: |i // window - j //
-    window| <= 1.
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim).
+        v: like k.
+        window: query i sees key j if 0 <= i - j < window; if not causal, if |i - j| < window.
+        causal: a query sees no later key.
+        blocks: a query sees its own block of `window` keys and the previous one (if not causal, also the next one):
+            j <= i and i // window - j // window <= 1, or |i // window - j // window| <= 1. i and j count from query
+            column 0, which starts a block; older keys have negative j.
+        scale: default head_dim ** -0.5.
+        lengths: see `visible_keys`.
+        start: see `visible_keys`.
+        memory_lengths: see `visible_keys`.
     """
     visible = visible_keys(q, k, causal=causal, lengths=lengths, start=start, memory_lengths=memory_lengths)
     memory = k.shape[2] - q.shape[2]

@@ -117,7 +117,7 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         return self._capacity(None if self.config.dynamic else np.asarray(self.spans))
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
-        """Tensors whose values determine the layout of a call: spans, and number of cached tokens."""
+        """Return the tensors whose values determine the layout of a call: spans, and number of cached tokens."""
         spans: dict[Hashable, Tensor] = {} if self.config.dynamic else {(self, "span"): self.span}
         return spans if state is None else {**spans, (self, "held"): state.held}
 
@@ -204,7 +204,7 @@ class AdaptiveSpanMechanism(BoundedMechanism):
                 self.span.clamp_(0, 1)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of spans and persistent vectors: no weight decay."""
+        """Return the optimizer group of spans and persistent vectors: no weight decay."""
         return [ParameterGroup("spans", list(self.parameters()), weight_decay=0.0)]
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> AdaptiveSpanState:

@@ -127,9 +127,15 @@ def _plan(length: int, memory: int, farthest: int, nearest: int) -> Plan:
 
 
 def _rounds(call: Call, reach: list[int], nearest: int, scores: Callable[[RoundInputs], Scores]) -> Iterator[Round]:
-    """Yield one round (a pass over its keys) per group of neighboring heads with equal reach.
+    """Yield one round (a pass over its keys) per run of neighboring heads with equal reach.
 
-    A group holds whole sets of query heads that share a kv head, or lies within one set.
+    A run holds whole sets of query heads that share a kv head, or lies within one set.
+
+    Args:
+        call: q, k, v and which keys are visible.
+        reach: farthest distance of each head, from `_reach`.
+        nearest: smallest distance that a head sees: 0, or 1 without the token itself.
+        scores: makes the scores of a round.
     """
     heads, group = call.q.shape[1], call.q.shape[1] // call.k.shape[1]
     first = 0

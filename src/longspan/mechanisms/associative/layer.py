@@ -64,7 +64,10 @@ class AssociativeMechanism(SegmentMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Capability flags: causal only, constant-size state; `sparse`, as query and key features may not overlap."""
+        """Capability flags: causal only, constant-size state.
+
+        A query reads nothing from a key whose DPFP features are zero wherever its own are not, hence `sparse`.
+        """
         config = self.config
         return Traits(
             bidirectional=False,

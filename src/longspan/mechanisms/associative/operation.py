@@ -242,9 +242,20 @@ def associative_open(
 def associative_cost(
     length: int, *, segment: int, head_dim: int, group: int, tokens: int, memory_dim: int, nu: int
 ) -> tuple[int, int]:
-    """Count the memory's multiply-adds per kv head (query heads included) and the local score entries per query head.
+    """Count the work of associative attention for `length` tokens from an empty state.
 
-    For `length` tokens from an empty state, with `group` query heads per kv head and `tokens` memory queries.
+    Args:
+        length: tokens.
+        segment: positions per segment.
+        head_dim: width of a head.
+        group: query heads per kv head.
+        tokens: number of memory tokens that summarize a segment.
+        memory_dim: width of the memory's queries and keys.
+        nu: parameter of the feature map DPFP; it has 2 * memory_dim * nu features.
+
+    Returns:
+        The multiply-adds of the memory per kv head, its query heads included, and the scores of the local attention
+        per query head.
     """
     features = 2 * memory_dim * nu
     read = group * length * (head_dim * memory_dim + features * (head_dim + 1)) if length > segment else 0

@@ -58,7 +58,7 @@ class BPMechanism(BoundedMechanism):
         return Traits(streams=self.shape.causal, bounded=True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of span queries and relative positions: no weight decay."""
+        """Return the optimizer group of span queries and relative positions: no weight decay."""
         return [ParameterGroup("tree", list(self.parameters()), weight_decay=0.0)]
 
     def forward(

@@ -158,7 +158,8 @@ def _check(
         )
     if tree.levels > 24:
         raise ConfigError(
-            f"bp_attention: queries has {tree.levels} levels: must be at most 24 (spans of 16 million tokens)"
+            f"bp_attention: queries {tuple(queries.shape)} has {tree.levels} levels: must be at most 24 (spans of 16 "
+            "million tokens)"
         )
     if has_state and not tree.causal:
         raise ConfigError("bp_attention: the bidirectional form takes no state; pass state=None or causal=True")

@@ -59,7 +59,7 @@ class TreeScores(Scores):
         return max(1, FORWARD_ENTRIES // (heads * run.queries * run.keys))
 
     def added(self, tile: Tile) -> Tensor:
-        """Return what is added to a tile's scores: the relative term; very negative where a node is hidden."""
+        """Return what is added to a tile's scores, of their shape: the relative term, HIDDEN where a node is hidden."""
         first, count = tile.block.row, tile.block.rows
         visible, self.entry = (t[:, :, None] for t in self.schedule.visible(slice(first, first + count)))
         if not self.tensors:

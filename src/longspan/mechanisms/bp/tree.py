@@ -114,7 +114,7 @@ class Chunks(NamedTuple):
 class Layout(NamedTuple):
     """A call split into C chunks of `tile` positions per row, every document starting at a chunk boundary.
 
-    R is the number of rows, or 1 where all rows are laid out alike.
+    R is the number of rows, or 1 where all rows are arranged alike.
 
     Attributes:
         tile: positions per chunk, a power of two.

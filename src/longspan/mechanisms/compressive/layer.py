@@ -149,7 +149,7 @@ class CompressiveMechanism(RelativeMechanism):
         )
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of the compression function's parameters (rate `compressor_lr`); empty if it has none."""
+        """Return the optimizer group of the compression function (rate `compressor_lr`); empty if not trained."""
         parameters = list(self.compressor.parameters())
         return [ParameterGroup("compressor", parameters, lr=self.config.compressor_lr)] if parameters else []
 
@@ -347,7 +347,7 @@ class CompressiveMechanism(RelativeMechanism):
     def _compress(self, inputs: Inputs, state: CompressiveState, usage: Tensor | None, layout: SlotLayout) -> Tensor:
         """Return a list (slots, dim): a zero vector, the state's slots, and those made in this call.
 
-        Appends the compressor's auxiliary loss to `inputs.penalties` unless it is None.
+        Appends the compressor's auxiliary loss to `inputs.aux_losses` unless it is None.
         """
         if not len(layout.groups):
             return column_list(state.compressed)

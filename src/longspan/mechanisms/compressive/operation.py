@@ -147,13 +147,13 @@ def attention_layout(
 
 
 def column_list(*tensors: Tensor) -> Tensor:
-    """Concatenate columns of tensors (batch, columns, ...) into one list (count, ...) after a zero entry."""
+    """Return the columns of all rows of tensors (batch, columns, ...) as one tensor (count, ...), after a zero."""
     zeros = tensors[0].new_zeros(1, *tensors[0].shape[2:])
     return torch.cat([zeros, *(t.flatten(0, 1) for t in tensors)])
 
 
 def pick(columns: Tensor, index: Tensor) -> Tensor:
-    """Select entries of a list (count, ...) by an index tensor: (*index.shape, ...)."""
+    """Return the entries of `columns` (count, ...) at the numbers in `index`, of shape (*index.shape, ...)."""
     picked: Tensor = columns.index_select(0, index.flatten()).unflatten(0, index.shape)
     return picked
 

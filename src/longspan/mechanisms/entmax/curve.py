@@ -37,7 +37,9 @@ def num_steps(a: float, dtype: torch.dtype) -> int:
 
 
 def solve(weigh: Weigh, rows: Tensor, keys: int, a: float | Tensor, steps: int) -> Tensor:
-    """Return the threshold of every row (..., 1), to rounding, in units of a above the row's maximum.
+    """Return the threshold t of every row, (..., 1), exact to rounding.
+
+    It belongs to scores from which the row's maximum is subtracted, times a (times 1 where a is 0); see the module.
 
     Args:
         weigh: returns (p, w) of all rows for thresholds t (..., 1); it is called `steps` times.
@@ -141,7 +143,14 @@ class Curve:
 
 
 def series(x: Tensor, y: Tensor) -> Tensor:
-    """Return h of `Curve.slope` for small a: -x^2 (1/2 - 2/3 y + 3/4 y^2 - ...), with x = z - t and y = a x."""
+    """Return d log p / d alpha at a fixed threshold, by its Taylor series for small a = alpha - 1.
+
+    It is h = -x^2 (1/2 - 2/3 y + 3/4 y^2 - ...), without the cancellation that the formula in `Curve.slope` has there.
+
+    Args:
+        x: scores minus their row's threshold, any shape.
+        y: a * x, like x.
+    """
     factor = y * (5 / 6) - 4 / 5
     for term in (3 / 4, -2 / 3, 1 / 2):
         factor = factor.mul_(y).add_(term)
@@ -175,7 +184,12 @@ def dense_weights(z: Tensor, a: Tensor, largest_a: float) -> Tensor:
 
 
 def dense_slopes(p: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return p ** (2 - alpha), and p d log p / d alpha (h of `Curve.slope`), from the weights p."""
+    """Return p ** (2 - alpha), and p times d log p / d alpha at a fixed threshold (h of `Curve.slope`).
+
+    Args:
+        p: alpha-entmax weights, (..., keys).
+        a: alpha - 1, broadcastable to p.
+    """
     log = torch.where(p > 0, p, 1.0).log()
     w = torch.where(p > 0, ((1 - a) * log).exp(), 0.0)
     small = a < SERIES[p.dtype]

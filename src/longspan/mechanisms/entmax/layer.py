@@ -61,7 +61,7 @@ class EntmaxMechanism(KeyValueMechanism):
         return Traits(streams=self.shape.causal, bounded=self.config.window is not None, sparse=True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of the alphas: rate `alpha_lr`, no weight decay (it would pull them to the softmax)."""
+        """Return the optimizer group of the alphas: rate `alpha_lr`, no weight decay, which would pull them to 1."""
         return [ParameterGroup("alphas", [self.alpha_minus_one], lr=self.config.alpha_lr, weight_decay=0.0)]
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class EntmaxMechanism(KeyValueMechanism):
         return ops.entmax_attention(q, k, v, alpha, causal=causal, window=window, **visible(rows, memory)), next_state
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
-        """Tensors whose values determine the layout of a call: the alphas, which select the fastest formula."""
+        """Return the tensors whose values determine the layout of a call: the alphas, which select the formula."""
         return {(self, "alpha"): self.alpha_minus_one}
 
     def entries(self, length: int) -> int:

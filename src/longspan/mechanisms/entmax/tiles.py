@@ -103,7 +103,20 @@ def _most_items(run: Run, batch: int) -> int:
 def entmax_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, layout: Layout, *, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `entmax_attention` without autograd: outputs, and row thresholds (batch, heads, length, 1) if `keep`."""
+    """Compute `entmax_attention` tile by tile, without autograd.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim).
+        v: like k.
+        alpha: (heads,) in [1, 2].
+        layout: which keys each query sees, in tiles.
+        keep: return also the thresholds, for the backward pass.
+
+    Returns:
+        The outputs (batch, heads, length, head_dim) in q's dtype, and the thresholds of the queries (batch, heads,
+        length, 1), relative to their largest scores; None without `keep`.
+    """
     dtype, target, group = flash.working_dtype(q, k, v), q.dtype, q.shape[1] // k.shape[1]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=target)
@@ -195,7 +208,16 @@ def _backward(
 def _tile_backward(
     tile: Tile, curve: Curve, gradient: Tensor, of_head: list[Tensor], scale: float, alpha_learns: bool
 ) -> Tensor | None:
-    """Add the gradients of one head of a tile for queries and keys in place; return that of alpha or None."""
+    """Write the gradients of one head of a tile in place, and return that of alpha (None unless it learns).
+
+    Args:
+        tile: the tile.
+        curve: the weights of the head's alpha, in buffers.
+        gradient: buffer of the size of the tile's scores.
+        of_head: q, gradient of the output, thresholds and gradient of q; k, v and their gradients, which are added to.
+        scale: factor of the scores.
+        alpha_learns: whether alpha needs its gradient.
+    """
     q, grad, t, dq, k, v, dk, dv = of_head
     tile.scores(q, k, scale * curve.unit, curve.x)
     curve.x.sub_(curve.x.amax(-1, keepdim=True))

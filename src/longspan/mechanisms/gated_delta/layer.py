@@ -176,5 +176,5 @@ class GatedDeltaMechanism(BoundedMechanism):
         return self.shape.num_heads * pairs_within(length)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of A_log and dt_bias: no weight decay, which would pull every decay a_t toward one."""
+        """Return the optimizer group of A_log and dt_bias: no weight decay, which would pull every a_t toward one."""
         return [ParameterGroup("gated_delta_decay", [self.A_log, self.dt_bias], weight_decay=0.0)]

@@ -106,7 +106,7 @@ class InfiniMechanism(SegmentMechanism):
         return ops.sums_dtype(device)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of the gates: learning rate `gate_lr`, no weight decay."""
+        """Return the optimizer group of the gates: learning rate `gate_lr`, no weight decay."""
         return [ParameterGroup("gates", [self.gate], lr=self.config.gate_lr, weight_decay=0.0)]
 
     def operations(self) -> tuple[Operation, Operation]:

@@ -126,9 +126,14 @@ def _last(members: Tensor, count: int) -> Tensor:
 
 
 def _keep_first_round(selected: Tensor, position: Tensor) -> Tensor:
-    """Keep each ring token in only the first round that selects it; return all rounds side by side.
+    """Return which slots of the rings a query reads, each token only in the first round that selects it.
 
-    selected is (batch, heads, rounds, length, width); the result (batch, heads, length, rounds * width).
+    Args:
+        selected: (batch, heads, rounds, length, width) bool: slots that a query selects in a round.
+        position: (batch, heads, rounds, width): position of the token in each slot, which identifies it across rounds.
+
+    Returns:
+        (batch, heads, length, rounds * width) bool, the rounds side by side.
     """
     first_rounds: list[Tensor] = []
     for number in range(selected.shape[2]):

@@ -27,8 +27,8 @@ class LSHConfig:
         selection: "strict", or "sorted" as in the paper; None = "strict" if causal, else "sorted".
         shared_qk: if True, keys are normalized queries, as in the paper; if False, the layer has its own key
             projection.
-        redraw: number of optimizer steps after which the random rotations are redrawn; 0 = never. Every redraw also
-            discards the states that a training run carries from step to step, so with `train.carry` use 0 or many
+        redraw_every: number of optimizer steps after which the random rotations are redrawn; 0 = never. Every redraw
+            also discards the states that a training run carries from step to step, so with `train.carry` use 0 or many
             steps.
         seed: random seed of the first rotations.
     """

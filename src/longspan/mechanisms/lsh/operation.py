@@ -296,7 +296,7 @@ def lsh_cost(
         bucket_size, causal, selection: see `lsh_attention`.
         num_buckets: number of hash buckets.
         num_hashes: number of hash rounds.
-        shared: keys are the queries.
+        shared_qk: keys are the queries.
     """
     if length < 1:
         return 0

@@ -99,7 +99,7 @@ class MemorizingMechanism(BoundedMechanism):
         return Traits(bidirectional=False, bounded=True, selects=True, segment=window, horizon=horizon)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of gates and scales: learning rate `gate_lr`, no weight decay."""
+        """Return the optimizer group of gates and scales: learning rate `gate_lr`, no weight decay."""
         return [ParameterGroup("gates", [self.gate, self.log_scale], lr=self.config.gate_lr, weight_decay=0.0)]
 
     @property

@@ -315,7 +315,12 @@ class _Graph:
             self.index.add(np.ascontiguousarray(keys))
 
     def search(self, queries: Any, top: int, oldest: int) -> tuple[Any, Any]:
-        """Return scores and numbers (queries, top) of pairs from `oldest` on, nearest first; -1 for missing ones.
+        """Return scores and pair numbers, (n, top) each, of the nearest pairs; -1 where there are fewer than `top`.
+
+        Args:
+            queries: (n, head_dim).
+            top: number of pairs per query.
+            oldest: number of the oldest pair that is not evicted; older ones are not returned.
 
         Evicted pairs stay in the graph until it is rebuilt. They are searched with the others and removed afterwards,
         so enough candidates must be requested for the nearest remaining pairs to be among them. (A search that skips

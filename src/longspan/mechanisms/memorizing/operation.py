@@ -96,7 +96,11 @@ def memorizing_attention(
 def mix_retrieved(retrieved: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
     """Return g retrieved + (1 - g) local with g = sigmoid(gate), in local's dtype; local alone where not `filled`.
 
-    Tensors are (..., heads, length, head_dim); `filled` broadcasts to them.
+    Args:
+        retrieved: (..., heads, length, head_dim), attention to the memories.
+        local: like `retrieved`, attention to the local keys.
+        gate: (heads,), before the sigmoid.
+        filled: bool, broadcast to `retrieved`: whether a query has memories to retrieve.
     """
     share = gate.to(retrieved.dtype).sigmoid()[:, None, None] * filled
     return (local + share * (retrieved - local)).to(local.dtype)
@@ -226,9 +230,18 @@ def _query_tiles(q: Tensor, k: Tensor, v: Tensor, search: Search) -> Iterator[_Q
 
 
 def _retrieve(q: Tensor, k: Tensor, v: Tensor, search: Search, *, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A_memory (batch, heads, length, head_dim), and if `keep` the columns and weights that made it.
+    """Return the attention of every query to the `top` memories with the highest scores.
 
-    Columns and weights are (batch, heads, length, top); their length is 0 without `keep`.
+    Args:
+        q: (batch, heads, length, head_dim), scaled.
+        k: (batch, kv_heads, columns, head_dim): keys of the memories.
+        v: like k: their values.
+        search: which columns each query may retrieve.
+        keep: return also what the backward pass needs.
+
+    Returns:
+        The outputs (batch, heads, length, head_dim), then the retrieved columns and their softmax weights, both (batch,
+        heads, length, top); their length is 0 without `keep`.
     """
     batch, heads, length, _ = q.shape
     out = new_like_heads(q, length, heads, v.shape[3], zero=True, dtype=q.dtype)
@@ -266,7 +279,7 @@ def _scores(queries: Tensor, part: _QueryTile, search: Search) -> Iterator[tuple
 
 
 def _gathered(x: Tensor, columns: Tensor) -> Tensor:
-    """Gather x (items, columns, dim) at columns (items, rows, top): (items * rows, top, dim)."""
+    """Return the vectors of x (items, columns, dim) at `columns` (items, rows, top), as (items * rows, top, dim)."""
     item = torch.arange(len(x), device=x.device)[:, None, None] * x.shape[1]
     return x.view(-1, x.shape[2]).index_select(0, (columns + item).flatten()).view(-1, columns.shape[2], x.shape[2])
 
@@ -278,7 +291,7 @@ class _Retrieve(FirstOrder):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, search: Search) -> Tensor:
-        """Return A_memory (batch, heads, length, head_dim), and save what was retrieved."""
+        """Return the outputs of `_retrieve`, and save the retrieved columns and weights for the backward pass."""
         out, columns, weights = _retrieve(q, k, v, search, keep=True)
         ctx.save_for_backward(q, k, v, columns, weights)
         ctx.search = search

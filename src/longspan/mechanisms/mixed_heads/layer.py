@@ -21,7 +21,7 @@ class MixedHeadsConfig:
 
     Attributes:
         mixers: tables, one per mechanism, with its `name`, its `num_heads` and its own fields. The heads must add up to
-            the layer's. A part must contain whole groups of query heads that share a kv head, or lie within one group.
+            the layer's. A mixer's heads must be whole groups of query heads that share a kv head, or lie within one.
             Empty = half window, half full.
     """
 
@@ -72,13 +72,13 @@ class MixedHeadsMechanism(Mechanism):
             cores.append(registry.build_mechanism(table["name"], part, fields, where))
             if cores[-1].value_dim != cores[0].value_dim:
                 widths = f"the width of values is {cores[-1].value_dim}, in mixers[0] {cores[0].value_dim}"
-                raise ConfigError(f"{where}: {widths}; all parts of a layer need the same width")
+                raise ConfigError(f"{where}: {widths}; all mixers of a layer need the same width")
             self.queries.append(slice(first, first + count))
             self.keys.append(keys)
             first += count
         if first != shape.num_heads:
             raise ConfigError(
-                f"heads.parts: num_heads add up to {first}, the layer has {shape.num_heads}; make them equal"
+                f"mixed_heads.mixers: num_heads add up to {first}, the layer has {shape.num_heads}; make them equal"
             )
         self.parts = nn.ModuleList(cores)
 
@@ -147,7 +147,7 @@ class MixedHeadsMechanism(Mechanism):
         return torch.cat(outputs, 1), MixedHeadsState(tuple(next_states), rows.live)
 
     def layout_inputs(self, state: MixedHeadsState | None) -> dict[Hashable, Tensor]:
-        """Tensors of all mechanisms whose values determine the layout of a call."""
+        """Return the tensors of all mechanisms whose values the layout of a call needs on the host."""
         inputs: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores):
             inputs |= core.layout_inputs(None if state is None else state.parts[index])
@@ -188,7 +188,7 @@ class MixedHeadsMechanism(Mechanism):
         return sum(core.redraw_count for core in self.cores)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer groups of all mechanisms."""
+        """Return the parameters of all mechanisms that need optimizer settings of their own."""
         return [group for core in self.cores for group in core.parameter_groups()]
 
 

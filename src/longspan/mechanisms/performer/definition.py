@@ -34,7 +34,7 @@ def favor_features(
     elif kind == "relu":
         phi = w.clamp(min=0) + 1e-3
     else:
-        raise ValueError(kind)
+        raise ValueError(f"kind = {kind!r}: unknown kind of random features")
     return phi, torch.zeros_like(phi[..., 0])
 
 

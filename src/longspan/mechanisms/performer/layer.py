@@ -27,8 +27,8 @@ class PerformerConfig:
             a generalized kernel: "relu", "abs", "exp", "sigmoid", "tanh", "gelu", "cos", "sin", "square", "elu",
             "identity".
         regularized: if True, all projection rows have norm sqrt(head_dim) (SMREG) instead of chi-distributed norms.
-        redraw: number of optimizer steps after which the projection is redrawn; 0 = never. Every redraw also discards
-            the states that a training run carries from step to step.
+        redraw_every: number of optimizer steps after which the projection is redrawn; 0 = never. Every redraw also
+            discards the states that a training run carries from step to step.
         seed: random seed of the first projection.
     """
 
@@ -192,7 +192,10 @@ class PerformerMechanism(DrawnMechanism):
 
     @torch.no_grad()
     def _apply_statistics(self) -> None:
-        """Add this step's E|x + y|^2 = E|x|^2 + E|y|^2 + 2 E x . E y, over all processes, to `pending_square`."""
+        """Add this step's E|x + y|^2 of queries x and keys y, over all processes, to `pending_square`.
+
+        Queries and keys count as independent: E|x + y|^2 = E|x|^2 + E|y|^2 + 2 E x . E y.
+        """
         pending, self.pending = self.pending, None
         if pending is None:
             if processes()[1] == 1:

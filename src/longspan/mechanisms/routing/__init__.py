@@ -4,11 +4,11 @@
     out_i = softmax over the keys j of i's cluster of q_i . k_j, v_j
 
 Source: Roy et al. 2021, "Efficient Content-Based Sparse Attention with Routing Transformers", section 4. If causal,
-keys are queries by default (`shared`): k_j = q_j / |q_j|, logits q_i . k_j, and a token sees itself only if it sees no
-other token, as in `lsh`. The paper normalizes its queries too, which fixes the temperature that is learned here. With
-`shared_qk=False` (for pretrained models) keys are clustered too, logits are q . k / sqrt(head_dim), and a token always
-sees itself. Clusters depend on content only: RoPE, where the model uses it, is applied after routing. The paper gives
-half of its heads to local attention: use `heads` with `window` parts.
+keys are queries by default (`shared_qk`): k_j = q_j / |q_j|, logits q_i . k_j, and a token sees itself only if it sees
+no other token, as in `lsh`. The paper normalizes its queries too, which fixes the temperature that is learned here.
+With `shared_qk=False` (for pretrained models) keys are clustered too, logits are q . k / sqrt(head_dim), and a token
+always sees itself. Clusters depend on content only: RoPE, where the model uses it, is applied after routing. The paper
+gives half of its heads to local attention: use `mixed_heads` with `window` for these.
 
 Two ways to select keys:
 

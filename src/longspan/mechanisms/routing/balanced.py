@@ -149,10 +149,16 @@ def _select_tokens(near: Tensor, documents: Documents, window: int) -> Tensor:
 def _schedule(
     query_lists: Tensor, key_lists: Tensor, documents: Documents, *, causal: bool, include_self: bool
 ) -> BlockSchedule:
-    """Build the block schedule: every list is one block of keys, and one or more tiles of queries.
+    """Return the block schedule: every cluster's list is one block of keys, and one or more tiles of queries.
 
-    `query_lists` and `key_lists` are (batch, heads, clusters, taken). The rank of a key is its slot, because the keys
-    of a document are consecutive in a list.
+    The rank of a key is its slot, because the keys of a document are consecutive in a list.
+
+    Args:
+        query_lists: (batch, heads, clusters, list length) columns of the queries that each cluster takes, -1 = none.
+        key_lists: like `query_lists`, of the keys.
+        documents: the documents of the call.
+        causal: a query sees no later key.
+        include_self: a query sees its own key.
     """
     rows, size, device = query_lists.shape[:3].numel(), query_lists.shape[3], query_lists.device
     row, number = torch.arange(rows, device=device)[:, None], torch.arange(size, device=device)

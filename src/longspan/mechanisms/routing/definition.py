@@ -54,7 +54,7 @@ def routing_attention(
         q: (batch, heads, length, head_dim).
         k, v: (batch, kv_heads, length, head_dim).
         centroids: (heads, clusters, head_dim), of unit length.
-        window, causal, selection, itself: see above.
+        window, causal, selection, include_self: see above.
         scale: factor of the logits; None = head_dim ** -0.5.
         routes: vectors compared with the centroids instead of q and k, with heads or kv_heads heads; None = q and k
             normalized to unit length.

@@ -63,12 +63,15 @@ class ClusteredMechanism(DrawnMechanism):
         return StepStatistics(sums(heads, count, dim), counts(heads, count), sums(heads, samples, dim), counts(samples))
 
     def _flat_clusters(self, chosen: Tensor) -> Tensor:
-        """Number clusters (batch, heads, length) consecutively over all routed heads (heads: a multiple of those)."""
+        """Return clusters (batch, heads, length) numbered consecutively over all routed heads.
+
+        The heads of `chosen` are a multiple of `routed_heads`; consecutive ones share centroids.
+        """
         head = torch.arange(chosen.shape[1], device=chosen.device) // (chosen.shape[1] // self.routed_heads)
         return chosen + head[:, None] * self.centroids.shape[1]
 
     def _centroid_of(self, chosen: Tensor) -> Tensor:
-        """Return the centroid of each token's cluster, (batch, heads, length, head_dim)."""
+        """Return the centroids (batch, heads, length, head_dim) of clusters `chosen` (batch, heads, length)."""
         centroids = self.centroids.flatten(0, 1).index_select(0, self._flat_clusters(chosen).flatten())
         return centroids.view(*chosen.shape, self.centroids.shape[2])
 

@@ -182,7 +182,13 @@ class RoutingMechanism(ClusteredMechanism):
     def _commitment_loss(
         self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: BatchLayout
     ) -> Tensor:
-        """Return |x - mu|^2 of queries, plus that of separate keys, averaged over real tokens and heads."""
+        """Return the mean squared distance of queries to the centroids of their clusters, plus that of separate keys.
+
+        Args:
+            routes: queries and keys as unit vectors, (batch, heads or kv_heads, length, head_dim).
+            clusters: their clusters, (batch, heads or kv_heads, length).
+            rows: batch layout of the call; padding does not count.
+        """
         real = rows.real_columns()
         total = routes[0].new_zeros(())
         for vectors, chosen in self._clustered(routes, clusters):

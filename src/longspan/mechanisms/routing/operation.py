@@ -82,7 +82,7 @@ def routing_attention(
         k: (batch, kv_heads, length, head_dim), kv_heads dividing heads. Fastest if its clusters are those of q.
         v: (batch, kv_heads, length, head_dim).
         centroids: (heads, clusters, head_dim), of unit length.
-        window, causal, selection, itself: see above.
+        window, causal, selection, include_self: see above.
         scale: factor of the logits; None = head_dim ** -0.5.
         routes: vectors compared with the centroids instead of q and k, same shapes, with heads or kv_heads heads; None
             = q and k normalized to unit length. If given, "balanced" uses them without normalizing. The same tensor
@@ -241,8 +241,8 @@ def routing_cost(
     Args:
         length: number of queries.
         num_clusters: number of clusters.
-        window, causal, selection, itself: see `routing_attention`.
-        shared: queries and keys share their clusters.
+        window, causal, selection, include_self: see `routing_attention`.
+        shared_qk: queries and keys share their clusters.
     """
     if length < 1:
         return 0

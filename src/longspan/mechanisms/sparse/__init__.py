@@ -7,8 +7,8 @@
 Positions count from the start of the document. Source: Child et al. 2019, "Generating Long Sequences with Sparse
 Transformers", section 4.3 (the key sets) and 5.1 (three ways to combine them). Merged attention is `part="union"`;
 interleaved attention is a different `part` in each layer, by the model's list of mixers; attention by head is the mixer
-`heads` with a `part` each. In the paper, a fixed summary layer sees no key at the first positions of a text; here a
-token always sees itself.
+`mixed_heads` with a `part` each. In the paper, a fixed summary layer sees no key at the first positions of a text; here
+a token always sees itself.
 
 The strided form caches every key and reads O(stride + n / stride) of them per step. The fixed form discards: of a
 complete block only its summary columns remain. For text the paper recommends the fixed form and advises against the

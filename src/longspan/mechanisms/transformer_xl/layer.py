@@ -110,12 +110,12 @@ class TransformerXLMechanism(RelativeMechanism):
             hidden: the layer's input (batch, length, dim) and its projection to keys and values.
 
         Raises:
-            UnsupportedError: gradients are required with memory="kv".
+            UnsupportedError: gradients are required with cache = "kv".
         """
         assert hidden is not None, "transformer_xl projects hidden states"
         if self.config.cache == "kv" and torch.is_grad_enabled() and k.requires_grad:
             raise UnsupportedError(
-                "transformer_xl: cache='kv' is for inference only; use torch.no_grad(), or train with cache='hidden'"
+                "transformer_xl: cache = 'kv' is for inference only; use torch.no_grad(), or train with 'hidden'"
             )
         past, old_k, old_v = self._past(state, hidden, rows)
         memory = 0 if old_k is None else old_k.shape[2]
@@ -147,7 +147,7 @@ class TransformerXLMechanism(RelativeMechanism):
         """Return hidden states, keys and values of the columns of the state that this call can see.
 
         Shapes: (batch, columns, dim) and (batch, kv_heads, columns, head_dim). None for an empty state; hidden states
-        are None with memory="kv".
+        are None with cache = "kv".
         """
         columns = self.capacity
         if rows.plain and not self.config.same_length:
@@ -188,7 +188,7 @@ class TransformerXLMechanism(RelativeMechanism):
         return TransformerXLState(hidden, live)
 
     def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
-        """Return the state in the dtype of this call: that of the hidden states, or of k with memory="kv"."""
+        """Return the state in the dtype of this call: that of the hidden states, or of k with cache = "kv"."""
         return states.fit(state, k.dtype if hidden is None or self.config.cache == "kv" else hidden.x.dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
