@@ -47,6 +47,20 @@ def test_train_says_what_to_do_next(longspan: Command, folder: Path, tmp_path: P
     assert "4 steps, 256 tokens" in resumed.out
 
 
+def test_train_starts_from_the_weights_of_a_run(
+    longspan: Command, folder: Path, byte_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "2026").symlink_to(byte_run)  # a name that TOML would read as a number
+    arguments = ("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", tmp_path / "run")
+    outcome = longspan(*arguments, "--init", tmp_path / "2026")
+    assert outcome.code == 0
+    summary = json.loads((tmp_path / "run" / "init.json").read_text())
+    assert (summary["start"], summary["new"], summary["left_over"]) == (str(tmp_path / "2026"), [], [])
+    outcome = longspan(*arguments[:-1], tmp_path / "missing", "--init", "2026")
+    assert outcome.code == 2
+    assert "train.init = '2026': there is no such folder" in outcome.err
+
+
 def test_eval_prints_both_and_the_difference(longspan: Command, byte_run: Path) -> None:
     outcome = longspan("eval", byte_run)
     assert outcome.code == 0

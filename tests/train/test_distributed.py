@@ -44,7 +44,9 @@ def figures(folder: Path, name: str) -> list[Any]:
 
 def test_two_processes_give_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"] |= {"steps": 12, "checkpoint_every": 6, "bptt_segments": 2, "final_eval_tokens": 500}
-    double = {**recipe, "train": {**recipe["train"], "dtype": "float64"}}
+    start = {**recipe, "train": {**recipe["train"], "steps": 3, "seed": 5}}
+    run(start, tmp_path / "start", progress="none")
+    double = {**recipe, "train": {**recipe["train"], "dtype": "float64", "init": str(tmp_path / "start")}}
     shown = torchrun(tmp_path, recipe, double)
     assert shown.count(" parameters, ") == 2, "only one process of a run shows its progress"
     for name, variant, tolerance in (("0", recipe, 1e-5), ("1", double, 1e-11)):

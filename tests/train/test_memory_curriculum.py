@@ -76,6 +76,15 @@ def test_a_killed_run_resumes_bit_for_bit(finished: Path, tmp_path: Path) -> Non
     assert len(logs[0]) == 6
 
 
+def test_a_run_starts_from_the_weights_of_another(finished: Path, tmp_path: Path) -> None:
+    mixers = [{"name": "window", "window": 96}]
+    recipe = {**RECIPE, "model": {**RECIPE["model"], "mixers": mixers}}
+    run({**recipe, "train": {**RECIPE["train"], "steps": 0, "init": str(finished)}}, tmp_path, progress="none")
+    given, taken = weights(finished), weights(tmp_path)
+    assert given.keys() == taken.keys()
+    assert all(torch.equal(given[name], taken[name]) for name in given)
+
+
 def test_the_curriculum_lengthens_then_multiplies() -> None:
     config = MemoryCurriculumConfig(short_segments=(64, 1000), window=2, max_segments=3, gate_ramp=0.5)
     curriculum = MemoryCurriculum(config, 499)

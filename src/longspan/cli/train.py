@@ -1,6 +1,7 @@
 """`longspan train`."""
 
 import functools
+import json
 import os
 import shlex
 from pathlib import Path
@@ -32,6 +33,15 @@ def train(
             "--output", "-o", metavar="DIR", help="Folder of the run.", show_default="runs/<name of the recipe>"
         ),
     ] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            "--init",
+            metavar="DIR",
+            help="Take the weights that fit from a run or a saved model. Short for --set train.init=DIR.",
+            show_default=False,
+        ),
+    ] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="Short for --set train.device=NAME.", show_default=False)
@@ -49,6 +59,7 @@ def train(
       longspan train tiny
       longspan train quickstart-lm --set train.minutes=20 --set model.dim=256 -o runs/larger
       longspan train --resume -o runs/larger
+      longspan train lm/infini --init runs/full -o runs/infini
     """
     if recipe is None and not (resume and output):
         raise ConfigError(
@@ -58,6 +69,7 @@ def train(
     assignments = (set_ or []) + [
         f"train.{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value
     ]
+    assignments += [f"train.init={json.dumps(init, ensure_ascii=False)}"] if init else []
     outcome = _run(recipe, assignments, folder, resume)
     name = shlex.quote(str(folder))
     if int(os.environ.get("RANK", "0")) != 0:

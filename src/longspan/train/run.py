@@ -4,6 +4,7 @@ FOLDER/recipe.json      the recipe with every default filled in
 FOLDER/log.jsonl        one line per logged step and per evaluation
 FOLDER/tokenizer.json   the tokenizer of the text
 FOLDER/digests.json     digests of the recipe and the tokenizer, to detect damage
+FOLDER/init.json        with `train.init`: the weights that were taken from it, the new ones, and those left over
 FOLDER/checkpoints/     see `longspan.train.checkpoint`
 FOLDER/model/           the trained model, when the training is finished
 
@@ -29,6 +30,7 @@ from longspan.train.config import TrainConfig
 from longspan.train.copy_curriculum import CopyCurriculumConfig, CopyTrainer
 from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer
 from longspan.train.distributed import Group, choose_device, join_group
+from longspan.train.init import SUMMARY, start_from
 from longspan.train.lock import Start, reserved
 from longspan.train.loop import Result, TrainingLoop
 from longspan.train.memory_curriculum import MemoryCurriculumConfig, MemoryTrainer
@@ -54,6 +56,8 @@ FREE = (
     *("steps", "minutes", "log_every", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "keep"),
     *("threads", "device", "accumulation"),
 )
+# a run of a version without these fields began with these values, whatever the recipe of the resumed run says
+_FIELDS_SINCE = {"init": ""}
 
 
 def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,6 +79,10 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if pretrained.is_pretrained(recipe):
         pretrained.register_kind()
         recipe = pretrained.complete_recipe(recipe)
+        if recipe.get("train", {}).get("init"):
+            raise ConfigError(
+                "train.init: a model of kind = 'pretrained' starts from model.source; leave train.init out"
+            )
     return {
         "longspan": __version__,
         "about": recipe.get("about", ""),
@@ -135,7 +143,7 @@ def run(
         progress: `"auto"` (live on a terminal, else plain lines), `"live"`, `"plain"`, `"none"`, or your own display.
 
     Raises:
-        ConfigError: the recipe is invalid, or differs from that of the resumed run.
+        ConfigError: the recipe is invalid, differs from that of the resumed run, or does not fit `train.init`.
         DataError: the text is missing or cannot be read.
         CheckpointError: there is no run to resume, the folder has a run already, all checkpoints are damaged, or the
             disk cannot be written.
@@ -204,6 +212,10 @@ def _train(
         display.message(f"{folder}: there is no checkpoint to resume from; training starts at step 0")
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
+    warm_start = None
+    if config.init and checkpoint is None:
+        model.to(DTYPES[getattr(config, "dtype", "float32")])
+        warm_start = start_from(model, config.init, task, group)
     trainer = _trainer(model, task, config, folder, group, display)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -214,6 +226,11 @@ def _train(
         )
     if group.main:
         _begin(folder, resolved, start)
+        if checkpoint is None:  # there may be one of an earlier start, which was killed before its first checkpoint
+            (folder / SUMMARY).unlink(missing_ok=True)
+        if warm_start is not None:
+            warm_start.save(folder)
+            display.message(warm_start.message())
 
     def publish() -> None:
         """Write the trained model to the folder `model`."""
@@ -288,7 +305,7 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     for name in TABLES:
         for key, value in resolved[name].items():
             # a field that an older version did not have began with its default
-            began = stored[name].get(key, value)
+            began = stored[name].get(key, _FIELDS_SINCE.get(key, value) if name == "train" else value)
             if value != began and not (name == "train" and key in FREE) and (name, key) != ("task", "cache"):
                 raise ConfigError(
                     f"{name}.{key} = {value!r}, but the run in {folder} began with {began!r}; "
