@@ -1,7 +1,7 @@
 """Lanes read every token once, contiguously, and can stop anywhere."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.tasks import Documents
 from longspan.tasks.text import TextDocument
 from longspan.tasks.tokenizers import Bytes
-from longspan.train import Lanes
+from longspan.train import Batch, Lanes
 
 
 def make(lengths: Sequence[int]) -> Documents:
@@ -25,7 +25,7 @@ def make(lengths: Sequence[int]) -> Documents:
     return Documents(items, [str(i) for i in range(len(items))], str(lengths))
 
 
-def lines_of(lanes: Lanes, count: int | None = None) -> list[list[tuple[int, int, int, bool]]]:
+def lines_of(lanes: Iterator[Batch], count: int | None = None) -> list[list[tuple[int, int, int, bool]]]:
     """A list of (document, token, target, reset) per lane."""
     lines: list[list[tuple[int, int, int, bool]]] = []
     for number, batch in enumerate(lanes):

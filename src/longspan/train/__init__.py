@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from longspan.renames import old_names
-from longspan.train.config import TrainConfig
+from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.log import read_log
@@ -14,6 +14,7 @@ from longspan.train.memory_evaluation import MemoryEvaluation, evaluate_memory, 
 from longspan.train.opening import load_run, open_run
 from longspan.train.passkey_curriculum import PasskeyCurriculumConfig
 from longspan.train.passkey_evaluation import PasskeyEvaluation, evaluate_passkey
+from longspan.train.pieces import Pieces
 from longspan.train.progress import Display, LiveDisplay, PlainDisplay
 from longspan.train.recipes import find_recipe, locate_recipe, recipe_names
 from longspan.train.run import resolve, run
@@ -34,8 +35,10 @@ __all__ = [
     "MemoryEvaluation",
     "PasskeyCurriculumConfig",
     "PasskeyEvaluation",
+    "Pieces",
     "PlainDisplay",
     "Result",
+    "StageConfig",
     "TrainConfig",
     "Trainer",
     "bootstrap",

@@ -42,7 +42,9 @@ class Position:
     seconds: float = 0.0
     """training time, without evaluation and saving"""
     lanes: dict[str, Any] = field(default_factory=dict)
-    """position in the data: `state_dict` of `Lanes`, or of the curriculum"""
+    """position in the data: `state_dict` of `Lanes`, of `Pieces`, or of the curriculum"""
+    stage: int = 0
+    """index (from 0) of the stage of `train.stages` in which the last step was made"""
     pending: dict[str, float] = field(default_factory=dict)
     """sums since the last line of the log"""
 

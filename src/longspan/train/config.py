@@ -1,13 +1,15 @@
 """The `[train]` table of a recipe: how a run is trained."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Literal, TypeAlias
 
 from longspan.config import check_least
 from longspan.errors import ConfigError
 
 DEFAULT_STEPS = 1000
+Sampling: TypeAlias = Literal["lanes", "pieces"]
 _NOT_NEGATIVE = (
     *("steps", "minutes", "lr", "warmup", "min_lr_ratio", "weight_decay", "clip"),
     *("checkpoint_every", "threads", "seed"),
@@ -80,18 +82,43 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A table of `train.stages`: its number of steps, and the fields that differ; None: as in `[train]`."""
+
+    steps: int | None = None
+    """optimizer steps of the stage. Only the last stage may leave it out. It lasts until the run ends, and its `steps`
+    set the length of a run without `train.steps` and `train.minutes`"""
+    segment_length: int | None = None
+    """see `TrainConfig`"""
+    lanes: int | None = None
+    """see `TrainConfig`"""
+    sampling: Sampling | None = None
+    """see `TrainConfig`"""
+    bptt_segments: int | None = None
+    """see `TrainConfig`"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
     """Fields of `[train]` for language models; after the warm-up the learning rate falls along a cosine."""
 
     lanes: int = 8
-    """rows of the batch, over all processes together; each row reads contiguous text"""
+    """rows of the batch, over all processes together"""
     segment_length: int = 256
-    """tokens per lane in one call of the model"""
+    """tokens per row in one call of the model"""
+    sampling: Sampling = "lanes"
+    """`"lanes"`: each row reads contiguous text, segment after segment; `"pieces"`: each row reads a random piece of a
+    document, `segment_length` tokens long, and nothing is carried, also not in evaluations during training. Either way
+    every token is read once per epoch"""
+    stages: tuple[StageConfig, ...] | None = None
+    """tables such as `[{ steps = 4000, segment_length = 256, lanes = 32 }, { segment_length = 2048, lanes = 4 }]`: the
+    run goes through them in order. Each stage reads the text in a new random order, from an empty state; the learning
+    rate follows the whole run. Evaluations, also the last, read with the fields of the stage whose step was the last"""
     bptt_segments: int = 1
     """segments per backward pass: gradients reach so far back through the carried state, as far as the mixers allow"""
     carry: bool = True
     """carry the state from call to call; False: every call starts from an empty state, for mixers whose state grows
-    with the document (`full`)"""
+    with the document (`full`); without effect on pieces"""
     accumulation: int = 1
     """number of groups into which the lanes are split, run one after another: same result, less memory"""
     loss_chunk: int = 0
@@ -113,6 +140,57 @@ class TrainConfig(RunConfig):
         positive = ("lanes", "segment_length", "bptt_segments", "accumulation")
         others = ("eps", "eval_every", "eval_tokens", "final_eval_tokens", "loss_chunk")
         check_least(self, "train", dict.fromkeys(positive, 1) | dict.fromkeys(others, 0))
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Raise ConfigError if a stage has a value that is not allowed, or lacks its `steps`."""
+        if self.stages is None:
+            _check_pieces("train", self.sampling, self.bptt_segments)
+            return
+        if not self.stages:
+            raise ConfigError("train.stages = []: must have at least one stage; leave the field out to train without")
+        for index, stage in enumerate(self.stages):
+            where = f"train.stages[{index}]"
+            check_least(stage, where, dict.fromkeys(("steps", "segment_length", "lanes", "bptt_segments"), 1))
+            if stage.steps is None and index + 1 < len(self.stages):
+                raise ConfigError(f"{where}.steps: missing; only the last stage may leave it out")
+            _check_pieces(where, stage.sampling or self.sampling, stage.bptt_segments or self.bptt_segments)
+        first_step = sum(stage.steps or 0 for stage in self.stages[:-1])
+        if self.step_limit is not None and self.steps is None and self.step_limit <= first_step:
+            raise ConfigError(
+                f"train.stages: the last stage begins after {first_step} steps, but the run ends after "
+                f"{self.step_limit}; set train.steps, or steps in the last stage"
+            )
+
+    @property
+    def step_limit(self) -> int | None:
+        """Number of optimizer steps after which the run ends; None if only `minutes` ends it."""
+        steps = [stage.steps for stage in self.stages or ()]
+        if self.steps is None and self.minutes is None and steps and steps[-1] is not None:
+            return sum(count or 0 for count in steps)
+        return super().step_limit
+
+    @property
+    def stage_configs(self) -> "tuple[TrainConfig, ...]":
+        """This table with the fields of each stage, without `stages`; only this table itself if it has no stages."""
+        if self.stages is None:
+            return (self,)
+        names = ("segment_length", "lanes", "sampling", "bptt_segments")
+        configs = []
+        for stage in self.stages:
+            changes: dict[str, Any] = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
+            configs.append(replace(self, stages=None, steps=self.step_limit, **changes))
+        return tuple(configs)
+
+    @property
+    def carries(self) -> bool:
+        """Whether the state is carried from call to call, where the model can."""
+        return self.carry and self.sampling == "lanes"
+
+    def stage_at(self, step: int) -> int:
+        """Return the index of the stage (from 0) in which step `step` (from 0) is made; 0 without stages."""
+        ends = accumulate(stage.steps or 0 for stage in (self.stages or ())[:-1])
+        return sum(step >= end for end in ends)
 
     def rate(self, step: int, seconds: float) -> float:
         """Return the factor of `lr` in step `step` (from 0): linear warm-up, then a cosine down to `min_lr_ratio`."""
@@ -123,3 +201,11 @@ class TrainConfig(RunConfig):
         by_steps = 0.0 if limit is None else (step - self.warmup) / max(limit - self.warmup, 1)
         progress = min(max(by_steps, by_time), 1.0)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _check_pieces(where: str, sampling: Sampling, bptt_segments: int) -> None:
+    """Raise ConfigError if pieces are to be read with gradients through several segments."""
+    if sampling == "pieces" and bptt_segments != 1:
+        raise ConfigError(
+            f"{where}.bptt_segments = {bptt_segments}: must be 1 with sampling = 'pieces', which carry no state"
+        )

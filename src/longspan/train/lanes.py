@@ -21,6 +21,10 @@ from longspan.tasks import Documents
 from longspan.tasks.base import Array
 
 NO_PIECE = -1
+DATA_DIFFERS = (
+    "the training data differs from that of the checkpoint; restore the files of task.source, or start a new run"
+)
+"""error of a position in data that has changed"""
 
 
 class Batch(NamedTuple):
@@ -123,6 +127,21 @@ def windows(documents: Documents, width: int, places: int, *, rank: int = 0, wor
         yield lay_out(documents, [[part] for part in group], group[0].last - group[0].first)
 
 
+def own_lanes(documents: Documents, lanes: int, rank: int, world_size: int) -> range:
+    """Return the rows of the batch that this process reads.
+
+    Raises:
+        ConfigError: the number of processes does not divide the number of rows.
+        DataError: the documents have no tokens.
+    """
+    if lanes % world_size:
+        raise ConfigError(f"train.lanes = {lanes}: must be a multiple of the number of processes, {world_size}")
+    if not documents.lengths.sum():
+        raise DataError("the documents have no tokens to train on; give longer ones in task.source")
+    share = lanes // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
 class Lanes(Iterator[Batch]):
     """Iterator over batches in which each row (lane) reads contiguous text; the module describes the order.
 
@@ -156,14 +175,9 @@ class Lanes(Iterator[Batch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if lanes % world_size:
-            raise ConfigError(f"train.lanes = {lanes}: must be a multiple of the number of processes, {world_size}")
-        if not documents.lengths.sum():
-            raise DataError("the documents have no tokens to train on; give longer ones in task.source")
+        self.own = own_lanes(documents, lanes, rank, world_size)
         self.documents, self.lanes, self.segment_length = documents, lanes, segment_length
         self.seed, self.epochs, self.longest_first, self.restart = seed, epochs, longest_first, restart
-        share = lanes // world_size
-        self.own = range(rank * share, (rank + 1) * share)
         self._pieces = _pieces(documents.lengths, lanes if cut_long else 1)
         self._epoch = self._dealt = 0
         self._order = self._order_of(0)
@@ -242,10 +256,7 @@ class Lanes(Iterator[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the position that `state_dict` returned; raises CheckpointError if the data or lanes have changed."""
         if state["fingerprint"] != self.documents.fingerprint or state["pieces"] != len(self._pieces):
-            raise CheckpointError(
-                "the training data differs from that of the checkpoint; restore the files of task.source, or start a "
-                "new run"
-            )
+            raise CheckpointError(DATA_DIFFERS)
         if len(state["places"]) != self.lanes:
             raise CheckpointError(
                 f"train.lanes = {self.lanes}, but the checkpoint has {len(state['places'])} lanes; resume with "

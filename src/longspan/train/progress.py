@@ -23,8 +23,8 @@ class Display:
     def step(self, line: dict[str, Any]) -> None:
         """Called with each line of the log.
 
-        `line` also has `fraction` (of the run, 0 to 1), `eta` (seconds or None), `unit` and, with a curriculum, `stage`
-        (two short texts).
+        `line` also has `fraction` (of the run, 0 to 1), `eta` (seconds or None) and `unit`. `stage` is an index from 1
+        with `train.stages`, and two short texts with a curriculum.
         """
 
     def evaluating(self, read: int, total: int) -> None:

@@ -219,7 +219,8 @@ def _train(
     trainer = _trainer(model, task, config, folder, group, display)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    if isinstance(config, TrainConfig) and config.carry and model.traits.streams and not model.traits.bounded:
+    carries = isinstance(config, TrainConfig) and any(stage.carries for stage in config.stage_configs)
+    if carries and model.traits.streams and not model.traits.bounded:
         display.message(
             "the state of this model grows with the length of documents; set train.carry = false to start each segment "
             "from an empty state"

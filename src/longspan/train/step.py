@@ -120,25 +120,31 @@ class Optimization:
 
 
 class Stepper(Optimization):
-    """Trains a language model on lanes and keeps the carried states; arguments are those of `Optimization`.
+    """Trains a language model on batches and keeps the carried states; arguments are those of `Optimization`.
 
     Raises:
-        ConfigError: processes x `accumulation` does not divide `lanes`.
+        ConfigError: processes x `accumulation` does not divide `lanes`, of `[train]` or of a stage.
         UnsupportedError: `loss_chunk` with a model whose output layer is not a linear map.
     """
 
     def __init__(self, model: Any, config: TrainConfig, group: Group) -> None:
-        if config.lanes % (config.accumulation * group.world_size):
-            raise ConfigError(
-                f"train.lanes = {config.lanes}: must be a multiple of {group.world_size} processes x "
-                f"train.accumulation = {config.accumulation}"
-            )
+        for index, stage in enumerate(config.stage_configs):
+            if stage.lanes % (config.accumulation * group.world_size):
+                where = "train" if config.stages is None else f"train.stages[{index}]"
+                raise ConfigError(
+                    f"{where}.lanes = {stage.lanes}: must be a multiple of {group.world_size} processes x "
+                    f"train.accumulation = {config.accumulation}"
+                )
         if config.loss_chunk:
             model.head()
         self.by_head = bool(config.loss_chunk) or adaptive_head(model) is not None
         super().__init__(model, config, group)
+        self.begin_stage(config.stage_configs[0])
+
+    def begin_stage(self, config: TrainConfig) -> None:
+        """Make the following steps with the fields of a stage (of `stage_configs`), and drop the carried states."""
         self.config = config
-        self.carry = config.carry and model.traits.streams
+        self.carry = config.carries and self.model.traits.streams
         self.carried = [None] * config.accumulation
 
     def step(self, batches: Sequence[Batch], *, step: int, rate: float) -> StepResult:

@@ -1,4 +1,4 @@
-"""Training of language models on documents in lanes, with evaluations during the run and at the end."""
+"""Training of language models on lanes or pieces of documents, in stages, with evaluations."""
 
 import math
 from pathlib import Path
@@ -13,12 +13,16 @@ from longspan.train.evaluate import EvaluationStopped, evaluate_text, first_plac
 from longspan.train.lanes import Lanes
 from longspan.train.log import Log, read_log
 from longspan.train.loop import TrainingLoop
+from longspan.train.pieces import Pieces
 from longspan.train.progress import Display
 from longspan.train.step import Stepper, StepResult
 
+# between the seeds of two stages, so that each stage reads the text in another order
+_SEED_STEP = 1_000_003
+
 
 class Trainer(TrainingLoop):
-    """Trains a language model on documents in lanes; `longspan.train.run` creates it from a recipe.
+    """Trains a language model on lanes or pieces of documents; `longspan.train.run` creates it from a recipe.
 
     Arguments are those of `TrainingLoop`.
     """
@@ -31,23 +35,35 @@ class Trainer(TrainingLoop):
     ) -> None:
         super().__init__(model, task, config, folder, group=group, display=display)
         self.stepper = self.optimization = Stepper(model, config, group)
-        self.lanes = self.data = Lanes(
-            task.documents("train"),
+        self.stages, self._documents = config.stage_configs, task.documents("train")
+        self._begin_stage(0)
+
+    def _begin_stage(self, index: int) -> None:
+        """Read from the start of a stage's own order of the text, with no carried state."""
+        config = self.stages[index]
+        self.position.stage = index
+        self.stepper.begin_stage(config)
+        source: type[Lanes | Pieces] = Pieces if config.sampling == "pieces" else Lanes
+        self.data = source(
+            self._documents,
             lanes=config.lanes,
             segment_length=config.segment_length,
-            seed=config.seed,
-            rank=group.rank,
-            world_size=group.world_size,
+            seed=config.seed + index * _SEED_STEP,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint; raises CheckpointError if its data, lanes or groups of lanes differ."""
+        self._begin_stage(checkpoint.position.stage)
         super().restore(checkpoint)
         self.stepper.carried = checkpoints.carried_states(checkpoint, self.model, self.config.accumulation, self.group)
 
     def title(self) -> str:
         """Describe the training data, for the first line of the display."""
-        return f"{self.config.lanes} lanes x {self.config.segment_length} tokens"
+        return ", then ".join(
+            f"{stage.lanes} {stage.sampling} x {stage.segment_length} tokens" for stage in self.stages
+        )
 
     def _title(self) -> str:
         """Return the first line of the display, with the device."""
@@ -89,36 +105,47 @@ class Trainer(TrainingLoop):
 
     def _train(self, rate: float) -> StepResult:
         """Make one training step at `rate` times the learning rate, on the next `bptt_segments` batches."""
-        batches = [next(self.lanes) for _ in range(self.config.bptt_segments)]
+        stage = self.config.stage_at(self.position.step)
+        if stage != self.position.stage:
+            self._begin_stage(stage)
+        batches = [next(self.data) for _ in range(self.stages[stage].bptt_segments)]
         return self.stepper.step(batches, step=self.position.step, rate=rate)
 
     def _line_is_due(self, outcome: StepResult) -> bool:
-        """Return whether a log line is due between the regular ones: after the last step."""
-        return self._done
+        """Return whether a log line is due between the regular ones: after the last step of a stage or the run."""
+        return self._done or self.config.stage_at(self.position.step) != self.position.stage
+
+    def _stage_field(self) -> dict[str, int]:
+        """Return the field `stage` (index from 1) of the lines of a log; none without stages."""
+        return {} if self.config.stages is None else {"stage": self.position.stage + 1}
 
     def _figures(self, outcome: StepResult) -> dict[str, Any]:
         """Return loss, bits per unit, gradient norm and epoch for a log line."""
         pending = self.position.pending
         return {
+            **self._stage_field(),
             "loss": pending["nats"] / max(pending["tokens"], 1),
             f"bits_per_{self.task.unit}": bits(pending["nats"], pending["units"]),
             "grad_norm": outcome.grad_norm,
-            "epoch": round(self.position.tokens / max(self.lanes.places_per_epoch, 1), 4),
+            "epoch": round(self.position.tokens / max(self.data.places_per_epoch, 1), 4),
         }
 
     def _evaluate(self, log: Log | None, tokens: int) -> dict[str, Any] | None:
         """Evaluate on held-out documents, log and show the figures; None if Ctrl-C stopped it.
 
+        Documents are read with the segment length and the lanes of the current stage, that of the last step.
+
         Args:
             log: of the run; None in all but the main process.
             tokens: number of held-out tokens to read; 0: all.
         """
+        stage = self.stages[self.position.stage]
         try:
             figures = evaluate_text(
                 self.model,
                 first_places(self.task.documents("validation"), tokens, self.config.seed),
-                chunk=self.config.segment_length,
-                batch=self.config.lanes,
+                chunk=stage.segment_length,
+                batch=stage.lanes,
                 memory=self.stepper.carry,
                 group=self.group,
                 unit=self.task.unit,
@@ -130,7 +157,7 @@ class Trainer(TrainingLoop):
             return None
         position = self.position
         line = {"step": position.step, "tokens": position.tokens, "seconds": position.seconds}
-        self._write(log, {**line, "validation": figures})
+        self._write(log, {**line, **self._stage_field(), "validation": figures})
         return figures
 
     def _show_evaluation(self, read: int, total: int) -> bool:

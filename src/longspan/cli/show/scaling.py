@@ -96,7 +96,7 @@ def read_run(run: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the folder is not a run, or the run was never evaluated.
-        ConfigError: the model is not a decoder, or its attention FLOPs are unknown.
+        ConfigError: the model is not a decoder, the run has stages, or its attention FLOPs are unknown.
     """
     from longspan.cost.scaling import model_training_flops, non_embedding
     from longspan.files import read_json
@@ -108,7 +108,9 @@ def read_run(run: str) -> dict[str, Any]:
         raise ConfigError(f"{run}: scaling laws need decoders, this is a {type(model).__name__}; leave it out")
     tokens, loss = evaluated(read_log(Path(run) / "log.jsonl"), run)
     table = read_json(Path(run) / "recipe.json")["train"]
-    carried = table["carry"] and model.traits.streams
+    if table.get("stages"):
+        raise ConfigError(f"{run}: scaling laws need runs without train.stages; leave it out")
+    carried = table["carry"] and table.get("sampling") != "pieces" and model.traits.streams
     length = table["segment_length"] * (8 if carried else 1)
     cost = model_training_flops(model, tokens, length=length)
     return {"run": run, "N": non_embedding(model), "D": tokens, "C": cost, "loss": loss}
