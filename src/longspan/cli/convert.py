@@ -72,16 +72,9 @@ def convert(
       longspan stream out/endless book.txt
     """
     check_output_folder(output, "--output")
-    from longspan.config import from_dict, override
-    from longspan.contract.registry import mechanism_class
-
-    initial: dict[str, Any] = {"segment": segment} if segment else {}
-    fields = functools.reduce(override, set_ or [], initial)
-    numbers = _numbers(layers)
     # check everything else first: loading weights may take minutes
     to = renames.mixer(to)
-    fields = renames.fields(to, fields)
-    from_dict(mechanism_class(to, "convert").Config, fields, f"convert to {to}")
+    fields, numbers = _checked_fields(to, segment, set_ or []), _numbers(layers)
     _check_output(model, output)
     from longspan import hf
     from longspan.hf.decoder import open_pretrained
@@ -104,6 +97,17 @@ def convert(
         f"next: longspan stream {name} FILE | longspan generate {name} -p TEXT | "
         f"longspan train pretrained --set model.source={name}",
     )
+
+
+def _checked_fields(to: str, segment: int, assignments: list[str]) -> dict[str, Any]:
+    """Return the fields of the mixer `to` that the options set; raise ConfigError if one does not fit it."""
+    from longspan.config import from_dict, override
+    from longspan.contract.registry import mechanism_class
+
+    initial: dict[str, Any] = {"segment": segment} if segment else {}
+    fields = renames.fields(to, functools.reduce(override, assignments, initial))
+    from_dict(mechanism_class(to, "convert").Config, fields, f"convert to {to}")
+    return fields
 
 
 def _check_output(model: str, output: Path) -> None:

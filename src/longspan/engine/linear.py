@@ -372,7 +372,7 @@ def _plain_sums(
 def _scaled_sums(
     keys: Tensor, ones: Tensor, logs: Tensor, sums: LinearSums, own: Tensor | None, continues: Tensor | None
 ) -> tuple[Tensor, Tensor, LinearSums]:
-    """Like `_plain_sums`, for keys with log-scales (B, K, n, C): sums are stored divided by exp(unit).
+    """Add keys with log-scales (B, K, n, C) to running sums, which are stored divided by exp(unit).
 
     The unit is the largest log-scale in the sums, so that they do not overflow. Returns the sums before each chunk,
     their units (B, K, n), and the sums after the last chunk.
