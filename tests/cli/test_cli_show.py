@@ -270,6 +270,14 @@ def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan: Command, folde
     assert "was never evaluated on held-out documents" in longspan("show", "scaling", tmp_path / "run").error
 
 
+def test_a_run_in_stages_has_no_record_for_laws(longspan: Command, folder: Path, tmp_path: Path) -> None:
+    stages = "train.stages=[{steps = 2, sampling = 'pieces'}, {steps = 1, segment_length = 32}]"
+    options = ["--set", "train.steps=3", "--set", stages]
+    assert longspan("train", folder / "bytes.toml", *options, "-o", tmp_path / "run").code == 0
+    outcome = longspan("show", "scaling", tmp_path / "run")
+    assert "scaling laws need runs without train.stages; leave it out" in outcome.error
+
+
 def test_laws_are_fitted_to_one_text_and_one_tokenizer(
     longspan: Command, byte_run: Path, subword_run: Path, copied_run: Path
 ) -> None:
