@@ -24,13 +24,7 @@ def convert(
         ),
     ],
     to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            metavar="MIXER",
-            help="The mechanism that replaces attention, as listed by `longspan mixers`.",
-            show_default=False,
-        ),
+        str, typer.Option("--to", metavar="MIXER", help="The mechanism: see `longspan mixers`.", show_default=False)
     ],
     output: Annotated[
         Path,
@@ -105,7 +99,8 @@ def _checked_fields(to: str, segment: int, assignments: list[str]) -> dict[str, 
     from longspan.contract.registry import mechanism_class
 
     initial: dict[str, Any] = {"segment": segment} if segment else {}
-    fields = renames.fields(to, functools.reduce(override, assignments, initial))
+    assigned: dict[str, Any] = functools.reduce(override, assignments, initial)
+    fields = renames.fields(to, assigned)
     from_dict(mechanism_class(to, "convert").Config, fields, f"convert to {to}")
     return fields
 
