@@ -437,7 +437,7 @@ def test_cores_receive_the_normalized_input_of_their_layer(
 def test_values_of_another_width_do_not_convert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "REGISTERED", {"leaky": outside.LeakyMechanism})
     with pytest.raises(
-        UnsupportedError, match=r"leaky: needs values of width 6 per head; those of this model have width 4$"
+        UnsupportedError, match=r"leaky: needs values of width 6 per head; those of this model have width 4;"
     ):
         hf.convert(make("llama"), "leaky", value_dim=6)
 

@@ -127,7 +127,7 @@ def test_invalid_tokens_are_named_in_one_line() -> None:
         model(torch.ones(1, 2))
     with pytest.raises(ls.ConfigError, match="tokens have 1 rows, the state 2; pass equal numbers"):
         model(torch.tensor([[3, 1]]), model.init_state(2))
-    with pytest.raises(ls.ConfigError, match="either tokens or inputs_embeds"):
+    with pytest.raises(ls.ConfigError, match="tokens and inputs_embeds: pass exactly one"):
         model()
 
 
