@@ -41,7 +41,7 @@ class KeyRange(NamedTuple):
     rank: Tensor
 
     def hidden(self) -> Tensor:
-        """Return a mask of the pairs that are hidden."""
+        """Return a mask of the pairs that are hidden: outside of the range, or with the query's own key."""
         hidden = self.rank >= self.stop
         if self.first is not None:
             hidden.logical_or_(self.rank < self.first)

@@ -58,7 +58,9 @@ def load_model(folder: str | Path) -> Any:
         with renames.reading_saved():
             model = build_model(described, str(folder / "config.json"))
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: is not the configuration of a model: {error}") from None
+        raise CheckpointError(
+            f"{folder / 'config.json'}: is not the configuration of a model: {error}; restore the file"
+        ) from None
     weights, header = read_tensors(folder / "model.safetensors")
     load_weights(model, weights, folder / "model.safetensors")
     # earlier versions did not write this digest
