@@ -198,8 +198,14 @@ def relative_decode(
 
 
 def _decode(call: Call, position: Tensor, content_bias: Tensor, scale: float) -> Tensor:
-    """Attend with one query per row; position (batch, heads, 1, distances) is before `scale`,
-    and its last entry repeats.
+    """Attend with one query per row; return (batch, heads, 1, head_dim).
+
+    Args:
+        call: of one query per row.
+        position: (batch, heads, 1, distances), position scores before `scale`, from distance 0; keys that are farther
+            away have the last one.
+        content_bias: (heads, head_dim).
+        scale: of all scores.
     """
     keys = call.k.shape[2]
     bias = position[..., :keys] * scale

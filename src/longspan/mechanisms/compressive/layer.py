@@ -249,7 +249,11 @@ class CompressiveMechanism(RelativeMechanism):
             return (past if past.shape[1] else None), None
 
         def layout() -> tuple[Tensor, Tensor]:
-            """Return the columns of [slots, hidden states] that each row sees (batch, columns), and counts (batch,)."""
+            """Return which columns of the joined slots and hidden states each row sees.
+
+            Returns:
+                Column indices (batch, columns), newest last, and how many of them are real (batch,).
+            """
             opened = rows.offsets % sizes.segment
             slots, memory = sizes.visible(rows.offsets - opened)
             count, near = slots + memory + opened, (memory + opened)[:, None]
