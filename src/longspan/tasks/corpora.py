@@ -254,7 +254,7 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[int, Array]]:
     except DataError:
         raise
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        raise DataError(f"{path}: cannot be read: {error}; give a readable Parquet file") from None
 
 
 def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
@@ -276,7 +276,7 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
                     raise _no_column(path, field, list(row) if isinstance(row, dict) else [])
                 yield index, _bytes(row[field], f"{path}: line {index + 1}", field)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; give a readable file") from None
 
 
 def _bytes(value: Any, where: str, field: str) -> Array:

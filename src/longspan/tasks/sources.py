@@ -166,7 +166,7 @@ def file_text(name: str, path: Path) -> Text:
     try:
         return Text(name, path.stat().st_size, lambda: read_file(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; give a readable file") from None
 
 
 def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
@@ -203,7 +203,7 @@ def read_file(path: Path) -> Array:
             return np.memmap(path, dtype=np.uint8, mode="r")
         return np.frombuffer(path.read_bytes(), dtype=np.uint8)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; give a readable file") from None
 
 
 def _parts(text: Text, separator: str) -> Iterator[Text]:

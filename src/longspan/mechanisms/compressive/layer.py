@@ -388,7 +388,7 @@ class CompressiveMechanism(RelativeMechanism):
         return CompressiveState(hidden, compressed, usage, zeros(dtype=torch.int64))
 
     def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
-        """Return the state in the dtype of this call's hidden states."""
+        """Cast the state to the dtype of this call's hidden states, after a call in another precision (autocast)."""
         return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:

@@ -34,7 +34,7 @@ def favor_features(
     elif kind == "relu":
         phi = w.clamp(min=0) + 1e-3
     else:
-        raise ValueError(f"kind = {kind!r}: unknown kind of random features")
+        raise ValueError(f"random features: kind = {kind!r}: must be one of those of `longspan.ops.favor_attention`")
     return phi, torch.zeros_like(phi[..., 0])
 
 
