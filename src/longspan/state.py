@@ -167,8 +167,8 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
     if header.get("kind") != "state":
         kind = header.get("kind")
         raise CheckpointError(
-            f"{path}: contains {'data of unknown kind' if kind is None else f'a {kind}'}, not a state; give a file that "
-            "StreamSession.save or `longspan stream --save-state` wrote"
+            f"{path}: contains {'data of unknown kind' if kind is None else f'a {kind}'}, not a state; give a file "
+            "that StreamSession.save or `longspan stream --save-state` wrote"
         )
     expected = tensors(like)
     if stored.keys() != expected.keys():

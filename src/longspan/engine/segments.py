@@ -170,7 +170,16 @@ def attend_open(
 
 
 def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Causal attention inside segments, (batch, heads, length, head_dim): whole segments at once, then the rest."""
+    """Return causal attention inside segments, without their memory: (batch, heads, length, head_dim).
+
+    Whole segments are computed at once, then the incomplete last one.
+
+    Args:
+        q: (batch, heads, length, head_dim); the first column starts a segment.
+        k, v: (batch, kv_heads, length, head_dim).
+        layout: segments of the call.
+        local: q and k with RoPE, used instead of q and k; None = q and k themselves.
+    """
     q, k = (q, k) if local is None else local
     length, size = q.shape[2], layout.segment
     whole = length // size * size

@@ -126,7 +126,10 @@ class StackConfig:
                 "example [32, 32, 3]"
             )
         if widths and self.positions != "factorized":
-            raise ConfigError(f"{where}.position_dims: needs positions = 'factorized', not {self.positions!r}")
+            raise ConfigError(
+                f"{where}.position_dims: needs positions = 'factorized', not {self.positions!r}; set it, or leave "
+                "position_dims out"
+            )
         if widths and (len(widths) != len(shape) or min(widths) < 1 or sum(widths) != self.dim):
             raise ConfigError(
                 f"{where}.position_dims = {list(widths)}: needs a width of at least 1 for each of the {len(shape)} "
