@@ -276,7 +276,7 @@ class RecurrentConfig:
             raise ConfigError(f"RecurrentMemory.vary = {self.vary}: must be in [0, 1)")
         if self.per_layer and self.accumulate:
             raise ConfigError(
-                "RecurrentMemory.accumulate: cannot be combined with per_layer, which has no summaries; set one of them"
+                "RecurrentMemory.accumulate: cannot be combined with per_layer, which has no summaries; leave one out"
             )
         if self.diagonal and not self.per_layer:
             raise ConfigError("RecurrentMemory.diagonal: needs per_layer; set per_layer = true")

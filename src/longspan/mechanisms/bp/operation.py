@@ -139,7 +139,7 @@ def tile_of(length: int) -> int:
 def _check(
     q: Tensor, k: Tensor, v: Tensor, queries: Tensor, relative: Tensor | None, tree: Tree, has_state: bool
 ) -> None:
-    """Check the shapes and options of a `bp_attention` call; `later`: a state is given.
+    """Check the shapes and options of a `bp_attention` call; `has_state`: a state was passed.
 
     Raises:
         ConfigError: they do not match.
