@@ -191,13 +191,13 @@ def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[
         rows = [t[:, :, first:last].unflatten(2, (count, part)).transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
         real = None
         if layout.real is not None:
-            real = host.derive(partial(_filled, first=first, last=last, size=part), layout.real)
+            real = host.derive(partial(_count_real, first=first, last=last, size=part), layout.real)
         out = full_attention(*rows, causal=True, lengths=real)
         outs.append(out.unflatten(0, (q.shape[0], count)).transpose(1, 2).flatten(2, 3))
     return torch.cat(outs, 2) if len(outs) != 1 else outs[0]
 
 
-def _filled(real: Any, *, first: int, last: int, size: int) -> Any:
+def _count_real(real: Any, *, first: int, last: int, size: int) -> Any:
     """Count the real columns of each segment of `size`, of a tensor or an array (batch, length)."""
     return real[:, first:last].reshape(-1, size).sum(1)
 
