@@ -245,12 +245,8 @@ def _one_block(
 ) -> tuple[Tensor, LinearSums]:
     """Return the causal outputs of a block and the sums after it: whole chunks, then the rest as a shorter chunk.
 
-    Args:
-        features: maps q or k to features and log-scales.
-        q, k, v: columns of the block.
-        sums: before the block.
-        real: (batch, columns) bool, columns that hold a token; None = all.
-        start: (batch, columns) first column of each token's document, counted from the block's first; None = no limit.
+    `real` (batch, columns) bool marks columns with a token, None = all. `start` (batch, columns) is the first column of
+    each token's document, counted from the block's first; None = no limit.
     """
     phi_q, _ = features(q, False)
     phi_k, scale = _masked(*features(k, True), real)
