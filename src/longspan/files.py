@@ -44,7 +44,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         sync_folder(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         unchanged = "; the earlier file is unchanged" if path.exists() else ""
-        raise CheckpointError(f"{path}: could not be saved: {error}{unchanged}") from None
+        raise CheckpointError(
+            f"{path}: could not be saved: {error}{unchanged}; check free space and permissions"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -59,7 +61,7 @@ def _write_into(path: Path, write: Callable[[Path], object]) -> Path:
             with open(temporary, "rb") as source, open(path, "wb") as target:
                 shutil.copyfileobj(source, target)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: could not be saved: {error}") from None
+        raise CheckpointError(f"{path}: could not be saved: {error}; check free space and permissions") from None
     return path
 
 
@@ -92,9 +94,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        raise CheckpointError(f"{path}: no such file; check the path") from None
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
+        raise CheckpointError(f"{path}: damaged: {error}; restore the file") from None
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     """
     data = read_json(path)
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: damaged: not a JSON object")
+        raise CheckpointError(f"{path}: damaged: not a JSON object; restore the file")
     return data
 
 
@@ -140,7 +142,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: missing, damaged, or not written by longspan.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file; check the path")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -149,11 +151,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = json.loads(metadata[HEADER])
         # files of earlier versions have no digest and no other metadata
         if metadata.keys() != {HEADER} and metadata.get(DIGEST) != tensors_digest(tensors, metadata[HEADER]):
-            raise CheckpointError(f"{path}: damaged: its contents have changed since it was written")
+            raise CheckpointError(f"{path}: damaged: its contents have changed since it was written; restore the file")
     except KeyError:
         raise CheckpointError(
             f"{path}: is a safetensors file, but was not written by longspan; pass a file that longspan saved"
         ) from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
+        raise CheckpointError(f"{path}: damaged: {error}; restore the file") from None
     return tensors, header

@@ -44,7 +44,7 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def remember(tensor: Tensor, array: Array | None) -> Tensor:
-    """Attach values that are known on the host (a numpy array) to a tensor and return it.
+    """Attach values that are known on the host (a numpy array) to a tensor and return it; None attaches nothing.
 
     Reading them by `values` then needs no transfer from the device. The tensor must not be written to afterwards.
     """

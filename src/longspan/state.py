@@ -165,7 +165,11 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
     """
     stored, header = read_tensors(path)
     if header.get("kind") != "state":
-        raise CheckpointError(f"{path}: contains a {header.get('kind', 'file of unknown kind')}, not a state")
+        kind = header.get("kind")
+        raise CheckpointError(
+            f"{path}: contains {'data of unknown kind' if kind is None else f'a {kind}'}, not a state; give a file "
+            "that StreamSession.save or `longspan stream --save-state` wrote"
+        )
     expected = tensors(like)
     if stored.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())

@@ -135,7 +135,7 @@ def test_convert_names_what_is_wrong_before_it_loads_weights(
 @pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "/nowhere/at/all", "nowhere/", "weights.gguf"])
 def test_convert_of_a_missing_folder(capfd: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
     line = error_line(capfd, "convert", name, "--to", "window", "-o", tmp_path / "out")
-    assert line == f"{name}: no such folder or file"
+    assert line == f"{name}: no such folder or file; pass the folder of a model, or a GGUF file"
 
 
 def test_convert_of_folders_that_hold_no_model(capfd: pytest.CaptureFixture[str], plain: Path, tmp_path: Path) -> None:

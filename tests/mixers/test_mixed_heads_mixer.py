@@ -34,7 +34,7 @@ def decoder(*mixers: dict[str, Any]) -> ls.Decoder:
 )
 def test_a_part_that_does_not_stream_says_why(parts: list[dict[str, Any]], says: str) -> None:
     mixer = ls.mixers.build("mixed_heads", dim=16, num_heads=4, mixers=parts)
-    with pytest.raises(UnsupportedError, match=rf"^{says}.*so it has no state$"):
+    with pytest.raises(UnsupportedError, match=rf"^{says}.*so it has no state; pass state=None$"):
         mixer.init_state(1)
     plain = ls.mixers.build("window", dim=16, num_heads=4)
     with pytest.raises(UnsupportedError, match=rf"^{says}.*call it with state=None$"):

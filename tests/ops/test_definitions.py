@@ -207,5 +207,5 @@ def test_wrong_shapes_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
     with pytest.raises(ls.ConfigError, match="window"):
         window_attention(*qkv, window=0)
-    with pytest.raises(ls.ConfigError, match="r must be"):
+    with pytest.raises(ls.ConfigError, match="relative_attention: r must be"):
         relative_attention(*qkv, torch.zeros(2, 3, 4), *relative_inputs(3)[1:])

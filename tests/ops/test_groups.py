@@ -92,7 +92,7 @@ def test_only_inputs_output_and_order_are_kept() -> None:
 
 def test_wrong_groups_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
-    with pytest.raises(ls.ConfigError, match="groups: "):
+    with pytest.raises(ls.ConfigError, match="group_attention: groups has shape"):
         group_attention(*qkv, drawn_groups(5, 2), num_groups=2, window=3)
     with pytest.raises(ls.ConfigError, match="window"):
         group_attention(*qkv, drawn_groups(6, 2), num_groups=2, window=0)

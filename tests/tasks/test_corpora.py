@@ -216,8 +216,8 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"corpus": "pg19"}, "task.source = 'sotu': must be the one path of pg19"),
-        ({"corpus": "text8", "source": ("a", "b")}, "must be the one path of text8"),
+        ({"corpus": "pg19"}, "task.source = 'sotu': must be one path; give the path of your copy of pg19"),
+        ({"corpus": "text8", "source": ("a", "b")}, "must be one path; give the path of your copy of text8"),
         ({"corpus": "text8", "source": "a", "test_source": "b"}, "text8 has its own splits"),
     ],
 )

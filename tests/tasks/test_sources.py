@@ -80,7 +80,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     (tmp_path / "locked.txt").write_text("text")
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-    with pytest.raises(DataError, match=r"locked.txt: cannot be read: Permission denied$"):
+    with pytest.raises(DataError, match=r"locked.txt: cannot be read: Permission denied; give a readable file$"):
         read_source(str(tmp_path))
 
 

@@ -262,7 +262,7 @@ def test_bidirectional_models_start_from_each_other(kind: str, fields: dict[str,
             {"dim": 8},
             "none of its weights has the name and shape of a weight of this model; set model.dim",
         ),
-        (ConfigError, {"vocab_size": 300}, "has 256 token ids, but this model 300; give a start with the same"),
+        (ConfigError, {"vocab_size": 300}, "has 256 token ids, but this model 300; give a run or model with the same"),
         (
             ConfigError,
             {"tokenizer": "subword"},

@@ -106,7 +106,7 @@ def _checked_fields(to: str, segment: int, assignments: list[str]) -> dict[str, 
 
 
 def _check_output(model: str, output: Path) -> None:
-    """Raise CheckpointError if the output folder contains anything but an earlier converted model."""
+    """Raise CheckpointError if the output folder contains `model` itself or anything but an earlier converted model."""
     from longspan.models.io import is_converted
 
     if not output.exists() or not any(output.iterdir()):

@@ -38,7 +38,7 @@ def mixers(
 
 
 def _build(name: str) -> "Mixer":
-    """Build a layer of a mechanism with default fields, of the size that the table is about."""
+    """Build a layer of a mechanism with default fields and the sizes of the table (`_DIM`, `_HEADS`)."""
     from longspan import mixers as registry
 
     return registry.build(name, dim=_DIM, num_heads=_HEADS)

@@ -264,7 +264,9 @@ class Records:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     self._files[name] = open(path, "wb")  # noqa: SIM115 - closed by close
                 except OSError as error:
-                    raise DataError(f"{path}: cannot be written: {error.strerror or error}") from None
+                    raise DataError(
+                        f"{path}: cannot be written: {error.strerror or error}; choose another path"
+                    ) from None
 
     def write(self, block: Block, losses: "Array") -> None:
         """Append the figures of a block to the log, and its losses, (tokens,) in nats, to the other file."""
@@ -278,7 +280,9 @@ class Records:
                 file.write(data)
                 file.flush()
             except OSError as error:
-                raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
+                raise DataError(
+                    f"{file.name}: cannot be written: {error.strerror or error}; free disk space or choose another path"
+                ) from None
 
     def close(self) -> None:
         """Close the files; errors are ignored, because `write` has flushed and reported them."""

@@ -391,7 +391,7 @@ class Mixer(nn.Module):
         Raises UnsupportedError if the mixer does not stream.
         """
         if not self.traits.streams:
-            raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}, so it has no state")
+            raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}, so it has no state; pass state=None")
         like = device_and_dtype(self)
         return self.core.init_state(batch_size, torch.device(device or like.device), dtype or like.dtype)
 

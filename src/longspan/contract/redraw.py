@@ -33,7 +33,10 @@ class DrawnMechanism(BoundedMechanism):
     """Statistics of this process's training forward passes since the last step: tensors; None = none."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the module as torch does, but never cast the buffers that `wide` names to less than fp32."""
+        """Move or cast the module as torch does, but never cast the buffers that `wide` names to less than fp32.
+
+        The statistics in `pending` move along and are never cast.
+        """
         before = {name: self._buffers[name] for name in self.wide}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():

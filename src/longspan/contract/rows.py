@@ -128,7 +128,12 @@ class BatchLayout:
         return origin, num_resets[:, -1] > np.take_along_axis(padded, self.lengths_read[:, None], 1)[:, 0]
 
     def _live(self, origin: Array | None, emptied: Array | None) -> Array:
-        """Return the number of live tokens (B,) of each row after the call, as a host array."""
+        """Return the live tokens (B,) of each row after the call, as a host array: real tokens since the last reset.
+
+        Args:
+            origin: (B, N) column where the document of each token starts; None = no reset in the call.
+            emptied: (B,) bool, a reset follows the last real token; None = no row has one.
+        """
         live = self.offsets + self.lengths_read
         if origin is not None and self.length:
             last = (self.lengths_read - 1).clip(min=0)

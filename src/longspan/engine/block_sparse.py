@@ -41,7 +41,7 @@ class KeyRange(NamedTuple):
     rank: Tensor
 
     def hidden(self) -> Tensor:
-        """Return a mask of the pairs that are hidden."""
+        """Return a mask of the pairs that are hidden: outside of the range, or with the query's own key."""
         hidden = self.rank >= self.stop
         if self.first is not None:
             hidden.logical_or_(self.rank < self.first)
@@ -320,7 +320,18 @@ def _schedule(
     causal: bool,
     start: Tensor | None,
 ) -> BlockSchedule:
-    """Build the schedule of `block_sparse_attention`; real (batch, columns) marks key columns with a token."""
+    """Build the schedule of `block_sparse_attention`: which keys the queries of each tile read.
+
+    Args:
+        blocks: (batch or 1, kv_heads or heads or 1, tiles, list length), the key blocks that each tile reads.
+        real: (batch, columns) bool, the key columns that hold a token.
+        length: number of queries.
+        heads, kv_heads: number of query heads and of key/value heads.
+        query_block: queries per tile.
+        key_block: keys per block.
+        causal: queries see no later key.
+        start: (batch, length) first visible key column of each query; None = no limit.
+    """
     (batch, columns), device = real.shape, real.device
     lists = heads if blocks.shape[1] == heads else kv_heads
     tiles, row_blocks = blocks.shape[2], -(-columns // key_block)

@@ -96,7 +96,10 @@ def _library(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
 
 
 def _extend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Compute causal attention with older keys by one kernel call for the new keys and one for the older ones."""
+    """Compute causal attention where k and v have older columns before those of the queries, without padding.
+
+    One kernel call reads the columns of the queries and one the older ones. Returns (batch, heads, length, head_dim).
+    """
     length, memory = q.shape[2], k.shape[2] - q.shape[2]
     own, older = (make_open_plan(length, length, *columns) for columns in ((memory, length), (0, memory)))
     rounds = Round(own, own, fused="causal"), Round(older, older, merges=True, fused="open")

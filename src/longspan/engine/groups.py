@@ -403,7 +403,8 @@ def group_attention(
         raise ConfigError("group_attention: causal = False supports neither older keys nor start; leave them out")
     if groups.ndim != 3 or groups.shape[2] != columns or groups.shape[1] not in (1, heads):
         raise ConfigError(
-            f"groups: shape {tuple(groups.shape)}, expected (batch or 1, heads or 1, memory + length = {columns})"
+            f"group_attention: groups has shape {tuple(groups.shape)}, expected (batch or 1, heads or 1, memory + "
+            f"length = {columns})"
         )
     if q.numel() == 0:
         return torch.zeros_like(q)

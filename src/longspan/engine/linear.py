@@ -243,7 +243,11 @@ def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
 def _one_block(
     features: Features, q: Tensor, k: Tensor, v: Tensor, sums: LinearSums, real: Tensor | None, start: Tensor | None
 ) -> tuple[Tensor, LinearSums]:
-    """Return the causal outputs of a block and the sums after it: whole chunks, then the rest as a shorter chunk."""
+    """Return the causal outputs of a block and the sums after it: whole chunks, then the rest as a shorter chunk.
+
+    `real` (batch, columns) bool marks columns with a token, None = all. `start` (batch, columns) is the first column of
+    each token's document, counted from the block's first; None = no limit.
+    """
     phi_q, _ = features(q, False)
     phi_k, scale = _masked(*features(k, True), real)
     length = q.shape[2]

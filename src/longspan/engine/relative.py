@@ -135,16 +135,18 @@ def _check(
     """Raise a ConfigError for wrong shapes or sizes of the arguments of `relative_attention`."""
     heads, dim = q.shape[1], q.shape[-1]
     if r.ndim != 3 or r.shape[0] != heads or r.shape[2] != dim or r.shape[1] < 1:
-        raise ConfigError(f"r must be (heads, distances, head_dim) = ({heads}, >= 1, {dim}), got {tuple(r.shape)}")
+        raise ConfigError(
+            f"relative_attention: r must be (heads, distances, head_dim) = ({heads}, >= 1, {dim}), got {tuple(r.shape)}"
+        )
     if content_bias.shape != (heads, dim) or position_bias.shape != (heads, dim):
         raise ConfigError(
-            f"content_bias and position_bias must be (heads, head_dim) = ({heads}, {dim}), got "
+            f"relative_attention: content_bias and position_bias must be (heads, head_dim) = ({heads}, {dim}), got "
             f"{tuple(content_bias.shape)} and {tuple(position_bias.shape)}"
         )
     if detached_kv is not None and (detached_kv[0].shape != k.shape or detached_kv[1].shape[:3] != k.shape[:3]):
         raise ConfigError(
-            f"detached_kv must be (k, v) with the shapes of k and v, got {tuple(detached_kv[0].shape)} and "
-            f"{tuple(detached_kv[1].shape)} for k {tuple(k.shape)}"
+            f"relative_attention: detached_kv must be (k, v) with the shapes of k and v, got "
+            f"{tuple(detached_kv[0].shape)} and {tuple(detached_kv[1].shape)} for k {tuple(k.shape)}"
         )
     if window is not None:
         check_positive("window", window + (segment is not None))
@@ -196,8 +198,14 @@ def relative_decode(
 
 
 def _decode(call: Call, position: Tensor, content_bias: Tensor, scale: float) -> Tensor:
-    """Attend with one query per row; position (batch, heads, 1, distances) is before `scale`,
-    and its last entry repeats.
+    """Attend with one query per row; return (batch, heads, 1, head_dim).
+
+    Args:
+        call: of one query per row.
+        position: (batch, heads, 1, distances), position scores before `scale`, from distance 0; keys that are farther
+            away have the last one.
+        content_bias: (heads, head_dim).
+        scale: of all scores.
     """
     keys = call.k.shape[2]
     bias = position[..., :keys] * scale

@@ -38,7 +38,7 @@ class Shift:
         return self.rows[: heads * rows].view(heads, rows, self.width)[:, :, : self.distances]
 
     def by_key(self, heads: int, tiles: int) -> Tensor:
-        """Return the same numbers as a view (heads, tiles, queries, keys), -inf where the pattern hides a key."""
+        """Return the scores written by distance as a view (heads, tiles, queries, keys), -inf where a key is hidden."""
         tile = self.queries * self.width
         size = (heads, tiles, self.queries, self.keys)
         return self.flat.as_strided(size, (tiles * tile, tile, self.width - 1, 1), self.begin)
@@ -71,7 +71,7 @@ class Unshift:
         return self.flat.as_strided(size, (group * self.tile, self.width, 1), self.front)
 
     def by_distance(self) -> Tensor:
-        """Return the same numbers as a view (heads, tiles * queries, distances), farthest first."""
+        """Return the gradients written by key as a view (heads, tiles * queries, distances), farthest first."""
         size = (self.heads, self.tiles * self.run.queries, self.distances)
         stride = (self.tiles * self.tile, self.width + 1, 1)
         return self.flat.as_strided(size, stride, self.front - self.shift)

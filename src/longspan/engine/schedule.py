@@ -75,8 +75,9 @@ class Scores:
         return seen if seen is None or seen.shape[1] == 1 else seen[:, tile.heads]
 
     def slopes(self, spare: Tensor) -> Tensor:
-        """Return the buffer for the gradients of a backward tile's scores, (items, group * queries,
-        keys) like `spare`.
+        """Return the buffer into which the gradients of a backward tile's scores are written.
+
+        By default it is `spare`, a reusable tensor (items, group * queries, keys); others have its shape.
         """
         return spare
 

@@ -170,7 +170,16 @@ def attend_open(
 
 
 def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Causal attention inside segments, (batch, heads, length, head_dim): whole segments at once, then the rest."""
+    """Return causal attention inside segments, without their memory: (batch, heads, length, head_dim).
+
+    Whole segments are computed at once, then the incomplete last one.
+
+    Args:
+        q: (batch, heads, length, head_dim); the first column starts a segment.
+        k, v: (batch, kv_heads, length, head_dim).
+        layout: segments of the call.
+        local: q and k with RoPE, used instead of q and k; None = q and k themselves.
+    """
     q, k = (q, k) if local is None else local
     length, size = q.shape[2], layout.segment
     whole = length // size * size
@@ -182,13 +191,13 @@ def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[
         rows = [t[:, :, first:last].unflatten(2, (count, part)).transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
         real = None
         if layout.real is not None:
-            real = host.derive(partial(_filled, first=first, last=last, size=part), layout.real)
+            real = host.derive(partial(_count_real, first=first, last=last, size=part), layout.real)
         out = full_attention(*rows, causal=True, lengths=real)
         outs.append(out.unflatten(0, (q.shape[0], count)).transpose(1, 2).flatten(2, 3))
     return torch.cat(outs, 2) if len(outs) != 1 else outs[0]
 
 
-def _filled(real: Any, *, first: int, last: int, size: int) -> Any:
+def _count_real(real: Any, *, first: int, last: int, size: int) -> Any:
     """Count the real columns of each segment of `size`, of a tensor or an array (batch, length)."""
     return real[:, first:last].reshape(-1, size).sum(1)
 

@@ -78,7 +78,13 @@ def window_cost(length: int, *, window: int, causal: bool = True, blocks: bool =
 
 
 def _unlimited(length: int, memory: int, window: int, causal: bool, blocks: bool) -> bool:
-    """Whether the window hides nothing."""
+    """Whether the window hides nothing, so that attention is full.
+
+    Args:
+        length: queries.
+        memory: older keys.
+        window, causal, blocks: see `window_attention`.
+    """
     if blocks:
         return length <= window or (length <= 2 * window and memory == 0)
     return window >= memory + length if causal else window >= max(memory + length, 1)

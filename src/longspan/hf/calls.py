@@ -164,7 +164,9 @@ def _build_call(
     first = next((state for state in before.values() if state is not None), None)
     live = states.live(first, inputs.shape[0], inputs.device).to(inputs.device)
     if live.shape[0] != inputs.shape[0]:
-        raise ConfigError(f"the call has {inputs.shape[0]} rows, but its {CACHE} has {live.shape[0]}")
+        raise ConfigError(
+            f"the call has {inputs.shape[0]} rows, but its {CACHE} has {live.shape[0]}; pass equal numbers"
+        )
     past = Past(live, 0 if cache is None else cache.get_seq_length(), None if cache is None else cache.shift)
     packed = documents(inputs, past, keywords, modules.family.first_position(base))
     reads: dict[Hashable, Tensor] = {}
@@ -192,8 +194,12 @@ def _build_call(
 
 
 def _count_positions(rows: BatchLayout, shift: Tensor | None) -> Tensor:
-    """Return positions (batch, columns); documents from before the call continue at the
-    caller's positions (`shift` ahead).
+    """Return the position of each token (batch, columns), as position_ids of the original model.
+
+    Args:
+        rows: batch layout of the call.
+        shift: (batch,) how far the caller's position_ids are ahead of the tokens read; it applies to documents that
+            began before the call. None = 0.
     """
     positions = rows.positions.expand(rows.batch, -1)
     if shift is not None:

@@ -79,14 +79,16 @@ def _from_disk(config: dict[str, Any]) -> dict[str, Any]:
     return {**read, **activation, "model_type": original["type"]}
 
 
-def _make(plain: type) -> type:
+def _make_converted_config(plain: type) -> type:
     """Return the configuration class of converted models for an original configuration class."""
     name = f"Longspan{plain.__name__}"
     return type(name, (ConvertedConfig, plain), {"__module__": __name__, "longspan_plain": plain})
 
 
 # by model type; also by name in this module, so that instances can be pickled
-CONVERTED: dict[str, type] = {kind: _make(CONFIG_MAPPING[kind]) for kind in model_types() if kind in CONFIG_MAPPING}
+CONVERTED: dict[str, type] = {
+    kind: _make_converted_config(CONFIG_MAPPING[kind]) for kind in model_types() if kind in CONFIG_MAPPING
+}
 globals().update({cls.__name__: cls for cls in CONVERTED.values()})
 
 for _kind, _cls in CONVERTED.items():

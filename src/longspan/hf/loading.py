@@ -33,7 +33,7 @@ class ConvertedLoader:
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, config: Any, **options: Any) -> Any:
-        """Load a converted model from a folder; options as in transformers."""
+        """Load a converted model from a folder; `config` is its converted configuration, options as in transformers."""
         return load_as(getattr(transformers, cls.original), folder, *args, config=config, **options)
 
     @classmethod

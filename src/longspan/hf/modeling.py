@@ -160,7 +160,8 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             packing: attention_mask, mask, reset and position_ids of the call.
             keywords: those that the signature does not name; the ones used here are removed.
             past, state: tokens and state of earlier calls; None = empty past.
-            labels: of the call; None = the loss may still be computed outside of the model.
+            labels: of the call; None = if the Trainer computes the loss instead, warn once that auxiliary losses are
+                not trained.
             hidden_states: return those of all layers.
         """
         inputs = _inputs(input_ids, inputs_embeds)

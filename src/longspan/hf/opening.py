@@ -43,11 +43,11 @@ def locate_weights(model: str, gguf: str | None = None) -> WeightsLocation:
         return WeightsLocation(str(path.parent), path.name)
     if not path.is_dir():
         if _looks_like_path(model):
-            raise CheckpointError(f"{model}: no such folder or file")
+            raise CheckpointError(f"{model}: no such folder or file; pass the folder of a model, or a GGUF file")
         return WeightsLocation(model, gguf)
     if gguf is not None:
         if not (path / gguf).is_file():
-            raise CheckpointError(f"{path / gguf}: no such file")
+            raise CheckpointError(f"{path / gguf}: no such file; pass the name of a GGUF file in this folder")
         return WeightsLocation(model, gguf)
     if any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         return WeightsLocation(model, None)

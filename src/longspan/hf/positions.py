@@ -93,7 +93,13 @@ def _bool_table(argument: Any, name: str, inputs: Tensor) -> Tensor | None:
 
 
 def _mask(inputs: Tensor, columns: int, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Return the mask (batch, length) of real tokens in this call; None = all."""
+    """Return the mask (batch, length) of real tokens in this call; None = all.
+
+    Args:
+        inputs: (batch, length) token ids or (batch, length, dim) embeddings.
+        columns: number of columns of earlier calls, which attention_mask may cover, too.
+        arguments: attention_mask and mask of the call.
+    """
     wide = arguments.get("attention_mask")
     mask = _bool_table(arguments.get("mask"), "mask", inputs)
     if wide is not None:

@@ -91,7 +91,10 @@ class TunedDecoder(ConvertedDecoder):
         return learns | {name: buffer for name, buffer in self.named_buffers() if name in saved}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load parameters and buffers that `state_dict` returned."""
+        """Load parameters and buffers that `state_dict` returned.
+
+        `strict` is ignored: missing names keep their weights from `source`, and unknown names are skipped.
+        """
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def export(self, folder: Path) -> None:

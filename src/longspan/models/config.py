@@ -126,7 +126,10 @@ class StackConfig:
                 "example [32, 32, 3]"
             )
         if widths and self.positions != "factorized":
-            raise ConfigError(f"{where}.position_dims: needs positions = 'factorized', not {self.positions!r}")
+            raise ConfigError(
+                f"{where}.position_dims: needs positions = 'factorized', not {self.positions!r}; set it, or leave "
+                "position_dims out"
+            )
         if widths and (len(widths) != len(shape) or min(widths) < 1 or sum(widths) != self.dim):
             raise ConfigError(
                 f"{where}.position_dims = {list(widths)}: needs a width of at least 1 for each of the {len(shape)} "
@@ -273,7 +276,7 @@ class RecurrentConfig:
             raise ConfigError(f"RecurrentMemory.vary = {self.vary}: must be in [0, 1)")
         if self.per_layer and self.accumulate:
             raise ConfigError(
-                "RecurrentMemory.accumulate: cannot be combined with per_layer, which has no summaries; set one of them"
+                "RecurrentMemory.accumulate: cannot be combined with per_layer, which has no summaries; leave one out"
             )
         if self.diagonal and not self.per_layer:
             raise ConfigError("RecurrentMemory.diagonal: needs per_layer; set per_layer = true")

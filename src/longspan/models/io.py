@@ -58,12 +58,16 @@ def load_model(folder: str | Path) -> Any:
         with renames.reading_saved():
             model = build_model(described, str(folder / "config.json"))
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: is not the configuration of a model: {error}") from None
+        raise CheckpointError(
+            f"{folder / 'config.json'}: is not the configuration of a model: {error}; restore the file"
+        ) from None
     weights, header = read_tensors(folder / "model.safetensors")
     load_weights(model, weights, folder / "model.safetensors")
     # earlier versions did not write this digest
     if header.get("config", written) != written:
-        raise CheckpointError(f"{folder / 'config.json'}: damaged, or changed after the weights were saved")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: damaged, or changed after the weights were saved; restore the file"
+        )
     return model.eval()
 
 
@@ -89,7 +93,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
         if weights[name].shape != expected[name].shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)} by "
-                "the configuration"
+                "the configuration; weights and configuration must be of one model"
             )
     # the dtype is that of parameters alone, because statistics in buffers stay in fp32
     # the weights of a tuned model are only the trained ones, without those of its source

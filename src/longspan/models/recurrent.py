@@ -254,7 +254,7 @@ class RecurrentMemory(nn.Module):
     def _run_segments(
         self, segments: list[Segment], carried: CarriedMemory, aux_losses: list[Tensor] | None
     ) -> tuple[list[Tensor], CarriedMemory, list[Trace]]:
-        """Run the segments one after another, or along diagonals.
+        """Run the segments one after another or, if configured, along diagonals: layer l of segment s at step l + s.
 
         Returns:
             Hidden states of each segment, the memory afterwards, and a trace of each segment.

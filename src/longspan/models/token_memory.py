@@ -114,7 +114,7 @@ def assemble(
         text: (B, size, dim) embeddings of the segment.
         back: (B, m, dim) embeddings of memory tokens after the text: in the decoder form they only write, and only
             where a segment is complete.
-        before: the backbone's state of the current segment.
+        before: the backbone's state after the part of the segment that earlier calls read; None = they read nothing.
 
     Returns:
         Inputs (B, columns, dim), and mask and resets (B, columns) or None if not needed.

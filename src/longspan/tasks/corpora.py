@@ -17,7 +17,7 @@ import numpy as np
 from longspan.errors import DataError
 from longspan.tasks.base import Array
 from longspan.tasks.base import TestedSplit as Split
-from longspan.tasks.sources import Text, file_text, files_of, held, read_file
+from longspan.tasks.sources import Text, file_text, files_of, read_file, text_in_memory
 
 if TYPE_CHECKING:
     from longspan.tasks.text import TextConfig
@@ -76,7 +76,7 @@ def wikipedia(source: str, config: "TextConfig", without: Sequence[Path] = ()) -
     size = WIKIPEDIA_BYTES // 20
     first, second = WIKIPEDIA_BYTES - 2 * size, WIKIPEDIA_BYTES - size
     parts: dict[Split, Array] = {"train": data[:first], "validation": data[first:second], "test": data[second:]}
-    return {split: [held(f"{config.corpus} {split}", part)] for split, part in parts.items()}
+    return {split: [text_in_memory(f"{config.corpus} {split}", part)] for split, part in parts.items()}
 
 
 # a blank line, a line with the title between single equals signs, and a blank line
@@ -107,7 +107,7 @@ def articles(path: Path) -> Iterator[Text]:
     titles = [match[1].decode(errors="replace") for match in matches] or [path.name]
     for title, first, last in zip(titles, borders[:-1], borders[1:], strict=True):
         if last > first:
-            yield held(title, data[first:last])
+            yield text_in_memory(title, data[first:last])
 
 
 def pg19(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
@@ -233,7 +233,9 @@ def _tables(path: Path, field: str, without: Sequence[Path]) -> Splits:
     splits: Splits = {}
     for name, split in _splits_of(path, names).items():
         texts = (_parquet if names[name].suffix == ".parquet" else _json_lines)(names[name], field)
-        splits.setdefault(split, []).extend(held(f"{name}:{index}", text) for index, text in texts if len(text))
+        splits.setdefault(split, []).extend(
+            text_in_memory(f"{name}:{index}", text) for index, text in texts if len(text)
+        )
     return splits
 
 
@@ -252,7 +254,7 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[int, Array]]:
     except DataError:
         raise
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        raise DataError(f"{path}: cannot be read: {error}; give a readable Parquet file") from None
 
 
 def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
@@ -274,7 +276,7 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
                     raise _no_column(path, field, list(row) if isinstance(row, dict) else [])
                 yield index, _bytes(row[field], f"{path}: line {index + 1}", field)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; give a readable file") from None
 
 
 def _bytes(value: Any, where: str, field: str) -> Array:

@@ -96,7 +96,9 @@ class Noise:
         matches = [match.group(0).strip() for text in texts for match in _SENTENCE.finditer(text)]
         sentences = [" " + " ".join(sentence.split()) for sentence in matches if len(sentence) > 12]
         if not sentences:
-            raise DataError("the noise documents have no sentence of more than 12 characters; give other documents")
+            raise DataError(
+                "task memory: the documents of `texts` have no sentence of more than 12 characters; give longer ones"
+            )
         self.sentences: list[Array] = [tokenizer.encode(text.encode())[:largest].astype(np.int64) for text in sentences]
         self.flat = np.concatenate(self.sentences)
         self.telling = np.array([i for i, text in enumerate(sentences) if _TELLING.search(text)], dtype=np.int64)

@@ -119,7 +119,8 @@ def write_shards(folder: Path, documents: Iterable[tuple[str, Array]], fingerpri
             shutil.rmtree(filled, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: token ids could not be saved: {error.strerror or error}; free disk space or set task.cache"
+            f"{folder}: token ids could not be saved: {error.strerror or error}; free disk space, or set task.cache to "
+            "another folder"
         ) from None
     return Shards(folder)
 

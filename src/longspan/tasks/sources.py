@@ -78,7 +78,7 @@ def find_source(
     return documents
 
 
-def held(name: str, data: Array) -> Text:
+def text_in_memory(name: str, data: Array) -> Text:
     """Return a document whose contents are in memory already."""
     return Text(name, len(data), lambda: data)
 
@@ -150,13 +150,13 @@ def _files(source: str, pattern: str, without: Sequence[Path]) -> list[tuple[str
 def _texts(source: str, pattern: str, without: Sequence[Path]) -> Iterator[Text]:
     """Yield the documents of one source."""
     if source == "-":
-        yield held("stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8))
+        yield text_in_memory("stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8))
         return
     for name, path in _files(source, pattern, without):
         if source == "kjv":
-            yield held(name, _kjv(path))
+            yield text_in_memory(name, _kjv(path))
         elif path.name.endswith(FASTA):
-            yield from (held(*sequence) for sequence in read_fasta(path))
+            yield from (text_in_memory(*sequence) for sequence in read_fasta(path))
         else:
             yield file_text(name, path)
 
@@ -166,7 +166,7 @@ def file_text(name: str, path: Path) -> Text:
     try:
         return Text(name, path.stat().st_size, lambda: read_file(path))
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; give a readable file") from None
 
 
 def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
@@ -203,14 +203,14 @@ def read_file(path: Path) -> Array:
             return np.memmap(path, dtype=np.uint8, mode="r")
         return np.frombuffer(path.read_bytes(), dtype=np.uint8)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}; give a readable file") from None
 
 
 def _parts(text: Text, separator: str) -> Iterator[Text]:
     """Split a file into documents at a separator; parts of only white space are left out."""
     for index, part in enumerate(text.read().tobytes().split(separator.encode())):
         if part.strip():
-            yield held(f"{text.name}:{index}", np.frombuffer(part, dtype=np.uint8))
+            yield text_in_memory(f"{text.name}:{index}", np.frombuffer(part, dtype=np.uint8))
 
 
 def _proteins() -> Path:

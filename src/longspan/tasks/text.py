@@ -80,7 +80,9 @@ class TextConfig:
         check_fractions(self, "task", ["validation_fraction"])
         if self.corpus != "text":
             if not isinstance(self.source, str) or self.source in ("-", TextConfig.source):
-                raise ConfigError(f"task.source = {self.source!r}: must be the one path of {self.corpus}")
+                raise ConfigError(
+                    f"task.source = {self.source!r}: must be one path; give the path of your copy of {self.corpus}"
+                )
             if self.validation_source is not None or self.test_source is not None:
                 raise ConfigError(
                     f"task.validation_source, task.test_source: {self.corpus} has its own splits; leave them out"

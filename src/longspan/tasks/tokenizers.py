@@ -205,7 +205,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Subword(Engine.from_str(Path(path).read_text(encoding="utf-8")))
     except Exception as error:
         # the library raises a plain Exception for a file that it cannot read
-        raise CheckpointError(f"{path}: damaged: {error}") from None
+        raise CheckpointError(f"{path}: damaged: {error}; restore the file") from None
 
 
 def utf8(data: bytes | Array, name: str) -> str:

@@ -91,7 +91,10 @@ class Words(EngineTokenizer):
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: the vocabulary cannot be read: {error}") from None
+            raise DataError(
+                f"{path}: the vocabulary cannot be read: {error}; task.vocabulary must be a UTF-8 file with one word "
+                "per line"
+            ) from None
         words = [line.split()[0] for line in lines if line.strip()]
         if not words:
             raise DataError(f"{path}: has no words; task.vocabulary must be a file with one word per line")

@@ -71,7 +71,7 @@ class Evaluation:
         return share_bootstrap(self.correct, self.tokens, samples=samples, level=level, seed=seed)
 
     def minus(self, other: "Evaluation", *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
-        """Return the difference in bits per unit to another evaluation, with an interval paired by document.
+        """Return bits per unit of this evaluation minus those of another, with an interval paired by document.
 
         Raises:
             DataError: the two evaluations are not of the same documents.

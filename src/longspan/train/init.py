@@ -158,8 +158,8 @@ def _check_tokens(model: Any, task: Task, start: Any, start_task: Task | None, i
         )
     if start.vocab_size != model.vocab_size:
         raise ConfigError(
-            f"train.init = {init!r}: has {start.vocab_size} token ids, but this model {model.vocab_size}; give a start "
-            "with the same vocabulary, or leave train.init out"
+            f"train.init = {init!r}: has {start.vocab_size} token ids, but this model {model.vocab_size}; give a run "
+            "or model with the same vocabulary, or leave train.init out"
         )
 
 

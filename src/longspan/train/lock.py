@@ -98,7 +98,16 @@ def _lock(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _undone_unless_begun(folder: Path, start: Start, resume: bool) -> Iterator[None]:
-    """Delete leftovers of killed processes; on exit, delete what was written since unless the training has begun."""
+    """Context of a training: deletes leftovers of killed processes on entry and what a failed start wrote on exit.
+
+    Args:
+        folder: of the run.
+        start: of the training; once its `begun` is set, nothing is deleted on exit but an earlier tokenizer.
+        resume: keep `tokenizer.json`. Otherwise it is set aside, and restored on exit if the training has not begun.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
     checkpoints, tokenizer = folder / "checkpoints", folder / "tokenizer.json"
     aside = folders.hidden_name(tokenizer)
     before = {path.name for path in folder.iterdir()}

@@ -69,7 +69,10 @@ class TrainingLoop:
         raise NotImplementedError
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint; the trainer must have been created with the model of the checkpoint."""
+        """Restore step, optimizer and position in the data from a checkpoint.
+
+        The weights are not loaded: the trainer must have been created with `checkpoint.model`.
+        """
         self.position = checkpoint.position
         self._saved_step = self.position.step
         self.optimization.load_tensors(checkpoint.tensors)

@@ -183,7 +183,10 @@ class PasskeyTrainer(CurriculumTrainer):
         return f"{type(self.task).__name__}, texts of up to {self.task.config.length:,}"
 
     def _filled(self, rows: int, repeats: float, step: int) -> StackState:
-        """Return the state of `rows` rows after two segments of filler, with memories scaled by `repeats`."""
+        """Return the state of `rows` rows after two segments of filler, with memories scaled by `repeats`.
+
+        It imitates the state after a text that is `repeats` times as long. `step` seeds the choice of filler.
+        """
         random = np.random.default_rng([self.config.seed, step, 11])
         size = 2 * (self.model.traits.segment or 128)
         text = self.task.filler(random, 2 * size, "train")

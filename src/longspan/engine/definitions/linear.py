@@ -75,8 +75,8 @@ def sums_after(
         phi_k: (batch, kv_heads, length, features).
         v: (batch, kv_heads, length, head_dim).
         scale: (batch, kv_heads, length) log-scales of the keys.
-        seen: (batch, query, key) bool, from `visibility`.
-        before: (batch, query) bool, from `visibility`.
+        seen: (batch, query, key) bool, which keys each query sees; from `visibility`.
+        before: (batch, query) bool, which queries see the state before the call; from `visibility`.
         state: sums before the call; None = none.
         scaled: whether the sums are divided by exp of their largest log-scale.
     """

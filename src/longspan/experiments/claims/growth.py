@@ -62,7 +62,7 @@ def _peak(prepare: Callable[..., Step], arguments: Sequence[Any]) -> int:
     """Return the peak memory of one step in bytes, above that before it; runs in a process of its own.
 
     Raises:
-        UnsupportedError: the system does not tell the memory of a process.
+        UnsupportedError: the system does not report the memory of a process.
     """
     torch.set_num_threads(1)
     step = prepare(*arguments)

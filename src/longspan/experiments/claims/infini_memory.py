@@ -31,19 +31,19 @@ class MemorySetting:
         return self.num_heads * self.head_dim
 
     def transformer_xl(self) -> int:
-        """Numbers in the keys and values of the last segment, in every layer: (d_k + d_v) H N l."""
+        """Count the numbers in the keys and values of the last segment, in every layer: (d_k + d_v) H N l."""
         return 2 * self.head_dim * self.num_heads * self.segment * self.num_layers
 
     def memorizing(self) -> int:
-        """Numbers in the keys and values of one layer's store, and in the Transformer-XL memory of all layers."""
+        """Count the numbers in the keys and values of one layer's store and in all layers' Transformer-XL memory."""
         return 2 * self.head_dim * self.num_heads * self.num_memories + self.transformer_xl()
 
     def recurrent_memory(self) -> int:
-        """Numbers of p memory tokens as the table counts them, p D l 2; all layers share the p D numbers themselves."""
+        """Count the numbers of p memory tokens as the table does, p D l 2, although all layers share p D numbers."""
         return self.num_memory_tokens * self.dim * self.num_layers * 2
 
     def infini(self) -> int:
-        """Numbers in M and z per head and layer: d_k (d_v + 1) H l."""
+        """Count the numbers in M and z per head and layer: d_k (d_v + 1) H l."""
         return self.head_dim * (self.head_dim + 1) * self.num_heads * self.num_layers
 
 

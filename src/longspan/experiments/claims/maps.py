@@ -19,7 +19,13 @@ _SHOWN = 24
 
 
 def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
-    """Return the weights (heads, columns, columns) of the last layer over memory tokens and one segment (1, length)."""
+    """Return the attention weights (heads, columns, columns) of the last layer of a recurrent memory's backbone.
+
+    Args:
+        model: a `RecurrentClassifier`, whose `recurrent` is that recurrent memory.
+        tokens: (1, length) token ids of one segment.
+        memory: (1, count, dim) memory tokens before it; columns = count + length.
+    """
     recurrent = model.recurrent
     stack = recurrent.backbone
     x = torch.cat([memory, stack.embedding(tokens)], 1)

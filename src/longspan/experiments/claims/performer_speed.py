@@ -40,7 +40,10 @@ _MOST = {_DENSE: 16384, _WEIGHTS: 4096}
 
 
 def step_of(name: str, length: int) -> Step:
-    """Return a forward and backward pass of a layer on random inputs, after a warm-up on a short text."""
+    """Return a function that runs a kind of attention forward and backward on `length` random tokens.
+
+    To warm up, one such pass on 128 tokens runs before this function returns.
+    """
 
     def step(count: int) -> Step:
         """Return a forward and backward pass on inputs of `count` tokens."""

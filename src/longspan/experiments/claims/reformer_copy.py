@@ -48,10 +48,13 @@ PLANS: dict[str, Plan] = {
 
 
 def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
-    """Return LSH attention with a number of hash rounds; `FULL` is two chunks that see each other, and so everything.
+    """Return the mixer table of LSH attention for texts of a word and its copy.
 
-    Strict: the mean size of buckets is the number of tokens seen in one. Sorted: twice as many buckets as chunks, as
-    in the paper.
+    Args:
+        selection: "strict": 32 tokens per bucket on average, as many as a query sees in one. "sorted": twice as many
+            buckets as chunks, as in the paper.
+        rounds: hash rounds; `FULL`: two chunks that see each other, which together are the whole text.
+        word: tokens of the word to copy.
     """
     if rounds == FULL:
         return {"name": "lsh", "selection": "sorted", "num_hashes": 1, "num_buckets": 2, "bucket_size": word + 1}

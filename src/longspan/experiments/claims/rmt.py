@@ -67,7 +67,10 @@ def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> 
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train all kinds of tasks with all seeds, then ask at all lengths; a second call resumes from the folder."""
+    """Train one model per kind of question and seed, then evaluate each at all lengths of text.
+
+    A second call resumes from the folder: finished trainings and evaluations are not repeated.
+    """
     by_kind: dict[str, dict[int, list[dict[str, Any]]]] = {kind: {} for kind in KINDS}
     # long texts last, so that an interrupted call has all short ones
     for kind in KINDS:

@@ -54,7 +54,10 @@ def plan(longest: int, count: int) -> list[tuple[int, int]]:
 
 
 def kinds_of(task: MemoryTask) -> tuple[Kind, ...]:
-    """Return the kinds of questions; a model trained to detect a fact can also memorize one at the start."""
+    """Return the kinds of questions that a model of this task is evaluated on.
+
+    A model trained to detect a fact anywhere can also memorize one at the start.
+    """
     return ("reasoning",) if task.config.kind == "reasoning" else ("memorize", "detect")
 
 

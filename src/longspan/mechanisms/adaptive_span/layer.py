@@ -191,7 +191,12 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         return self.config.max_span * logits.sigmoid().mT
 
     def _mean_span(self, span: Tensor, rows: BatchLayout) -> Tensor:
-        """Return the mean span of the layer in tokens; dynamic spans are averaged over real tokens."""
+        """Return the mean span of the layer in tokens, a scalar, for the auxiliary loss.
+
+        Args:
+            span: (heads,) learned spans, or (batch, heads, length) dynamic ones, which are averaged over real tokens.
+            rows: batch layout of the call.
+        """
         if span.ndim == 1:
             return span.mean()
         real = rows.real_columns()

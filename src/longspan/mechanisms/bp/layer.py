@@ -106,7 +106,10 @@ class BPMechanism(BoundedMechanism):
         return 2 * batch_size * shape.head_dim * (shape.num_heads * query + shape.num_kv_heads * node)
 
     def pairs(self, length: int) -> int:
-        """Count the (query, key token) pairs of `length` tokens, directly or within a span, summed over query heads."""
+        """Count the (query, visible token) pairs of `length` tokens, summed over query heads.
+
+        A token is visible to a query by itself or as part of a visible span.
+        """
         config = self.config
         one = ops.bp_pairs(length, nearest=config.k, levels=config.max_level, causal=self.shape.causal)
         return self.shape.num_heads * one

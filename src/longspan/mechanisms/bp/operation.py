@@ -139,7 +139,7 @@ def tile_of(length: int) -> int:
 def _check(
     q: Tensor, k: Tensor, v: Tensor, queries: Tensor, relative: Tensor | None, tree: Tree, has_state: bool
 ) -> None:
-    """Check the shapes and options of a `bp_attention` call; `later`: a state is given.
+    """Check the shapes and options of a `bp_attention` call; `has_state`: a state was passed.
 
     Raises:
         ConfigError: they do not match.
@@ -192,7 +192,10 @@ def bp_cost(length: int, *, nearest: int, levels: int, causal: bool = True, rela
 
 
 def bp_pairs(length: int, *, nearest: int, levels: int, causal: bool = True) -> int:
-    """Count the (query, key token) pairs of `length` tokens for one head, directly or within a node."""
+    """Count the (query, visible token) pairs of `length` tokens for one head.
+
+    A token is visible to a query by itself or as part of a visible node.
+    """
     size = 1 << levels
 
     def quotients(stop: int) -> int:

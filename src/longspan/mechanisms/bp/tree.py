@@ -135,8 +135,9 @@ class Layout(NamedTuple):
     longest: int
 
     def spread(self, x: Tensor) -> Tensor:
-        """Move tokens into chunks: (batch, heads, length, head_dim) to (batch, C, tile, heads, head_dim), else
-        zeros.
+        """Move tokens into chunks: (batch, heads, length, head_dim) to (batch, C, tile, heads, head_dim).
+
+        Columns without a token are zeros.
         """
         x = x.transpose(1, 2)
         size = self.source.shape[1]

@@ -249,7 +249,11 @@ class CompressiveMechanism(RelativeMechanism):
             return (past if past.shape[1] else None), None
 
         def layout() -> tuple[Tensor, Tensor]:
-            """Return the columns of [slots, hidden states] that each row sees (batch, columns), and counts (batch,)."""
+            """Return which columns of the joined slots and hidden states each row sees.
+
+            Returns:
+                Column indices (batch, columns), newest last, and how many of them are real (batch,).
+            """
             opened = rows.offsets % sizes.segment
             slots, memory = sizes.visible(rows.offsets - opened)
             count, near = slots + memory + opened, (memory + opened)[:, None]
@@ -384,7 +388,7 @@ class CompressiveMechanism(RelativeMechanism):
         return CompressiveState(hidden, compressed, usage, zeros(dtype=torch.int64))
 
     def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
-        """Return the state in the dtype of this call's hidden states."""
+        """Cast the state to the dtype of this call's hidden states, after a call in another precision (autocast)."""
         return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:

@@ -98,7 +98,13 @@ class AttentionLayout(NamedTuple):
 
 
 def _batches(tokens: Array, keys_before: Array, most_keys: int | None = None) -> Iterator[Array]:
-    """Yield groups of segments with similar numbers of tokens and earlier keys, about `most_keys` keys at most."""
+    """Yield groups of segments that are computed together: with similar numbers of tokens and earlier keys.
+
+    Args:
+        tokens: number of tokens of each segment.
+        keys_before: number of keys that each segment sees before its first token of the call.
+        most_keys: about how many keys a group may have; None = no limit.
+    """
     size = -(-tokens // QUERIES) * (keys_before.max(initial=0) + KEYS) + -(-keys_before // KEYS)
     for value in np.unique(size):
         members = np.flatnonzero(size == value)

@@ -185,7 +185,16 @@ def _backward(
     layout: Layout,
     alpha_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v and alpha, computed tile by tile; `grad` is that of the outputs."""
+    """Return the gradients of q, k, v and alpha, computed tile by tile.
+
+    Args:
+        grad: gradient of the outputs.
+        q, k, v: inputs of the forward pass.
+        exponents: alpha - 1 of each head, as numbers; None for tensors without values.
+        thresholds: of the queries, from `entmax_forward`.
+        layout: which keys each query sees, in tiles.
+        alpha_learns: whether the gradient of alpha is needed.
+    """
     dtype, group = thresholds.dtype, q.shape[1] // k.shape[1]
     q, k, v, grad = (t.to(dtype) for t in (q, k, v, grad))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()

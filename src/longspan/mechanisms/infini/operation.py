@@ -176,7 +176,10 @@ class InfiniRule(NamedTuple):
 
 
 def _feature(x: Tensor, *, queries: bool = False) -> Tensor:
-    """Return the elu + 1 features of x (..., d), in fp32 or wider; query features may be rescaled per vector."""
+    """Return the elu + 1 features of x (..., d), in fp32 or wider.
+
+    With `queries`, features of a vector may have a common factor: it prevents underflow and cancels in the output.
+    """
     return elu_features(x.to(torch.promote_types(x.dtype, torch.float32)), queries=queries)
 
 

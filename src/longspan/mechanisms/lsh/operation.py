@@ -287,7 +287,7 @@ def lsh_cost(
     shared_qk: bool = True,
     selection: str = "strict",
 ) -> int:
-    """Count the score entries per query head that `lsh_attention` computes for one document without rings.
+    """Count the scores per query head that `lsh_attention` computes for one document without earlier tokens.
 
     Hashing is not included: length * num_hashes * num_buckets // 2 products of head_dim per head (twice if not shared).
 

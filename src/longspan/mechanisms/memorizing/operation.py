@@ -170,7 +170,14 @@ def nearest_of_blocks(blocks: Iterator[tuple[int, Tensor]], top: int) -> tuple[T
 
 
 def _make_search(top: int, first: Tensor, last: Tensor, shape: tuple[int, int]) -> Search:
-    """Build the `Search` of queries (batch, length), with a single row if all rows are equal."""
+    """Build the `Search` of a call, with a single row if all rows are equal.
+
+    Args:
+        top: number of keys that each query retrieves.
+        first: first key column that each query may see, broadcastable to `shape`.
+        last: like `first`, the column after the last one.
+        shape: (batch, length) of the queries.
+    """
     begin, end = host.read([first, last])
     first, last = first.broadcast_to(shape), last.broadcast_to(shape)
     if begin is None or end is None:

@@ -34,7 +34,8 @@ def favor_features(
     elif kind == "relu":
         phi = w.clamp(min=0) + 1e-3
     else:
-        raise ValueError(f"kind = {kind!r}: unknown kind of random features")
+        known = "positive, hyperbolic, trigonometric, bounded or relu"
+        raise ValueError(f"random features: kind = {kind!r}: must be {known}")
     return phi, torch.zeros_like(phi[..., 0])
 
 

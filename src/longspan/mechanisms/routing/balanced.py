@@ -171,7 +171,7 @@ def _schedule(
         return wide.gather(3, query_lists.clamp(min=0)).view(rows, size)
 
     def slot_from(column: Tensor) -> Tensor:
-        """Return the slot of the first listed key at or after each column."""
+        """Return the slot of the first key in each list at or after the columns (rows, n), like `column`."""
         return torch.searchsorted(sorted_keys, column.contiguous()) + row * size
 
     own = None

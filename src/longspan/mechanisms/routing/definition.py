@@ -128,6 +128,6 @@ def _in_rings(queried: Tensor, position: Tensor, lengths: Tensor | None, start: 
 
 
 def _last(members: Tensor, count: int) -> Tensor:
-    """Return a bool mask of the columns that have fewer than `count` members after them."""
+    """Return a bool mask like `members` (..., columns): columns with fewer than `count` True entries after them."""
     behind = members.flip(-1).cumsum(-1).flip(-1) - members.long()
     return behind < count

@@ -162,7 +162,10 @@ def _local_plan(length: int, stride: int) -> Plan:
 
 
 def _attend_strided(call: Call, stride: int, part: str, scale: float) -> Tensor:
-    """Return outputs (batch, heads, length, head_dim) of a checked call with the strided pattern."""
+    """Return outputs (batch, heads, length, head_dim) of a checked call with the strided pattern.
+
+    `part` is "union" or "summary"; "local" is computed as a window.
+    """
     length, memory, union = call.q.shape[2], call.memory, part == "union"
     if is_decode(call):
         return decode(_select_strided_keys(call, stride, union), scale=scale)

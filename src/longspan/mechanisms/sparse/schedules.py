@@ -119,7 +119,7 @@ class BlockScores(Scores):
         self.masks: dict[Run, Tensor] = {}
 
     def added(self, tile: Tile) -> Tensor | None:
-        """Return the mask added to a tile's scores: 0 where visible, very negative where hidden."""
+        """Return the additive mask of a tile: 0 where the pattern shows a key, HIDDEN elsewhere; see `Scores.added`."""
         mask = self.masks.get(tile.run)
         if mask is None:
             mask = self.masks[tile.run] = self._mask(tile.run)
