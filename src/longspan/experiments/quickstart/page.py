@@ -85,14 +85,7 @@ def _accuracy(readings: list[Reading], most: int) -> Picture:
 
 def _table(readings: list[Reading]) -> Table:
     """Return the table of answers by number of segments."""
-    columns = [
-        "segments",
-        "tokens",
-        *readings[0].answers,
-        "facts cut by a segment border",
-        "false writes",
-        "repeats of a sentence",
-    ]
+    columns = ["segments", "tokens", *readings[0].answers, "cut facts", "false writes", "repeats"]
     rows = []
     for reading in readings:
         answers = list(reading.answers.values())
@@ -107,7 +100,11 @@ def _table(readings: list[Reading]) -> Table:
                 f"{max(answer.repeats for answer in answers):.2f} times",
             )
         )
-    return Table(columns=columns, rows=rows, right=tuple(range(len(columns))))
+    caption = (
+        "Cut facts lie across a segment border. False writes: segments without a fact that wrote to memory. Repeats: "
+        "how often a noise sentence occurs in a text, on average."
+    )
+    return Table(columns=columns, rows=rows, right=tuple(range(len(columns))), caption=caption)
 
 
 def _example(model: Any, task: MemoryTask, readings: list[Reading]) -> list[Passage | Text]:
@@ -115,7 +112,7 @@ def _example(model: Any, task: MemoryTask, readings: list[Reading]) -> list[Pass
     kind = next(iter(readings[-1].answers))
     sample = task.sample("test", 1, [0], kind=kind)  # type: ignore[arg-type]
     (segment,) = list(sample)
-    text = task.tokenizer.decode(segment.tokens).decode("utf-8", "replace")
+    text = task.tokenizer.decode(segment.tokens).decode("utf-8", "replace").strip()
     model.eval()
     with torch.no_grad():
         logits, _ = model(torch.from_numpy(segment.tokens)[None].to(device_and_dtype(model).device), None)
