@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from longspan import hf  # noqa: E402
 
 # forms of mechanisms that have an auxiliary loss large enough to be seen beside the main one
-PENALISED: dict[str, dict[str, Any]] = {
+WITH_AUX_LOSSES: dict[str, dict[str, Any]] = {
     "adaptive_span": {"penalty": 0.5},
     "compressive": {"loss": "attention", "loss_weight": 1e6},
     "routing": {"commitment": 1.0},
@@ -126,8 +126,8 @@ def test_the_real_trainer(kind: str, tmp_path: Path) -> None:
 )
 def test_causal_models_with_auxiliary_losses(name: str, tmp_path: Path) -> None:
     rows = language(ragged=name == "adaptive_span")  # a mean over data takes the share of its labels
-    check(lambda: causal(name, **PENALISED[name]), rows, tmp_path)
-    model = causal(name, **PENALISED[name]).train()
+    check(lambda: causal(name, **WITH_AUX_LOSSES[name]), rows, tmp_path)
+    model = causal(name, **WITH_AUX_LOSSES[name]).train()
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     out = model(**batch)
     plain = model.loss_function(logits=out.logits, labels=batch["labels"], vocab_size=VOCAB)
@@ -203,7 +203,7 @@ def test_converted_models(name: str) -> None:
 @pytest.mark.parametrize(("name", "smoothing"), [("adaptive_span", 0.0), ("routing", 0.1)])
 def test_converted_models_with_auxiliary_losses(name: str, smoothing: float, tmp_path: Path) -> None:
     def make() -> Any:
-        return converted_to(name, **PENALISED[name])
+        return converted_to(name, **WITH_AUX_LOSSES[name])
 
     def options(model: Any) -> dict[str, Any]:
         return {"compute_loss_func": hf.TrainerLoss(model, label_smoothing=smoothing)}

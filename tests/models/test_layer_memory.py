@@ -219,7 +219,7 @@ def test_replay_keeps_the_penalties_of_the_backbone() -> None:
     outcomes = []
     for replay in (False, True):
         model = ls.RecurrentMemory(
-            Penalised(backbone("encoder").config), num_memory_tokens=3, segment_length=5, replay=replay
+            WithAuxLosses(backbone("encoder").config), num_memory_tokens=3, segment_length=5, replay=replay
         )
         torch.manual_seed(0)
         aux_losses: list[torch.Tensor] = []
@@ -229,7 +229,7 @@ def test_replay_keeps_the_penalties_of_the_backbone() -> None:
     assert outcomes[0] == outcomes[1] == (3, True)
 
 
-class Penalised(ls.Encoder):
+class WithAuxLosses(ls.Encoder):
     """An encoder that asks for small hidden states."""
 
     def run(self, *args: Any) -> Any:

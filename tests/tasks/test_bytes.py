@@ -100,13 +100,13 @@ def test_images_are_held_out_whole(images: Path) -> None:
 
 
 def test_other_kinds_of_images_become_color(tmp_path: Path) -> None:
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    Image.fromarray(np.dstack([grey, grey + 1, grey + 2, grey])).save(tmp_path / "alpha.png")
+    gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    Image.fromarray(np.dstack([gray, gray + 1, gray + 2, gray])).save(tmp_path / "alpha.png")
     items: Any = TilesTask(TilesConfig(tile=8)).read(str(tmp_path)).items
     alpha, plain = items
-    np.testing.assert_array_equal(plain.ids.reshape(8, 8, 3), np.dstack([grey] * 3))
-    np.testing.assert_array_equal(alpha.ids.reshape(8, 8, 3), np.dstack([grey, grey + 1, grey + 2]))
+    np.testing.assert_array_equal(plain.ids.reshape(8, 8, 3), np.dstack([gray] * 3))
+    np.testing.assert_array_equal(alpha.ids.reshape(8, 8, 3), np.dstack([gray, gray + 1, gray + 2]))
 
 
 def test_a_file_is_split_into_tunes(tunes: Path) -> None:
