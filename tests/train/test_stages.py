@@ -100,7 +100,14 @@ def test_resumed_stages_are_the_same_bit_for_bit(
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
-@pytest.mark.parametrize("fields", [{}, {"sampling": "pieces"}, {"bptt_segments": 2, "accumulation": 2}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        pytest.param({"sampling": "pieces"}, marks=pytest.mark.long),
+        pytest.param({"bptt_segments": 2, "accumulation": 2}, marks=pytest.mark.long),
+    ],
+)
 def test_one_stage_is_a_run_without_stages(
     recipe: dict[str, Any], tmp_path: Path, losses: Losses, fields: dict[str, Any]
 ) -> None:
@@ -123,6 +130,7 @@ def test_lanes_of_two_stages_read_in_different_orders(recipe: dict[str, Any], tm
     assert first != second
 
 
+@pytest.mark.long
 def test_two_processes_read_the_stages_of_one(staged: dict[str, Any], tmp_path: Path) -> None:
     staged["train"] |= {"steps": 12, "dtype": "float64", "final_eval_tokens": 500}
     staged["train"]["stages"][0]["steps"] = 4
