@@ -227,7 +227,7 @@ def test_the_joint_law_is_reported_with_intervals_and_its_budget() -> None:
     assert len(data["laws"]["chinchilla"]["intervals"]) == 5
     assert "counts 6 N D, without attention to the context, which is 9% to 33% of these runs' FLOPs" in text
     joint_law("chinchilla", [{**row, "N": 1e6} for row in rows], 1e18, blocks, data)
-    assert "No law in parameters and tokens: runs with 1 distinct values of N cannot determine" in blocks[-1].text
+    assert "No joint law in parameters and tokens: runs with 1 distinct values of N cannot determine" in blocks[-1].text
     tied = [{**row, "N": row["D"] / 20 * (1 + index % 2 * 1e-9)} for index, row in enumerate(rows)]
     tied += [{**row, "N": row["N"] * 7, "D": row["D"] * 7} for row in tied]
     joint_law("chinchilla", tied, 1e18, blocks, data)

@@ -86,9 +86,9 @@ def test_three_models_are_trained_and_a_second_call_measures_nothing(folder: Pat
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("held-out*.json")}
     lines = [figure.what for figure in outcome.figures]
     assert sum(what.startswith("equal tokens:") for what in lines) == 5
-    assert "equal tokens: transformer_xl, to the same weights read without memory" in lines
+    assert "equal tokens: transformer_xl, relative to the same weights evaluated without memory" in lines
     for name in claim.WITHOUT:
-        assert f"longer: {name}, to the same model trained without memory" in lines
+        assert f"longer: {name}, relative to the same model trained without memory" in lines
     assert [drawn.name for drawn in outcome.pictures] == ["language-modelling", "language-modelling-memory"]
     longer = outcome.data["longer"]
     bytes_read, _ = claim.lead(longer["infini"], longer["segments"], width=1)

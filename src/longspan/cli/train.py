@@ -59,6 +59,7 @@ def train(
       longspan train tiny
       longspan train quickstart-lm --set train.minutes=20 --set model.dim=256 -o runs/larger
       longspan train --resume -o runs/larger
+      longspan train lm/full -o runs/full
       longspan train lm/infini --init runs/full -o runs/infini
     """
     if recipe is None and not (resume and output):
