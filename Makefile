@@ -70,7 +70,7 @@ test: $(VENV)/.data $(PROTEINS)
 
 # the tests that `make test` leaves out; a second call resumes with those that have not passed yet
 test-long: $(VENV)/.data $(PROTEINS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m long --resume out/test-long.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m long --resume=out/test-long.jsonl
 
 # The oldest torch, transformers and peft that pyproject.toml allows, in a separate venv. The torch of PyPI installs
 # several GB of CUDA packages; `make test-oldest TORCH_INDEX=https://download.pytorch.org/whl/cpu` avoids them.
