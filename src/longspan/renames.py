@@ -249,27 +249,21 @@ def accept_old_names(namespace: Any) -> None:
 
 
 def keywords(where: str, call: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of a call, some of them given under their old names: for a method that is not wrapped.
+    """Return the keywords of a call of a method that is not wrapped, `old` ones under their present names.
 
     Args:
         where: the method, a key of `KEYWORDS`.
-        call: its keywords and what they were given as, or their defaults.
+        call: its present keywords; None where one was not given.
         old: keywords that the method does not have.
 
     Raises:
         TypeError: one of `old` is not an old name.
         ConfigError: a keyword is given under both names.
     """
-    new_of_old, current = KEYWORDS[where], dict(call)
-    for key, item in old.items():
-        if key not in new_of_old:
-            raise TypeError(f"{where}() got an unexpected keyword argument {key!r}")
-        new = new_of_old[key]
-        if current[new] not in (None, "logits"):
-            raise ConfigError(f"{where}: {key!r} is the old name of {new!r}; leave {key!r} out")
-        warn(f"{where}: {key!r}", repr(new), stacklevel=4)
-        current[new] = item
-    return current
+    if unknown := old.keys() - KEYWORDS[where]:
+        raise TypeError(f"{where}() got an unexpected keyword argument {min(unknown)!r}")
+    given = {key: item for key, item in call.items() if item is not None}
+    return renamed(KEYWORDS[where], {**given, **old}, where)
 
 
 def _old_attribute(owner: str, old: str, new: str) -> property:

@@ -183,7 +183,7 @@ class KeyValueMechanism(Mechanism):
         return JoinedKeys(q, keys, values, memory, next_state)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> KeyValueState:
-        """Return an empty state with all `capacity` columns, or with none where there is no capacity."""
+        """Return an empty state with all `capacity` columns, or with zero columns if the capacity is unlimited."""
         shape = (batch_size, self.shape.num_kv_heads, self.capacity or 0, self.shape.head_dim)
         k = torch.zeros(shape, device=device, dtype=dtype)
         return KeyValueState(k, k.clone(), torch.zeros(batch_size, dtype=torch.int64, device=device))

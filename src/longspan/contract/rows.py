@@ -39,7 +39,7 @@ class BatchLayout:
         emptied: (B,) bool, rows with a reset after their last real token; None = no row.
         live: (B,) int64, live tokens of each row after the call.
         offsets, lengths_read, lives: host values of `offset`, of the number of real tokens and of `live`.
-        shapes_only: there are no values (meta or fake tensors with a state), so the layout depends on shapes alone.
+        shapes_only: tensors have shapes but no values (meta or fake tensors with a state); the layout uses shapes only.
 
     The host reads masks, resets, offsets and the other tensors that decide the layout (`reads`) once, when
     `BatchLayout` is built; no method of `BatchLayout` waits for a device afterwards.

@@ -137,7 +137,7 @@ class _Limits(NamedTuple):
     def causal(self, own: Any, memory: int, dropped: int, maximum: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
         """Return the first visible key column of each query, and which queries see no key, in the causal form.
 
-        Both are (batch, length or 1), int64 and bool, or None where there is no limit.
+        Both are (batch, length or 1), int64 and bool, or None if unlimited.
 
         Args:
             own: (length,) the key column of each query.

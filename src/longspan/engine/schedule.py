@@ -107,7 +107,7 @@ class QueryOrder(Protocol):
         """Arrange x (batch, heads, length, dim) in this order, with zeros at empty places."""
 
     def restored(self, x: Tensor, shape: torch.Size, missing: float = 0.0) -> Tensor:
-        """Undo `ordered`: return (*shape, dim) in the order of the sequence, with `missing` where there is no entry."""
+        """Undo `ordered`: return (*shape, dim) in the order of the sequence, with `missing` for absent entries."""
 
 
 class KeyOrder(Protocol):

@@ -67,8 +67,14 @@ class Decoder(Stack):
         triggered. `old`: `penalties` and `give`, the names of `aux_losses` and `output` in version 0.1.
         """
         if old:
-            call = {"mask": mask, "reset": reset, "aux_losses": aux_losses, "inputs_embeds": inputs_embeds}
-            return self(tokens, state, **renames.keywords("Decoder.forward", {**call, "output": output}, old))
+            call: dict[str, Any] = {
+                "mask": mask,
+                "reset": reset,
+                "aux_losses": aux_losses,
+                "inputs_embeds": inputs_embeds,
+            }
+            call["output"] = None if output == "logits" else output
+            return self(tokens, state, **renames.keywords("Decoder.forward", call, old))
         if output == "head":
             return self._head()
         with all_or_nothing():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longspan import mixers, tasks
+from longspan import mixers, renames, tasks
 from longspan.config import from_dict, override, to_dict
 from longspan.contract.registry import mechanism_class
 from longspan.errors import CheckpointError, ConfigError
@@ -101,7 +101,8 @@ def is_memory_run(folder: str | Path) -> bool:
 
 def is_passkey_run(folder: str | Path) -> bool:
     """Return whether a folder is a run trained with the passkey curriculum (`curriculum = "passkey"`)."""
-    return recipe_table(folder, "train").get("curriculum") in ("passkey", "retrieval")
+    with renames.reading_saved():
+        return bool(renames.value("train.curriculum", recipe_table(folder, "train").get("curriculum")) == "passkey")
 
 
 def _open_pretrained(folder: str | Path, dtype: str) -> tuple[Any, Task, str]:

@@ -56,8 +56,6 @@ FREE = (
     *("steps", "minutes", "log_every", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "keep"),
     *("threads", "device", "accumulation"),
 )
-# a run of a version without these fields began with these values, whatever the recipe of the resumed run says
-_FIELDS_SINCE = {"init": ""}
 
 
 def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,14 +297,14 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: a field differs that may not change when a run is resumed.
     """
     with renames.reading_saved():
-        stored = renames.recipe(stored_recipe(folder))
+        # a field that an older version did not have began with its default
+        stored = resolve(stored_recipe(folder))
     recipe = renames.recipe(recipe)
     merged = {**stored, **recipe, **{name: {**stored[name], **recipe.get(name, {})} for name in TABLES}}
     resolved = resolve(merged)
     for name in TABLES:
         for key, value in resolved[name].items():
-            # a field that an older version did not have began with its default
-            began = stored[name].get(key, _FIELDS_SINCE.get(key, value) if name == "train" else value)
+            began = stored[name].get(key, value)
             if value != began and not (name == "train" and key in FREE) and (name, key) != ("task", "cache"):
                 raise ConfigError(
                     f"{name}.{key} = {value!r}, but the run in {folder} began with {began!r}; "
