@@ -41,6 +41,17 @@ def test_the_rate_warms_up_and_then_follows_a_cosine() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_a_constant_rate_falls_linearly_over_the_rest_of_the_run() -> None:
+    config = TrainConfig(steps=100, warmup=10, constant=0.9, min_lr_ratio=0.05)
+    rates = [config.rate(step, 0.0) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10:90] == [1.0] * 80
+    assert rates[90:96] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+    assert rates[100] == pytest.approx(0.05)
+    with pytest.raises(ConfigError, match=r"train\.constant = 1\.5: must be from 0 to 1"):
+        TrainConfig(constant=1.5)
+
+
 def test_the_schedule_follows_time_or_steps_whichever_is_further() -> None:
     config = TrainConfig(steps=100, minutes=1, warmup=0)
     assert config.rate(50, 0.0) == pytest.approx(config.rate(0, 30.0))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
-from longspan.config import check_least
+from longspan.config import check_least, check_shares
 from longspan.errors import ConfigError
 
 DEFAULT_STEPS = 1000
@@ -30,6 +30,9 @@ class RunConfig:
     """steps of linear warm-up"""
     min_lr_ratio: float = 0.1
     """learning rate at the end, as a fraction of `lr`"""
+    constant: float | None = None
+    """share of the run at the full learning rate, which then falls linearly; 0.9 lets losses at several lengths of
+    training be read off one run; None: the rate falls along a cosine from the end of the warm-up"""
     betas: tuple[float, float] = (0.9, 0.95)
     """of AdamW"""
     weight_decay: float = 0.1
@@ -56,6 +59,8 @@ class RunConfig:
         check_least(self, "train", {"log_every": 1, "keep": 1} | dict.fromkeys(_NOT_NEGATIVE, 0))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas = {list(self.betas)}: must be two numbers from 0 to below 1")
+        if self.constant is not None:
+            check_shares(self, "train", ("constant",))
 
     @property
     def step_limit(self) -> int | None:
@@ -80,6 +85,21 @@ class RunConfig:
         by_steps = self.step_limit is not None and step >= self.step_limit
         return by_steps or (self.minutes is not None and seconds >= 60 * self.minutes)
 
+    def rate(self, step: int, seconds: float) -> float:
+        """Return the factor of `lr` in step `step` (from 0): linear warm-up, then as `constant` says."""
+        warm = min(1.0, (step + 1) / max(self.warmup, 1))
+        if self.constant is not None:
+            done = self.fraction_done(step, seconds)
+            left = (1 - done) / max(1 - self.constant, 1e-9)
+            return warm * (1.0 if done < self.constant else max(left, self.min_lr_ratio))
+        if step < self.warmup:
+            return warm
+        by_time = 0.0 if self.minutes is None else seconds / max(60 * self.minutes, 1e-9)
+        limit = self.step_limit
+        by_steps = 0.0 if limit is None else (step - self.warmup) / max(limit - self.warmup, 1)
+        progress = min(max(by_steps, by_time), 1.0)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -100,7 +120,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """Fields of `[train]` for language models; after the warm-up the learning rate falls along a cosine."""
+    """Fields of `[train]` for language models."""
 
     lanes: int = 8
     """rows of the batch, over all processes together"""
@@ -191,16 +211,6 @@ class TrainConfig(RunConfig):
         """Return the index of the stage (from 0) in which step `step` (from 0) is made; 0 without stages."""
         ends = accumulate(stage.steps or 0 for stage in (self.stages or ())[:-1])
         return sum(step >= end for end in ends)
-
-    def rate(self, step: int, seconds: float) -> float:
-        """Return the factor of `lr` in step `step` (from 0): linear warm-up, then a cosine down to `min_lr_ratio`."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        by_time = 0.0 if self.minutes is None else seconds / max(60 * self.minutes, 1e-9)
-        limit = self.step_limit
-        by_steps = 0.0 if limit is None else (step - self.warmup) / max(limit - self.warmup, 1)
-        progress = min(max(by_steps, by_time), 1.0)
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _check_pieces(where: str, sampling: Sampling, bptt_segments: int) -> None:

@@ -32,7 +32,6 @@ class CurriculumConfig(RunConfig):
         window: number of batches over which accuracy is averaged.
         patience: steps after which a stage ends in any case; 0: never.
         frontier: share of batches from the current stage; the others are from earlier stages.
-        constant: share of the run at the full learning rate, which then falls linearly to `min_lr_ratio` of it.
     """
 
     tokens: int = 32_000
@@ -41,7 +40,7 @@ class CurriculumConfig(RunConfig):
     patience: int = 0
     frontier: float = 0.5
     warmup: int = 50
-    constant: float = 0.6
+    constant: float | None = 0.6
     min_lr_ratio: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
@@ -51,13 +50,7 @@ class CurriculumConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, "train", {"tokens": 1, "window": 1, "patience": 0})
-        check_shares(self, "train", ("accuracy", "frontier", "constant", "min_lr_ratio"))
-
-    def rate(self, step: int, seconds: float) -> float:
-        """Return the factor of `lr` in step `step` (from 0): linear warm-up, constant, then a linear decay."""
-        done = self.fraction_done(step, seconds)
-        falling = 1.0 if done < self.constant else max((1 - done) / max(1 - self.constant, 1e-9), self.min_lr_ratio)
-        return min(1.0, (step + 1) / max(self.warmup, 1)) * falling
+        check_shares(self, "train", ("accuracy", "frontier", "min_lr_ratio"))
 
 
 @dataclass

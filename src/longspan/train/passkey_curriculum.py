@@ -48,7 +48,7 @@ class PasskeyCurriculumConfig(CurriculumConfig):
     window: int = 20
     lr: float = 3e-3
     warmup: int = 100
-    constant: float = 0.7
+    constant: float | None = 0.7
     betas: tuple[float, float] = (0.9, 0.95)
     mentions: int = 4
     first_length: int = 268
