@@ -33,7 +33,7 @@ class EvaluateOptions:
         list[str] | None,
         typer.Argument(
             metavar="[FILE]...",
-            help="Files, folders, globs, sotu, kjv or stdlib; each file is one document. None: the run's held-out documents.",
+            help="Files, folders, globs, sotu, kjv or stdlib, one document per file. None: the run's held-out documents.",
             show_default=False,
         ),
     ] = None
