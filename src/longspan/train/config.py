@@ -42,8 +42,9 @@ class RunConfig:
     seed: int = 0
     """of initialization, data order and dropout"""
     init: str = ""
-    """folder of a run or of a saved model from which the weights are taken that fit by name and shape, before step 0;
-    a resumed run no longer needs it; see `longspan.train.init`"""
+    """start from which the weights are taken that fit by name and shape, before step 0: `"speeches"` or `"code"` (the
+    trained models of the package), or the folder of a run or of a saved model; a resumed run no longer needs it; see
+    `longspan.train.init`"""
     log_every: int = 10
     """steps between two lines of the log; a line has the means over these steps"""
     checkpoint_every: int = 500

@@ -1,4 +1,4 @@
-"""Warm starts: a new run takes its first weights from a run or a saved model (`train.init`).
+"""Warm starts: a new run takes its first weights from a run, a saved model, or a named start (`train.init`).
 
 Only parameters are taken; statistics and random draws in buffers stay new. A parameter is taken if its name and shape
 agree with one of the start. For that:
@@ -32,6 +32,7 @@ from longspan.tasks import Task
 from longspan.train import folders, pretrained
 from longspan.train.distributed import Group
 from longspan.train.opening import is_pretrained_folder, load_run, stored_recipe
+from longspan.train.starts import SHIPPED, start_folder
 
 SUMMARY = "init.json"
 _SHOWN = 4
@@ -76,7 +77,7 @@ def start_from(model: nn.Module, init: str, task: Task, group: Group) -> WarmSta
 
     Args:
         model: on the CPU, in the dtype in which it is trained.
-        init: folder of a run, or of a model that `save_model` wrote.
+        init: name of a start (`longspan.train.starts`), folder of a run, or of a model that `save_model` wrote.
         task: of the new run, prepared.
         group: the processes of the run.
 
@@ -92,7 +93,7 @@ def start_from(model: nn.Module, init: str, task: Task, group: Group) -> WarmSta
         try:
             # building the start's model draws random numbers, which must not change the run
             with torch.random.fork_rng(devices=[]):
-                start, start_task = _open_start(Path(init))
+                start, start_task = _open_start(start_folder(init))
             _check_tokens(model, task, start, start_task, init)
             outcome = take_weights(model, start, init, tokenizer_compared=start_task is not None)
         except LongspanError as error:
@@ -136,7 +137,8 @@ def _open_start(folder: Path) -> tuple[Any, Task | None]:
     where = f"train.init = {str(folder)!r}"
     if not (folder.is_dir() and any((folder / name).is_file() for name in ("recipe.json", "config.json"))):
         problem = "has neither a run nor a saved model" if folder.is_dir() else "there is no such folder"
-        raise CheckpointError(f"{where}: {problem}; give the folder of a run or of a saved model")
+        names = ", ".join(map(repr, SHIPPED))
+        raise CheckpointError(f"{where}: {problem}; give the folder of a run or of a saved model, or {names}")
     is_run = (folder / "recipe.json").is_file()
     if is_pretrained_folder(folder) or (is_run and pretrained.is_pretrained(stored_recipe(folder))):
         raise ConfigError(

@@ -1,0 +1,113 @@
+"""Named starts: trained models that `train.init` takes by name, so that comparisons begin from the same weights.
+
+`speeches` and `code` are in the package: dense models of 0.8 M parameters on bytes, trained by the recipe
+`recipes/start/NAME.toml` and stored in bfloat16 with their scores in `start.json`. `tiny` is for tests: it is trained
+when it is first used.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from longspan.config import read_toml
+from longspan.errors import CheckpointError
+from longspan.train.recipes import find_recipe
+from longspan.version import __version__
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]
+
+SHIPPED = ("speeches", "code")
+"""names of the starts that are part of the package"""
+TRAINED = ("tiny",)
+"""names of the starts that are trained when they are first used"""
+SUMMARY = "start.json"
+
+
+def start_folder(init: str) -> Path:
+    """Return the folder of a start: that of a named start, or `init` itself as a path.
+
+    A folder that has the name of a start is given as `./speeches`.
+
+    Args:
+        init: as `train.init` names it: `"speeches"`, `"code"`, `"tiny"`, or the folder of a run or of a saved model.
+
+    Raises:
+        CheckpointError: the start is not part of this installation, or could not be trained.
+    """
+    if init in TRAINED:
+        return _trained(init)
+    if init not in SHIPPED:
+        return Path(init)
+    folder = Path(__file__).parents[1] / "starts" / init
+    if not (folder / SUMMARY).is_file():
+        raise CheckpointError(
+            f"train.init = {init!r}: this installation has no such start; train it with `longspan train start/{init}` "
+            "and give the folder of that run"
+        )
+    return folder
+
+
+def recipe_hash(recipe: dict[str, Any]) -> str:
+    """Return a digest of the tables of a recipe as they are written, without its text `about`."""
+    tables = {name: table for name, table in recipe.items() if name != "about"}
+    return hashlib.blake2b(json.dumps(tables, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Return the folder for files that can be made again: `$LONGSPAN_CACHE`, or `longspan` in the user's cache."""
+    chosen = os.environ.get("LONGSPAN_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longspan"
+
+
+def _trained(name: str) -> Path:
+    """Return the folder of a start that is trained when it is first used, and then stays in the cache."""
+    recipe = find_recipe(f"start/{name}")
+    folder = cache_folder() / "starts" / f"{name}-{__version__.replace('.', '-')}-{recipe_hash(read_toml(recipe))}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _one_process_at_a_time(folder.with_suffix(".lock")):
+            if not (folder / "model").is_dir():
+                with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                    _train(recipe, Path(work) / "run")
+                    shutil.move(Path(work) / "run", folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"train.init = {name!r}: cannot be saved in {folder.parent}: {error.strerror or error}; set LONGSPAN_CACHE "
+            "to a folder that can be written"
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for a lock on a file, which ends with the process; without `flock` there is no lock."""
+    with open(path, "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _train(recipe: Path, folder: Path) -> None:
+    """Train a recipe in a process of its own, which neither joins a group of processes nor changes random generators.
+
+    Raises:
+        CheckpointError: the training failed; the message ends with its last line.
+    """
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in group}
+    command = [sys.executable, "-m", "longspan", "train", str(recipe), "-o", str(folder), "--device", "cpu"]
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if outcome.returncode:
+        last = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CheckpointError(f"train.init = {recipe.stem!r}: its training failed: {last}")
