@@ -26,6 +26,7 @@ from longspan.experiments.claims.reformer_copy import REFORMER_COPY
 from longspan.experiments.claims.reformer_depth import REFORMER_DEPTH
 from longspan.experiments.claims.rmt import RMT
 from longspan.experiments.claims.routing import ROUTING
+from longspan.experiments.claims.scaling import SCALING
 from longspan.experiments.claims.sparse import SPARSE
 from longspan.experiments.claims.xl import XL
 
@@ -37,7 +38,7 @@ _ALL = (
     *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
     *(SPARSE, ADAPTIVE_SPAN, ENTMAX, BP_TRANSFORMER),
     *(REFORMER_COPY, REFORMER_DEPTH, ROUTING),
-    *(XL, COMPRESSIVE, LANGUAGE_MODELLING),
+    *(XL, COMPRESSIVE, LANGUAGE_MODELLING, SCALING),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}
 
