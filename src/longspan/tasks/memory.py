@@ -187,18 +187,27 @@ class MemorySample:
 
     Args:
         task: supplies tokenizer and noise.
-        split: of the noise; training noise has hard negatives, see `MemoryConfig`.
+        split: of the noise.
         segments: number of segments.
         seed: determines the whole sample.
         kind: of the task.
         size: tokens per segment.
+        negatives: whether the noise has hard negatives, see `MemoryConfig`.
     """
 
     def __init__(
-        self, task: "MemoryTask", split: "MemorySplit", segments: int, seed: Sequence[int], kind: Kind, size: int
+        self,
+        task: "MemoryTask",
+        split: "MemorySplit",
+        segments: int,
+        seed: Sequence[int],
+        *,
+        kind: Kind,
+        size: int,
+        negatives: bool,
     ) -> None:
         self.noise, self.segments, self.size = task.noise(split), segments, size
-        self.negatives = task.negatives(kind) if split == "train" else None
+        self.negatives = task.negatives(kind) if negatives else None
         self.drawn = np.zeros(len(self.noise), dtype=np.int32)
         self.seed = [*seed, segments]
         random = np.random.default_rng([*self.seed, 0])
@@ -339,6 +348,7 @@ class MemoryTask:
         *,
         kind: Kind | None = None,
         size: int | None = None,
+        negatives: bool | None = None,
     ) -> MemorySample:
         """Return the sample of a seed; equal arguments give equal samples.
 
@@ -348,9 +358,11 @@ class MemoryTask:
             seed: whole numbers.
             kind: of the task; None: that of the configuration.
             size: tokens per segment; None: `segment_length` of the configuration.
+            negatives: whether the noise has hard negatives, see `MemoryConfig`; None: in the split `train`.
         """
         kind, size = kind or self.config.kind, size or self.config.segment_length
-        return MemorySample(self, split, segments, seed, kind, size)
+        negatives = split == "train" if negatives is None else negatives
+        return MemorySample(self, split, segments, seed, kind=kind, size=size, negatives=negatives)
 
     def negatives(self, kind: Kind) -> Negatives:
         """Return the source of hard negatives for training noise."""
