@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2  # type: ignore[import-untyped]
 
 from longspan import tasks
 from longspan.errors import ConfigError
-from longspan.models import build_model
+from longspan.models import Trace, build_model
 from longspan.tasks import MemoryTask
 from longspan.train import resolve
 from longspan.train.gate_calibration import (
@@ -80,17 +80,18 @@ def test_logits_are_those_of_the_gates_segment_by_segment(task: MemoryTask) -> N
     logits = read_gates(model, task, samples=range(3, 8), segments=4, batch=2, seed=5)
     one_by_one = [read_gates(model, task, samples=range(i, i + 1), segments=4, seed=5) for i in range(3, 8)]
     for both in zip(logits, join(one_by_one), strict=True):
-        np.testing.assert_allclose(*map(np.sort, both), atol=1e-5)
+        np.testing.assert_allclose(np.sort(both[0]), np.sort(both[1]), atol=1e-5)
     assert len(logits.silent) + len(logits.whole) <= 5 * 3
     seen: list[tuple[int, int, float]] = []
     read_gates(model, task, samples=range(2), segments=4, seed=5, on_segment=lambda *what: seen.append(what))
     for row, index, logit in seen:
         parts = list(task.sample("train", 4, [5, 3, row], negatives=False))
         assert not parts[index].fact
-        state, traces = None, []
+        state = None
         for part in parts[: index + 1]:
-            traces = []
+            traces: list[Trace] = []
             _, state = model(torch.from_numpy(part.tokens)[None], state, traces=traces)
+        assert traces[-1].logits is not None
         assert float(traces[-1].logits.detach().max()) == pytest.approx(logit, abs=1e-5)
 
 
