@@ -1,10 +1,16 @@
 """Claims at a size of seconds, with the same code and fewer steps."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.cli.command import Outcome
 
+from longspan.experiments import claims
 from longspan.experiments.claims import grid, maps, rmt
+from longspan.experiments.claims.base import Claim, Figure
+from longspan.experiments.claims.base import Outcome as Measured
+from longspan.report import Table
 
 SMALL = (
     *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
@@ -91,3 +97,39 @@ def test_infini_passkey_counts_by_depth_and_resumes(monkeypatch: pytest.MonkeyPa
     assert infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print).data == outcome.data, (
         "a second call measures nothing"
     )
+
+
+def test_sizes_and_jobs_that_a_claim_does_not_have_are_named(longspan: Callable[..., Outcome]) -> None:
+    for options, message in (
+        (("rmt-flops", "--size", "tiny"), "rmt-flops: has no size 'tiny'; known: full, small"),
+        (("rmt-flops", "--size", "large"), "--size large: must be one of tiny, small, full"),
+        (("rmt-flops", "--size", "small", "--full"), "--full and --size small contradict each other"),
+        (("rmt-flops", "--jobs", "2"), "--jobs 2: the runs of rmt-flops are not trained in parallel"),
+        (("language-modelling", "--jobs", "0"), "--jobs 0: must be at least 1"),
+    ):
+        assert message in longspan("reproduce", *options).error
+
+
+def test_jobs_and_size_reach_the_claim_and_tables_the_page(tmp_path: Any) -> None:
+    calls = []
+
+    def measure(folder: Any, plan: Any, say: Any, jobs: int) -> Measured:
+        calls.append((plan, jobs))
+        table = Table(columns=("model", "bits"), rows=[("window", "2.5")], caption="Losses.")
+        return Measured(verdict="undecided", figures=[Figure("a", "", "b")], size="tiny", tables=[table])
+
+    minutes: Any = {"tiny": 0.1, "small": 1}
+    claim = Claim(
+        name="some", system="x", source="y", text="z", minutes=minutes, parallel=measure, plans={"tiny": "the plan"}
+    )
+    outcome = claim.run(tmp_path, "tiny", print, 3)
+    assert calls == [("the plan", 3)]
+    claims.save_result(tmp_path, claim, "tiny", outcome, 1.0)
+    (record,) = claims.read_results(tmp_path, ["some"])
+    assert record["tables"][0]["rows"] == [["window", "2.5"]]
+    page = claims.markdown([record])
+    assert "\nLosses.\n\n| model | bits |\n|---|---|\n| window | 2.5 |\n" in page
+    assert "**Undecided.**" in page
+    assert "`longspan reproduce some --size tiny`" in page
+    del record["tables"]
+    assert "Losses" not in claims.markdown([record]), "results of earlier versions have no tables"

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "quickstart": "takes minutes; tests/experiments/test_quickstart.py runs it small",
     "quickstart-lm": "takes minutes; tests/experiments/test_quickstart_lm.py runs it small",
     "reproduce rmt --full --docs docs": "takes hours; tests of claims run it small",
+    "reproduce language-modelling --size tiny": "trains a start first; tests/experiments/test_claim_lm.py has its own",
     "stream runs/first -": "reads a log without end",
     "train sparse-tiles -o runs/tiles": "needs images; tests/tasks/test_bytes.py reads tiles",
     "eval out/quickstart/run --segments 16,256 --count 128": "needs a run of `quickstart`",

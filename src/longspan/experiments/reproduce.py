@@ -2,13 +2,16 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from longspan.cli.console import console, print_table, say
 from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longspan.experiments import claims
 
 
 def reproduce(
@@ -17,8 +20,22 @@ def reproduce(
         typer.Argument(metavar="[NAME]", help="Name of a claim; without it, list all claims.", show_default=False),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Run at the size of docs/claims.md, which takes longer.")
+        bool, typer.Option("--full", help="Run at the size of docs/claims.md, which takes longer: --size full.")
     ] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="tiny|small|full",
+            help="How much to train and to read; tiny, where a claim has it, takes seconds and shows nothing but that "
+            "the command works.",
+            show_default="small",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", metavar="N", help="Processes that train at a time, one thread each, where claims can."),
+    ] = 1,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for its runs; a second call resumes them.")
     ] = Path("out/claims"),
@@ -29,12 +46,13 @@ def reproduce(
 ) -> int:
     """Reproduce a claim of a paper at a small size and print its numbers next to the paper's.
 
-    Ctrl-C stops it; the same command resumes it. It has no option --device: recipes set the device, because
-    docs/claims.md compares times of different claims.
+    Ctrl-C stops it, with all its processes; the same command resumes it. It has no option --device: recipes set the
+    device, because docs/claims.md compares times of different claims.
 
     Examples:
       longspan reproduce
       longspan reproduce rmt-flops
+      longspan reproduce language-modelling --size tiny
       longspan reproduce rmt --full --docs docs
     """
     check_output_folder(output, "--output")
@@ -52,21 +70,40 @@ def reproduce(
         ]
         print_table(Table(columns=("claim", "system", "small", "--full"), rows=rows, right=(2, 3)))
         return 0
-    claim = claims.find(name)
-    size: claims.Size = "full" if full else "small"
+    claim, chosen = claims.find(name), _size(size, full)
+    claim.check(chosen, jobs)
     console().print(f"{claim.text} ({claim.source})", markup=False)
     started = time.perf_counter()
-    outcome = claim.run(output / f"{name}-{size}", size, say)
+    outcome = claim.run(output / f"{name}-{chosen}", chosen, say, jobs)
     seconds = time.perf_counter() - started
     rows = [(figure.what, figure.paper, figure.ours) for figure in outcome.figures]
-    print_table(Table(columns=("measured", "paper", "here"), rows=rows))
+    for table in (Table(columns=("measured", "paper", "here"), rows=rows), *outcome.tables):
+        print_table(table)
     for line in (outcome.note, f"{outcome.verdict}; {outcome.size}"):
         if line:
             console().print(line, markup=False)
     results_folder = output if docs is None else docs / "claims"
-    path = claims.save_result(results_folder, claim, size, outcome, seconds)
+    path = claims.save_result(results_folder, claim, chosen, outcome, seconds)
     console().print(f"all numbers: {path}", markup=False)
     return 0 if docs is None else _write_docs(docs)
+
+
+def _size(size: str | None, full: bool) -> "claims.Size":
+    """Return the size that the options name.
+
+    Raises:
+        ConfigError: there is no such size, or the options contradict each other.
+    """
+    from longspan.experiments import claims
+
+    if full and size not in (None, "full"):
+        raise ConfigError(f"--full and --size {size} contradict each other; leave one out")
+    if full or size is None:
+        return "full" if full else "small"
+    for known in claims.SIZES:
+        if size == known:
+            return known
+    raise ConfigError(f"--size {size}: must be one of {', '.join(claims.SIZES)}")
 
 
 def _write_docs(docs: Path) -> int:

@@ -6,7 +6,7 @@ A new claim is one file with a `Claim`, and one line in `_ALL`.
 from longspan.config import nearest
 from longspan.errors import ConfigError
 from longspan.experiments.claims.adaptive_span import ADAPTIVE_SPAN
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import SIZES, Claim, Figure, Outcome, Size
 from longspan.experiments.claims.bp import BP_TRANSFORMER
 from longspan.experiments.claims.compressive import COMPRESSIVE
 from longspan.experiments.claims.entmax import ENTMAX
@@ -30,7 +30,7 @@ from longspan.experiments.claims.scaling import SCALING
 from longspan.experiments.claims.sparse import SPARSE
 from longspan.experiments.claims.xl import XL
 
-__all__ = ["Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
+__all__ = ["SIZES", "Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
 
 _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),

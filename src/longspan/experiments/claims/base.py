@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from longspan.report import Picture
+from longspan.config import nearest
+from longspan.errors import ConfigError
+from longspan.report import Picture, Table
 from longspan.train import Interval
 
-Size = Literal["small", "full"]
-Verdict = Literal["holds", "holds in part", "does not hold"]
+Size = Literal["tiny", "small", "full"]
+SIZES: tuple[Size, ...] = ("tiny", "small", "full")
+Verdict = Literal["holds", "holds in part", "does not hold", "undecided"]
 Say = Callable[[str], None]
 """Prints a line of progress."""
 
@@ -45,6 +48,7 @@ class Outcome:
         note: limitations and their reasons; may be empty.
         data: all numbers, as plain data.
         pictures: the plots.
+        tables: further numbers, such as those of all models of a comparison.
         seconds: time it took, earlier calls in the same folder included; None: the time of this call.
     """
 
@@ -54,6 +58,7 @@ class Outcome:
     note: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     seconds: float | None = None
 
 
@@ -67,21 +72,45 @@ class Claim:
         source: paper, section, figure.
         text: the claim, in our words.
         measure: called with (folder, plan, say); resumes from what an earlier call left in the folder.
-        minutes: approximate time of each size on two cores.
+        minutes: approximate time on two cores of each size that the claim has.
         plans: the plan of each size; empty: the claim has none.
+        parallel: instead of `measure`, of a claim whose runs can be trained by several processes at a time; called with
+            (folder, plan, say, jobs).
     """
 
     name: str
     system: str
     source: str
     text: str
-    measure: Callable[[Path, Any, Say], Outcome]
-    minutes: dict[str, float]
+    minutes: dict[Size, float]
+    measure: Callable[[Path, Any, Say], Outcome] | None = None
     plans: Mapping[str, Any] = field(default_factory=dict)
+    parallel: Callable[[Path, Any, Say, int], Outcome] | None = None
 
-    def run(self, folder: Path, size: Size, say: Say) -> Outcome:
-        """Measure the claim at a size; files in `folder` let a second call resume."""
-        return self.measure(folder, self.plans.get(size), say)
+    def __post_init__(self) -> None:
+        assert (self.measure is None) != (self.parallel is None), f"{self.name}: needs either measure or parallel"
+
+    def run(self, folder: Path, size: Size, say: Say, jobs: int = 1) -> Outcome:
+        """Measure the claim at a size; files in `folder` let a second call resume.
+
+        Raises:
+            ConfigError: the claim does not have that size, or cannot use several processes.
+        """
+        self.check(size, jobs)
+        plan = self.plans.get(size)
+        if self.parallel is not None:
+            return self.parallel(folder, plan, say, jobs)
+        assert self.measure is not None
+        return self.measure(folder, plan, say)
+
+    def check(self, size: str, jobs: int = 1) -> None:
+        """Raise ConfigError if the claim does not have a size, or cannot use so many processes."""
+        if size not in self.minutes:
+            raise ConfigError(f"{self.name}: has no size {size!r}{nearest(size, self.minutes)}")
+        if jobs < 1:
+            raise ConfigError(f"--jobs {jobs}: must be at least 1")
+        if jobs > 1 and self.parallel is None:
+            raise ConfigError(f"--jobs {jobs}: the runs of {self.name} are not trained in parallel; leave --jobs out")
 
 
 def signed(interval: Interval) -> str:

@@ -1,6 +1,6 @@
 """Saved results of claims, and docs/claims.md, which is generated from them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ the papers' size need more than two cores, so claims about them are reproduced a
 """
 
 
+_OPTION: dict[Size, str] = {"tiny": " --size tiny", "small": "", "full": " --full"}
+
+
 def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, seconds: float) -> Path:
     """Write `folder/NAME.json` and the figures of a claim next to it; return the path."""
     path = folder / f"{claim.name}.json"
@@ -27,9 +30,10 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
         "system": claim.system,
         "source": claim.source,
         "text": claim.text,
-        "command": f"longspan reproduce {claim.name}" + (" --full" if size == "full" else ""),
+        "command": f"longspan reproduce {claim.name}" + _OPTION[size],
         "verdict": outcome.verdict,
         "figures": [asdict(figure) for figure in outcome.figures],
+        "tables": [asdict(table) for table in outcome.tables],
         "size": outcome.size,
         "note": outcome.note,
         "minutes": round((outcome.seconds or seconds) / 60, 1),
@@ -51,6 +55,14 @@ def read_results(folder: Path, order: Iterable[str]) -> list[dict[str, Any]]:
     return [read_json(folder / f"{name}.json") for name in order if (folder / f"{name}.json").is_file()]
 
 
+def _table(table: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a saved table in Markdown, with its caption above it."""
+    columns, rows = table["columns"], table["rows"]
+    lines = [table["caption"], ""] if table["caption"] else []
+    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
 def markdown(records: list[dict[str, Any]], folder: str = "claims") -> str:
     """Return the text of docs/claims.md for saved results."""
     lines = [_HEAD, "| claim | system | verdict | command |", "|---|---|---|---|"]
@@ -59,6 +71,9 @@ def markdown(records: list[dict[str, Any]], folder: str = "claims") -> str:
         lines += ["", f"## {record['claim']}", "", f"{record['text']} ({record['source']})", ""]
         lines += ["| measured | paper | here |", "|---|---|---|"]
         lines += [f"| {figure['what']} | {figure['paper']} | {figure['ours']} |" for figure in record["figures"]]
+        # results of earlier versions have no tables
+        for table in record.get("tables", []):
+            lines += ["", *_table(table)]
         lines += ["", f"**{record['verdict'].capitalize()}.** {record['note']}".rstrip(), ""]
         lines += [f"Size: {record['size']}. Command: `{record['command']}` ({record['minutes']:g} minutes)."]
         for drawn in record["pictures"]:
