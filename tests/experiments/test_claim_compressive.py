@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from longspan.experiments.claims import compressive as claim
-from longspan.experiments.claims.contest import Contest, Plan
+from longspan.experiments.claims.contest import Contest, Plan, lead
 from longspan.models import build_model
 from longspan.train import lm_evaluation as lm
 
@@ -70,3 +70,9 @@ def test_verdict_asks_for_all_bytes_and_rare_words(rare: float, frequent: float,
     assert outcome.verdict == verdict
     assert len(outcome.figures) == 5
     assert outcome.figures[2].ours == "+0.100, −0.200 bits per byte"
+
+
+def test_the_lead_is_smoothed_over_seeds_and_lines() -> None:
+    ours = [{"read": [1, 2, 3], "training": [3.0, 2.0, 1.0]}, {"read": [1, 2, 3], "training": [5.0, 2.0, 1.0]}]
+    alone = [{"read": [1, 2, 3], "training": [2.0, 2.0, 2.0]}] * 2
+    assert lead(ours, alone, width=2) == ([2.0, 3.0], [1.0, -0.5])

@@ -11,7 +11,8 @@ import torch
 
 from longspan.experiments.claims import adaptive_span, bp, bp_forms, entmax, growth, sparse
 from longspan.experiments.claims.base import Outcome
-from longspan.experiments.claims.contest import Contest, ModelRecords, as_good, caution, contest, evenly, seeds_note
+from longspan.experiments.claims.contest import Contest, ModelRecords, as_good, caution, contest, seeds_note
+from longspan.experiments.claims.runs import evenly
 from longspan.mechanisms.bp.definition import spans
 from longspan.tasks import Document, Documents
 from longspan.tasks.text import TextDocument

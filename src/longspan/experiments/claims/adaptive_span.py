@@ -21,6 +21,7 @@ from longspan.experiments.claims.contest import (
     by_layer,
     caution,
     contest,
+    difference,
     differences,
     numbers,
     recipe_with,
@@ -30,7 +31,6 @@ from longspan.experiments.claims.contest import (
     verdict_of,
 )
 from longspan.experiments.claims.growth import time_alternately
-from longspan.experiments.claims.language_modelling import difference
 from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
 from longspan.train import Interval, load_run

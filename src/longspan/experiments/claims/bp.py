@@ -18,15 +18,16 @@ from longspan.experiments.claims.contest import (
     bit_figures,
     caution,
     contest,
+    difference,
     differences,
-    evenly,
+    recipe_of,
     recipe_with,
     seconds_of,
     seeds_note,
     verdict_of,
 )
 from longspan.experiments.claims.growth import growth_picture, power
-from longspan.experiments.claims.language_modelling import difference, recipe_of
+from longspan.experiments.claims.runs import evenly
 from longspan.mechanisms.bp.definition import spans
 from longspan.tasks.base import heads
 from longspan.train import Interval, TrainConfig

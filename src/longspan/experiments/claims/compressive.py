@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded, signed
-from longspan.experiments.claims.contest import Contest, Plan, run_folder
-from longspan.experiments.claims.language_modelling import curve, lead
+from longspan.experiments.claims.contest import Contest, Plan, curve, lead, run_folder
 from longspan.experiments.claims.runs import read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import interval_series, picture_of
 from longspan.files import read_tensors, write_tensors

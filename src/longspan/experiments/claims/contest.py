@@ -3,16 +3,20 @@
 Claims about one mechanism share this comparison and its rules.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longspan.experiments.claims.base import Figure, Say, Verdict, graded, signed
-from longspan.experiments.claims.language_modelling import as_trained, bits_of, difference, evaluate_held_out, recipe_of
-from longspan.experiments.claims.runs import train_or_resume, trained_seconds
+from longspan.experiments.claims.runs import evenly, measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.files import read_json
 from longspan.tasks.base import Documents, heads
-from longspan.train import Interval
+from longspan.train import Interval, evaluate_text, load_run, read_log
+from longspan.train.evaluate import Evaluation
 
 EQUAL = 0.02
 """bits per byte: a model matches another if the upper end of the interval of their difference is at most this. Models
@@ -46,6 +50,86 @@ class Plan:
     extra_models: tuple[str, ...] = ()
 
 
+def recipe_of(name: str) -> dict[str, Any]:
+    """Return the recipe `lm/NAME.toml` of a mechanism."""
+    return read_recipe(f"lm/{name}")
+
+
+def evaluate_held_out(
+    folder: Path, file: str, choose: Callable[[Documents], Documents], *, alone: bool = True
+) -> dict[str, Any]:
+    """Return nats of each held-out document that `choose` selects, from the file of an earlier call if there is one.
+
+    A model that carried states in training is evaluated with them, and with `alone` also without.
+    """
+
+    def evaluate() -> dict[str, Any]:
+        """Evaluate the model of the run, with carried states and without where both apply."""
+        model, task = load_run(folder)
+        documents = choose(task.documents("validation"))
+        train = read_json(folder / "recipe.json")["train"]
+        segment, carried = train["segment_length"], train["carry"]
+        reset = model.traits.segment or segment
+        evaluations: dict[str, Any] = {}
+        streams = model.traits.streams and carried
+        for memory in ((True, False) if alone else (True,)) if streams else (False,):
+            # without memory: pieces as long as in training if it carried no states, else segments of the mechanism
+            piece = reset if carried else segment
+            value = evaluate_text(model, documents, chunk=segment, memory=memory, segment_length=piece)
+            evaluations["memory" if memory else "alone"] = value.record()
+        return {**evaluations, "names": list(documents.names), "parameters": model.num_parameters()}
+
+    return measure_once(folder / f"{file}.json", evaluate)
+
+
+def as_trained(record: Mapping[str, Any]) -> Evaluation:
+    """Return the evaluation of a run as it was trained: with carried states or without."""
+    return evaluation(record, "memory" if "memory" in record else "alone")
+
+
+def evaluation(record: Mapping[str, Any], key: str) -> Evaluation:
+    """Return one of a run's evaluations; `key` is `memory` (carried states) or `alone` (without)."""
+    return Evaluation.of(record[key], record["names"])
+
+
+def sum_seeds(parts: list[Evaluation]) -> Evaluation:
+    """Join the evaluations of several seeds by summing the nats of each document."""
+    return functools.reduce(Evaluation.plus, parts)
+
+
+def bits_of(records: Sequence[Mapping[str, Any]]) -> float:
+    """Return the held-out bits per byte of a model over all seeds."""
+    return float(sum_seeds([as_trained(record) for record in records]).bits_per_unit)
+
+
+def difference(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> Interval:
+    """Return bits per byte of `ours` minus `dense` over the seeds of both, with an interval over documents."""
+    seeds = min(len(ours), len(dense))
+    left, right = (sum_seeds([as_trained(record) for record in part[:seeds]]) for part in (ours, dense))
+    return left.minus(right)
+
+
+def curve(run: Path) -> dict[str, list[float]]:
+    """Return the training loss in bits per byte (`training`) by bytes read (`read`), from the log of a run."""
+    lines = {line["tokens"]: line["bits_per_byte"] for line in read_log(run / "log.jsonl") if "bits_per_byte" in line}
+    return {"read": list(lines), "training": list(lines.values())}
+
+
+def lead(ours: list[dict[str, Any]], alone: list[dict[str, Any]], width: int = 10) -> tuple[list[float], list[float]]:
+    """Return the training loss with memory minus that without, on the same bytes.
+
+    Returns bytes read, and differences averaged over seeds and over `width` lines of the log.
+    """
+    pairs = [
+        np.subtract(with_memory["training"], without["training"])
+        for with_memory, without in zip(ours, alone, strict=True)
+        if with_memory["read"] == without["read"]
+    ]
+    width = max(min(width, len(pairs[0])), 1)
+    smooth = np.convolve(np.mean(pairs, 0), np.full(width, 1 / width), "valid")
+    return list(map(float, ours[0]["read"][width - 1 :])), list(map(float, smooth))
+
+
 def recipe_with(mixer: Mapping[str, Any], name: str = "full") -> dict[str, Any]:
     """Return the recipe `lm/NAME.toml` with another mixer."""
     recipe = recipe_of(name)
@@ -56,18 +140,6 @@ def recipe_with(mixer: Mapping[str, Any], name: str = "full") -> dict[str, Any]:
 def run_folder(folder: Path, name: str, seed: int) -> Path:
     """Return the folder of the run of a model and a seed."""
     return folder / name.replace(",", "").replace(" ", "-") / f"seed-{seed}"
-
-
-def evenly(documents: Documents, count: int) -> Documents:
-    """Return `count` evenly spaced documents; all of them if `count` is 0 or larger than their number."""
-    if not count or count >= len(documents):
-        return documents
-    chosen = [index * len(documents) // count for index in range(count)]
-    return Documents(
-        [documents[index] for index in chosen],
-        [documents.names[index] for index in chosen],
-        f"{documents.fingerprint}:{count}",
-    )
 
 
 def contest(folder: Path, recipes: Mapping[str, Mapping[str, Any]], plan: Contest, say: Say) -> ModelRecords:

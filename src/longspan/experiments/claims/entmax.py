@@ -20,7 +20,6 @@ from longspan.experiments.claims.contest import (
     contest,
     differences,
     doubtful,
-    evenly,
     numbers,
     recipe_with,
     run_folder,
@@ -29,7 +28,7 @@ from longspan.experiments.claims.contest import (
     verdict_of,
 )
 from longspan.experiments.claims.growth import time_alternately
-from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.claims.runs import evenly, measure_once
 from longspan.report.heads import Heads, head_figure
 from longspan.tasks.base import heads
 from longspan.train import load_run

@@ -19,11 +19,11 @@ from longspan.experiments.claims.contest import (
     bit_figures,
     contest,
     differences,
+    recipe_of,
     recipe_with,
     run_folder,
     seconds_of,
 )
-from longspan.experiments.claims.language_modelling import recipe_of
 from longspan.experiments.claims.runs import measure_once
 from longspan.experiments.figures import picture_of
 from longspan.models import build_model

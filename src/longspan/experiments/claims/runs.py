@@ -7,6 +7,7 @@ from typing import Any
 
 from longspan.config import override, read_toml
 from longspan.files import read_json, write_json
+from longspan.tasks.base import Documents
 from longspan.train import find_recipe, read_log, run
 
 
@@ -23,13 +24,16 @@ def read_recipe(name: str, *assignments: str, **train: Any) -> dict[str, Any]:
     return recipe
 
 
-def train_or_resume(recipe: Mapping[str, Any], folder: Path) -> None:
-    """Run a recipe in a folder, from its last checkpoint if there is one; a finished run is left as it is."""
+def train_or_resume(recipe: Mapping[str, Any], folder: Path, *, progress: str | None = None) -> None:
+    """Run a recipe in a folder, from its last checkpoint if there is one; a finished run is left as it is.
+
+    `progress` is that of `longspan.train.run`; None: live on a terminal, else none.
+    """
     if (folder / "model").is_dir():
         return
     resume = any((folder / "checkpoints").glob("step-*"))
     # a terminal shows the progress of trainings of minutes; a log gets the lines of the claim alone
-    progress = "live" if sys.stderr.isatty() else "none"
+    progress = progress or ("live" if sys.stderr.isatty() else "none")
     if run(recipe, folder, resume=resume, progress=progress).interrupted:
         raise KeyboardInterrupt
 
@@ -45,3 +49,15 @@ def measure_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[s
 def trained_seconds(runs: Iterable[Path]) -> float:
     """Return the seconds of training of all runs, earlier calls included."""
     return float(sum(line["seconds"] for run in runs for line in read_log(run / "log.jsonl")[-1:]))
+
+
+def evenly(documents: Documents, count: int) -> Documents:
+    """Return `count` evenly spaced documents; all of them if `count` is 0 or larger than their number."""
+    if not count or count >= len(documents):
+        return documents
+    chosen = [index * len(documents) // count for index in range(count)]
+    return Documents(
+        [documents[index] for index in chosen],
+        [documents.names[index] for index in chosen],
+        f"{documents.fingerprint}:{count}",
+    )

@@ -20,18 +20,17 @@ from longspan.experiments.claims.contest import (
     ModelRecords,
     as_good,
     bit_figures,
+    bits_of,
     caution,
     contest,
     differences,
-    evenly,
     recipe_with,
     seconds_of,
     seeds_note,
     verdict_of,
 )
 from longspan.experiments.claims.growth import Step, growth_picture, peak_bytes, power, time_alternately
-from longspan.experiments.claims.language_modelling import bits_of
-from longspan.experiments.claims.runs import measure_once, read_recipe
+from longspan.experiments.claims.runs import evenly, measure_once, read_recipe
 from longspan.report import Picture
 from longspan.train import Interval
 

@@ -1,0 +1,122 @@
+"""A comparison as a claim: trains and measures all runs, adds seeds where the verdict needs them, and judges."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from longspan.config import nearest
+from longspan.errors import ConfigError, LongspanError
+from longspan.experiments.claims.base import Figure, Outcome, Say, Verdict
+from longspan.experiments.claims.continued import report
+from longspan.experiments.claims.continued.plan import EARLY, ModelSpec, Plan, floor_and_ceiling
+from longspan.experiments.claims.continued.results import Pair, Results, bits_per_byte, needs_seeds
+from longspan.experiments.claims.continued.single_run import Job, train_and_measure
+from longspan.experiments.workers import Done, run_jobs
+from longspan.train.starts import start_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgment:
+    """What a claim makes of the results."""
+
+    verdict: Verdict
+    figures: list[Figure]
+    """numbers on which the verdict hangs"""
+    note: str
+    """the criteria, and what limits them"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A claim about models that continue from a common start."""
+
+    name: str
+    """of the claim"""
+    models: Sequence[ModelSpec]
+    """besides floor and ceiling, which every comparison has"""
+    pairs: Sequence[Pair]
+    """models on whose order the verdict hangs"""
+    judge: Callable[[Results], Judgment]
+
+    def measure(self, folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
+        """Train, measure and judge; a second call with the same folder resumes.
+
+        Args:
+            folder: of all runs.
+            plan: sizes.
+            say: prints a line of progress.
+            jobs: processes that train at a time.
+
+        Raises:
+            ConfigError: the plan names a model that the comparison does not have.
+            LongspanError: every run failed; the message is that of the first.
+        """
+        results = self.results(folder, plan, say, jobs)
+        judgment = self.judge(results)
+        return Outcome(
+            verdict=judgment.verdict,
+            figures=judgment.figures,
+            tables=report.tables(results),
+            size=report.size_text(results),
+            note=" ".join((judgment.note, report.flat_text(), report.context_text(results))),
+            data=results.record(),
+            pictures=report.pictures(self.name, results, self.pairs),
+            seconds=sum(run["seconds"] for runs in results.runs.values() for run in runs),
+        )
+
+    def results(self, folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Results:
+        """Train and measure every model with one seed, and those of close pairs with all seeds of the plan."""
+        specs = (*floor_and_ceiling(plan), *self._chosen(plan))
+        # workers that start at the same time would each train a start that is trained at its first use
+        start_folder(plan.start)
+        first = [Job(spec=spec, plan=plan, seed=0, folder=folder, quiet=jobs > 1) for spec in specs]
+        ended = _train(first, jobs, say)
+        bits = {job.spec.name: bits_per_byte(done.value) for job, done in ended if not done.failure}
+        if not bits:
+            raise LongspanError(f"{self.name}: every run failed: {ended[0][1].failure}")
+        close = needs_seeds(bits, self.pairs) if plan.seeds > 1 else []
+        if close:
+            say(f"more seeds, because the verdict hangs on close models: {', '.join(close)}")
+            more = [replace(job, seed=seed) for seed in range(1, plan.seeds) for job in first if job.spec.name in close]
+            ended += _train(more, jobs, say)
+        runs: dict[str, list[Mapping[str, Any]]] = {name: [] for name in bits}
+        failures: dict[str, str] = {}
+        for job, done in ended:
+            if done.failure:
+                failures[job.spec.name] = done.failure
+            else:
+                runs[job.spec.name].append(done.value)
+        return Results(plan, runs, failures)
+
+    def _chosen(self, plan: Plan) -> list[ModelSpec]:
+        """Return the models that the plan names, all if it names none."""
+        known = {spec.name: spec for spec in self.models}
+        for name in plan.models:
+            if name not in known:
+                raise ConfigError(f"{self.name}: unknown model {name!r}{nearest(name, known)}")
+        return [known[name] for name in plan.models or known]
+
+
+def _train(jobs: Sequence[Job], workers: int, say: Say) -> list[tuple[Job, Done]]:
+    """Train and measure runs; return what became of every one. Runs that are measured already are read."""
+    # a worker takes seconds to start, and would only read the file
+    left = [job for job in jobs if not job.record.is_file()]
+    measured = [(job, Done(train_and_measure(job))) for job in jobs if job not in left]
+    ended = run_jobs(train_and_measure, left, workers, lambda job, done: say(_line(job, done)))
+    outcomes = {job.run: done for job, done in (*measured, *zip(left, ended, strict=True))}
+    return [(job, outcomes[job.run]) for job in jobs]
+
+
+def _line(job: Job, done: Done) -> str:
+    """Describe a run that ended: its loss after few steps and at the end, and what it took from the start."""
+    what = f"{job.spec.name}, seed {job.seed}"
+    if done.failure:
+        return f"{what}: failed: {done.failure}"
+    run = done.value
+    bits = {int(step): value for step, _, _, value in run["curve"]}
+    early = ", ".join(f"{bits[step]:.3f} at step {step:,}" for step in (0, *EARLY) if step in bits)
+    return (
+        f"{what}: {bits_per_byte(run):.4f} bits per byte after {run['seconds']:.0f} s; {early}; "
+        f"{run['taken_parameters'] / run['parameters']:.1%} of {run['parameters']:,} parameters from the start"
+    )

@@ -1,0 +1,187 @@
+"""What a comparison measured, and the statistics that verdicts rest on: intervals, flatness, shares, more seeds."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from longspan.experiments.claims.base import Verdict
+from longspan.experiments.claims.continued.curves import FLAT, Curve, equal_seconds
+from longspan.experiments.claims.continued.plan import CEILING, FLOOR, Plan
+from longspan.tasks.base import Array
+from longspan.train import Interval, bootstrap, paired_bootstrap, share_bootstrap
+
+NEEDED = 0.05
+"""bits per byte: a corpus needs long context if dense attention at the full length leads the floor by at least this"""
+CLOSE = 0.03
+"""bits per byte: models closer than this get more seeds if a verdict hangs on the pair"""
+
+Pair = tuple[str, str]
+"""Two models on whose order a verdict hangs."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The measured runs of a comparison, by model and seed; a model that failed has a message instead."""
+
+    plan: Plan
+    runs: Mapping[str, Sequence[Mapping[str, Any]]]
+    """records of `train_and_measure`, one per seed, for every model with at least one run"""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """messages of failed runs by model, also where another seed of it succeeded"""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all models with a run, floor and ceiling first."""
+        return list(self.runs)
+
+    @cached_property
+    def units(self) -> Array:
+        """(documents,) bytes of every held-out document."""
+        return np.array(next(iter(self.runs.values()))[0]["units"])
+
+    def nats(self, name: str) -> Array:
+        """Return the loss of every held-out document, (documents,) fp64, the mean over seeds."""
+        losses: Array = np.mean([run["nats"] for run in self.runs[name]], axis=0)
+        return losses
+
+    def bits(self, name: str) -> Interval:
+        """Return held-out bits per byte, with an interval over documents."""
+        return bootstrap(self.nats(name), self.units)
+
+    def difference(self, name: str, base: str) -> Interval:
+        """Return bits per byte of a model minus those of another, with an interval paired by document."""
+        return paired_bootstrap(self.nats(name), self.nats(base), self.units)
+
+    def curves(self, name: str) -> list[Curve]:
+        """Return the curve of every seed."""
+        return [Curve.of(run["curve"]) for run in self.runs[name]]
+
+    def fall(self, name: str) -> float:
+        """Return the bits per byte by which the loss falls over the last quarter, the mean over seeds."""
+        return float(np.mean([curve.fall for curve in self.curves(name)]))
+
+    def is_flat(self, name: str) -> bool:
+        """Return whether a model has a run and its loss falls by less than `FLAT` over the last quarter."""
+        return name in self.runs and self.fall(name) < FLAT
+
+    def is_complete(self, name: str) -> bool:
+        """Return whether all runs of a model made all steps; False: the clock ended one."""
+        return all(run["steps"] == self.plan.steps for run in self.runs[name])
+
+    @cached_property
+    def needed(self) -> Interval | None:
+        """Bits per byte of the floor minus those of the ceiling; None if one of them failed."""
+        return self.difference(FLOOR, CEILING) if {FLOOR, CEILING} <= set(self.runs) else None
+
+    @property
+    def needs_long_context(self) -> bool:
+        """Whether the ceiling leads the floor by at least `NEEDED`, with an interval above zero."""
+        return self.needed is not None and self.needed.value >= NEEDED and self.needed.low > 0
+
+    def share(self, name: str) -> Interval | None:
+        """Return the share of the way from floor to ceiling that a model goes, 0 to 1 and beyond, with an interval.
+
+        None if the corpus does not need long context: then it would divide by noise.
+        """
+        if not self.needs_long_context:
+            return None
+        floor = self.nats(FLOOR)
+        return share_bootstrap(floor - self.nats(name), floor - self.nats(CEILING))
+
+    @cached_property
+    def equal_seconds(self) -> float:
+        """Training time that every run had reached before its decay."""
+        return equal_seconds([curve for name in self.names for curve in self.curves(name)])
+
+    def at_equal_time(self, name: str) -> float:
+        """Return bits per byte of the curve at `equal_seconds`, the mean over seeds."""
+        return float(np.mean([curve.before_decay.at("seconds", self.equal_seconds) for curve in self.curves(name)]))
+
+    def at_step(self, name: str, step: int) -> float | None:
+        """Return bits per byte of the curve after `step` steps, the mean over seeds; None if that was not measured."""
+        bits = [curve.measured_at(step) for curve in self.curves(name)]
+        measured = [value for value in bits if value is not None]
+        return float(np.mean(measured)) if len(measured) == len(bits) else None
+
+    def by_range(self, name: str, kind: str) -> list[Interval]:
+        """Return bits per byte by ranges of `positions` or `distances`, with intervals over documents.
+
+        A range in which no document has a byte is NaN.
+        """
+        record = self.runs[name][0][kind]
+        nats = np.mean([run[kind]["nats"] for run in self.runs[name]], axis=0)
+        units = (
+            np.array(record["units"]) if "units" in record else np.broadcast_to(np.diff(record["edges"]), nats.shape)
+        )
+        columns = zip(nats.T, units.T, strict=True)
+        empty = Interval(float("nan"), float("nan"), float("nan"))
+        return [
+            bootstrap(losses[counts > 0], counts[counts > 0]) if counts.any() else empty for losses, counts in columns
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """Return all numbers as plain data."""
+        return {"models": {name: list(runs) for name, runs in self.runs.items()}, "failures": dict(self.failures)}
+
+
+def bits_per_byte(run: Mapping[str, Any]) -> float:
+    """Return the held-out bits per byte of the record of a run."""
+    return float(sum(run["nats"]) / sum(run["units"]) / math.log(2))
+
+
+def needs_seeds(bits: Mapping[str, float], pairs: Iterable[Pair]) -> list[str]:
+    """Return the models that need more seeds: those of pairs on which a verdict hangs and that differ by less than
+    `CLOSE`.
+
+    Args:
+        bits: bits per byte of every model with a run.
+        pairs: on which the verdict hangs; pairs with a failed model are left out.
+    """
+    close = [pair for pair in pairs if set(pair) <= set(bits) and abs(bits[pair[0]] - bits[pair[1]]) < CLOSE]
+    return list(dict.fromkeys(name for pair in close for name in pair))
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How a model compares with another on whose order a verdict hangs."""
+
+    pair: Pair
+    difference: Interval | None
+    """bits per byte of the first minus those of the second; None if one of them has no run"""
+    is_flat: bool
+    """both runs are flat; otherwise the pair decides nothing"""
+
+    @property
+    def ahead(self) -> bool | None:
+        """Whether the first is better, with an interval below zero; None: undecided."""
+        return self.difference.high < 0 if self.difference is not None and self.is_flat else None
+
+
+def leads(results: Results, pairs: Iterable[Pair]) -> list[Lead]:
+    """Compare the models of every pair of which a model was trained or failed."""
+    known = {*results.runs, *results.failures}
+    compared = []
+    for pair in pairs:
+        if set(pair) <= known:
+            have_runs = set(pair) <= set(results.runs)
+            difference = results.difference(*pair) if have_runs else None
+            compared.append(Lead(pair, difference, have_runs and all(map(results.is_flat, pair))))
+    return compared
+
+
+def verdict_of(compared: Sequence[Lead]) -> Verdict:
+    """Return the verdict on a claim that the first model of every pair is ahead of the second.
+
+    It holds if all are, on flat runs; in part if some are. It does not hold if all pairs are decided and none is ahead;
+    otherwise the runs that are not flat, or failed, leave it undecided.
+    """
+    ahead = [lead.ahead for lead in compared]
+    if ahead and all(ahead):
+        return "holds"
+    if any(ahead):
+        return "holds in part"
+    return "undecided" if not ahead or None in ahead else "does not hold"
