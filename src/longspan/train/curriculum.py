@@ -27,7 +27,7 @@ class CurriculumConfig(RunConfig):
     """Fields that the `[train]` tables of all curricula share; see `RunConfig` for the others.
 
     Attributes:
-        tokens: approximate number of tokens per batch, from which the number of rows follows.
+        tokens: approximate number of tokens per batch, over all processes, from which the number of rows follows.
         accuracy: a stage ends when the mean accuracy of its last `window` batches is above this.
         window: number of batches over which accuracy is averaged.
         patience: steps after which a stage ends in any case; 0: never.

@@ -71,6 +71,7 @@ class DocumentSource(BatchSource):
         self.by_head = bool(config.loss_chunk) or adaptive_head(model) is not None
         self.unit, self._documents, self.stages = unit, documents, config.stage_configs
         self._state: Any = None
+        self._redraws = model.redraw_count
         self._begin_stage(0)
 
     def _begin_stage(self, index: int) -> None:

@@ -77,23 +77,12 @@ class Trainer:
         folder: of the run.
         group: processes of the run.
         display: progress display; used in the main process only.
-        source: batches and their loss; None: those of the task and the class of `config`, see `source_of`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        task: Any,
-        config: Any,
-        folder: Path,
-        *,
-        group: Group,
-        display: Display,
-        source: BatchSource | None = None,
-    ) -> None:
+    def __init__(self, model: Any, task: Any, config: Any, folder: Path, *, group: Group, display: Display) -> None:
         self.model, self.task, self.config, self.folder, self.group = model, task, config, folder, group
         self.display = display if group.main else Display()
-        self.source = source_of(model, task, config, group) if source is None else source
+        self.source = source_of(model, task, config, group)
         self.optimization = Optimization(model, config, group)
         self.position = Position()
         self._saved_step: int | None = None
