@@ -9,6 +9,7 @@ import pytest
 from longspan.experiments.claims import scaling
 from longspan.experiments.claims.scaling import PLANS, Plan, Shape, fit_laws, frontier, outcome, recipe_for
 
+pytest.importorskip("scipy")
 PLAN = PLANS["full"]
 SIZES = {shape.name: 1e4 * 3**index for index, shape in enumerate((*PLAN.shapes, PLAN.larger))}
 

@@ -31,16 +31,25 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.long
 def test_rmt_counts_every_seed_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    plan = rmt.Plan(seeds=2, steps=dict.fromkeys(rmt.KINDS, 3), evaluations=((1, 3, False), (2, 2, True)))
+    plan = rmt.Plan(
+        seeds=2,
+        steps=dict.fromkeys(rmt.KINDS, 3),
+        evaluations=((1, 3, False), (2, 2, True)),
+        silent=dict.fromkeys(rmt.KINDS, 256),
+    )
     monkeypatch.setitem(rmt.PLANS, "small", plan)
     monkeypatch.setattr(rmt, "KINDS", ("detect",))
     lines: list[str] = []
     outcome = rmt.RMT.run(tmp_path, "small", lines.append)
-    assert len(outcome.figures) == 2
+    assert len(outcome.figures) == 3
+    calibrations = outcome.data["calibrations"]["detect"]
+    silent = sum(record["silent"] for record in calibrations)
+    assert outcome.figures[2].ours.startswith(f"{sum(r['false_writes'] for r in calibrations)} of {silent:,}, at most")
     assert "of 6 (" in outcome.figures[0].ours
     assert "of 2 (" in outcome.figures[1].ours
     assert [len(records) for records in outcome.data["detect"].values()] == [2, 1]
     monkeypatch.setattr(rmt, "evaluate_memory", None)
+    monkeypatch.setattr(rmt, "calibrate_gates", None)
     assert rmt.RMT.run(tmp_path, "small", lines.append).data == outcome.data, "a second call measures nothing"
 
 

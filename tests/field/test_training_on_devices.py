@@ -17,15 +17,14 @@ from longspan.train import (
     Display,
     MemoryCurriculumConfig,
     PasskeyCurriculumConfig,
+    Trainer,
     evaluate_memory,
     evaluate_passkey,
     read_log,
     run,
 )
-from longspan.train.copy_curriculum import CopyCurriculumConfig, CopyTrainer
-from longspan.train.curriculum import CurriculumTrainer
-from longspan.train.memory_curriculum import MemoryTrainer
-from longspan.train.passkey_curriculum import PasskeyTrainer
+from longspan.train.copy_curriculum import CopyCurriculumConfig
+from longspan.train.distributed import Group
 
 LONG = pytest.mark.long
 TEXT = "we the people of a more perfect union establish justice and so on and on. "
@@ -86,32 +85,36 @@ SIZES = {"dim": 16, "num_layers": 1, "num_heads": 2}
 SMALL: dict[str, Any] = {"lr": 1e-3, "log_every": 1, "checkpoint_every": 1}
 
 
-Make = Callable[[Path, torch.device], CurriculumTrainer]
+Make = Callable[[Path, torch.device], Trainer]
 
 
-def copying(folder: Path, device: torch.device) -> CurriculumTrainer:
+def trainer_of(model: Any, task: Any, config: Any, folder: Path, device: torch.device) -> Trainer:
+    return Trainer(model.to(device), task, config, folder, group=Group(device=device), display=Display())
+
+
+def copying(folder: Path, device: torch.device) -> Trainer:
     task = CopyTask(CopyConfig(word=7, symbols=7))
     model = build_model({**SIZES, "vocab_size": 8, "mixers": [{"name": "linear"}]})
     config = CopyCurriculumConfig(steps=2, rows=2, tokens=60, **SMALL)
-    return CopyTrainer(model.to(device), task, config, folder, display=Display())
+    return trainer_of(model, task, config, folder, device)
 
 
-def recall(folder: Path, device: torch.device) -> CurriculumTrainer:
+def recall(folder: Path, device: torch.device) -> Trainer:
     task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
     memory = {"num_memory_tokens": 2, "segment_length": 96, "gate_noise": 0.0}
     model = build_model({**SIZES, "vocab_size": 512, "kind": "encoder", "classes": 6, "memory": memory})
     config = MemoryCurriculumConfig(steps=2, tokens=400, short_segments=(64,), **SMALL)
     task.prepare(folder)
-    return MemoryTrainer(model.to(device), task, config, folder, display=Display())
+    return trainer_of(model, task, config, folder, device)
 
 
-def retrieval(folder: Path, device: torch.device) -> CurriculumTrainer:
+def retrieval(folder: Path, device: torch.device) -> Trainer:
     task = PasskeyTask(PasskeyConfig(length=300))
     mixers = [{"name": "window", "window": 8}, {"name": "infini", "segment": 64}]
     model = build_model({**SIZES, "num_layers": 2, "vocab_size": 256, "mixers": mixers})
     config = PasskeyCurriculumConfig(steps=2, tokens=600, patience=1, mentions=0, first_length=300, repeats=9, **SMALL)
     task.prepare(folder)
-    return PasskeyTrainer(model.to(device), task, config, folder, display=Display())
+    return trainer_of(model, task, config, folder, device)
 
 
 @pytest.mark.parametrize("make", [copying, pytest.param(recall, marks=LONG), pytest.param(retrieval, marks=LONG)])

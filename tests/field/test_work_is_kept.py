@@ -84,7 +84,7 @@ def test_the_trained_model_is_there_before_the_final_evaluation(
         return evaluate_text(*args, **kwargs)
 
     seen: list[list[str]] = []
-    monkeypatch.setattr("longspan.train.trainer.evaluate_text", look)
+    monkeypatch.setattr("longspan.train.held_out.evaluate_text", look)
     run(recipe_of(folder), tmp_path, progress="none")
     assert seen
     assert {"config.json", "model.safetensors"} <= set(seen[0])
@@ -96,7 +96,7 @@ def test_held_out_text_that_cannot_be_evaluated_loses_no_training(
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("longspan.train.trainer.evaluate_text", fail)
+    monkeypatch.setattr("longspan.train.held_out.evaluate_text", fail)
     with pytest.raises(MemoryError):
         run(recipe_of(folder), tmp_path, progress="none")
     monkeypatch.undo()

@@ -93,8 +93,9 @@ def test_a_step_computes_no_logits_of_other_clusters(worded: dict[str, Any], mon
     from longspan.models import AdaptiveHead
     from longspan.train.config import TrainConfig
     from longspan.train.distributed import Group
+    from longspan.train.document_source import DocumentSource
     from longspan.train.lanes import Lanes
-    from longspan.train.step import Stepper
+    from longspan.train.step import Optimization
 
     def never(*_: Any) -> None:
         raise AssertionError("logits of the whole vocabulary")
@@ -116,5 +117,7 @@ def test_a_step_computes_no_logits_of_other_clusters(worded: dict[str, Any], mon
     batch = next(iter(Lanes(task.documents("train"), lanes=2, segment_length=8, seed=0)))
     expected = next_token_loss(model(batch.tokens, mask=batch.mask, reset=batch.reset)[0], batch.targets, batch.graded)
     monkeypatch.setattr(AdaptiveHead, "logits", never)
-    stepper = Stepper(model, TrainConfig(lanes=2, segment_length=8), Group(device=torch.device("cpu")))
-    assert stepper.step([batch], step=0, rate=1.0).nats == pytest.approx(expected.item(), rel=1e-5)
+    config, group = TrainConfig(lanes=2, segment_length=8), Group(device=torch.device("cpu"))
+    source = DocumentSource(model, task.documents("train"), config, group)
+    result = Optimization(model, config, group).step(source, 0, 1.0)
+    assert result.sums["loss"] == pytest.approx(expected.item(), rel=1e-5)

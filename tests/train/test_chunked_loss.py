@@ -8,9 +8,10 @@ from torch import Tensor
 
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.models import Decoder, DecoderConfig, Encoder, EncoderConfig, Head, MaskedLM, RecurrentMemory
+from longspan.tasks import Documents
 from longspan.train import TrainConfig, chunked_next_token_loss, next_token_loss, read_log, run
 from longspan.train.distributed import Group
-from longspan.train.step import Stepper
+from longspan.train.document_source import DocumentSource
 
 
 def inputs(dtype: torch.dtype = torch.float64, bias: bool = False) -> list[Tensor]:
@@ -159,10 +160,10 @@ def test_training_in_chunks_takes_the_same_steps(index: int, recipe: dict[str, A
             assert second[name] == pytest.approx(first[name], rel=1e-8), name
 
 
-def test_models_without_a_linear_head_are_refused() -> None:
+def test_models_without_a_linear_head_are_refused(documents: Documents) -> None:
     encoder = Encoder(EncoderConfig(vocab_size=31, dim=16, num_layers=1, num_heads=2))
     memory = RecurrentMemory(encoder, num_memory_tokens=2, segment_length=5)
     with pytest.raises(UnsupportedError, match="linear output layer; this model has no output layer"):
-        Stepper(memory, TrainConfig(loss_chunk=8), Group(device=torch.device("cpu")))
+        DocumentSource(memory, documents, TrainConfig(loss_chunk=8), Group(device=torch.device("cpu")))
     with pytest.raises(ConfigError, match=r"train.loss_chunk = -1"):
         TrainConfig(loss_chunk=-1)

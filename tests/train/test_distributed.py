@@ -22,9 +22,10 @@ for name, recipe in enumerate(recipes):
 """
 
 
-def torchrun(folder: Path, *recipes: dict[str, Any]) -> str:
+def torchrun(folder: Path, *recipes: dict[str, Any], first_lines: str = "") -> str:
+    """Train recipes in two processes, in the folders 0, 1, ...; each process begins with `first_lines`."""
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(first_lines + SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     command += [str(folder), *(json.dumps(recipe) for recipe in recipes)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2  # type: ignore[import-untyped]
 
 from longspan import tasks
 from longspan.errors import ConfigError
 from longspan.models import Trace, build_model
 from longspan.tasks import MemoryTask
-from longspan.train import resolve
+from longspan.train import gate_calibration, resolve
 from longspan.train.gate_calibration import (
     GateLogits,
     calibrate_gates,
@@ -23,6 +22,7 @@ from longspan.train.gate_calibration import (
     upper_bound,
 )
 
+stats = pytest.importorskip("scipy.stats")
 pytestmark = pytest.mark.usefixtures("brief_texts")
 RECIPE: dict[str, Any] = {
     "model": {
@@ -53,7 +53,7 @@ def model_for(task: MemoryTask, **memory: Any) -> Any:
 
 @pytest.mark.parametrize(("events", "count"), [(0, 1000), (1, 500_000), (7, 10**6), (40, 10**6)])
 def test_the_bound_is_the_exact_one_of_poisson(events: int, count: int) -> None:
-    assert upper_bound(events, count) == pytest.approx(chi2.ppf(0.95, 2 * (events + 1)) / 2 / count, rel=1e-9)
+    assert upper_bound(events, count) == pytest.approx(stats.chi2.ppf(0.95, 2 * (events + 1)) / 2 / count, rel=1e-9)
 
 
 def test_the_shift_makes_false_writes_as_rare_as_wanted() -> None:
@@ -119,6 +119,35 @@ def test_a_calibration_reports_rates_of_other_noise(task: MemoryTask) -> None:
     again = model_for(task)
     shift_gates(again, result.shift)
     torch.testing.assert_close(again.recurrent.update.bias, model.recurrent.update.bias)
+
+
+def test_a_calibration_resumes_from_its_files(
+    task: MemoryTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"silent": 300, "segments": 8, "batch": 8, "recall": 0.5}
+    plain = calibrate_gates(model_for(task), task, **arguments)
+    shares: list[float] = []
+
+    def stop(share: float) -> None:
+        shares.append(share)
+        if share > 0.6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_gates(model_for(task), task, cache=tmp_path, progress=stop, **arguments)
+    (tmp_path / "0-8.npz").write_bytes(b"damaged")
+    reads: list[range] = []
+
+    def count_reads(*given: Any, samples: range, **named: Any) -> GateLogits:
+        reads.append(samples)
+        return read_gates(*given, samples=samples, **named)
+
+    monkeypatch.setattr(gate_calibration, "read_gates", count_reads)
+    resumed = model_for(task)
+    assert calibrate_gates(resumed, task, cache=tmp_path, **arguments) == plain
+    assert reads[0] == range(8)
+    assert len(reads) < len(list(tmp_path.iterdir()))
+    assert float(resumed.recurrent.update.bias.detach()[0]) == pytest.approx(1 - plain.shift, abs=1e-5)
 
 
 def test_a_memory_without_gates_is_refused(task: MemoryTask) -> None:

@@ -12,7 +12,7 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.models import Decoder, DecoderConfig
 from longspan.tasks.synthetic import HEAD, NeedleTask, PasskeyConfig, PasskeyTask
 from longspan.train import PasskeyCurriculumConfig, evaluate_passkey, load_run, read_log, run
-from longspan.train.passkey_curriculum import PasskeyCurriculum, draw_texts, repeated
+from longspan.train.passkey_curriculum import PasskeyCurriculum, PasskeySource, draw_texts, repeated
 from longspan.train.passkey_evaluation import read
 
 RECIPE: dict[str, Any] = {
@@ -57,19 +57,17 @@ def test_a_run_goes_through_its_stages_and_resumes_bit_for_bit(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="resume it"):
         run(RECIPE, tmp_path / "whole", progress="none")
 
-    from longspan.train.passkey_curriculum import PasskeyTrainer
+    plain, count = PasskeySource.loss, 0
 
-    plain, count = PasskeyTrainer.read, 0
-
-    def dies(self: PasskeyTrainer) -> Any:
+    def dies(self: PasskeySource, part: Any) -> Any:
         nonlocal count
         count += 1
         if count == 8:
             raise KeyboardInterrupt
-        return plain(self)
+        return plain(self, part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PasskeyTrainer, "read", dies)
+        patch.setattr(PasskeySource, "loss", dies)
         with pytest.raises(KeyboardInterrupt):
             run(RECIPE, tmp_path / "killed", progress="none")
     run(None, tmp_path / "killed", resume=True, progress="none")

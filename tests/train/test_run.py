@@ -21,7 +21,7 @@ from longspan.config import read_toml
 from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.models import Decoder
 from longspan.train import Display, DivergedError, Result, load_run, read_log, run
-from longspan.train.step import Stepper
+from longspan.train.document_source import DocumentSource
 
 
 class Recorder(Display):
@@ -314,7 +314,7 @@ def test_a_nan_leaves_the_last_good_checkpoint(
         return loss * float("nan") if len(calls) == 8 else loss
 
     with monkeypatch.context() as patch:
-        patch.setattr("longspan.train.step.next_token_loss", broken)
+        patch.setattr("longspan.train.document_source.next_token_loss", broken)
         with pytest.raises(
             DivergedError,
             match=r"the loss of step 8 is nan, not a finite number; the last good checkpoint is .*00000005;",
@@ -346,13 +346,13 @@ def test_states_are_dropped_where_projections_were_redrawn(
         "longspan.models.Decoder.after_step",
         lambda self, step, generator: self.__dict__.update(drawn=step // 3),
     )
-    forward = Stepper.step
+    loss = DocumentSource.loss
 
-    def watch(self: Stepper, batches: Any, **options: Any) -> Any:
+    def watch(self: DocumentSource, part: Any) -> Any:
         seen.append(self.carried[0] is None)
-        return forward(self, batches, **options)
+        return loss(self, part)
 
-    monkeypatch.setattr(Stepper, "step", watch)
+    monkeypatch.setattr(DocumentSource, "loss", watch)
     run(changed(recipe, train__steps=8), tmp_path, progress="none")
     assert seen == [True, False, False, True, False, False, True, False]
 

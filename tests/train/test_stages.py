@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tests.train.test_distributed import figures, torchrun
 from longspan.config import from_dict
 from longspan.errors import ConfigError
 from longspan.train import Display, StageConfig, TrainConfig, load_run, read_log, run
-from longspan.train.step import Stepper
+from longspan.train.document_source import DocumentPart, DocumentSource
 
 STAGES = [
     {"steps": 7, "segment_length": 16, "lanes": 8, "sampling": "pieces"},
@@ -49,13 +48,14 @@ def test_each_stage_reads_with_its_own_fields(
     staged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[int, tuple[int, ...], bool]] = []
-    step: Callable[..., Any] = Stepper.step
+    loss = DocumentSource.loss
 
-    def recorded(stepper: Stepper, batches: list[Any], **options: Any) -> Any:
-        read.append((len(batches), tuple(batches[0].tokens.shape), stepper.carried[0] is not None))
-        return step(stepper, batches, **options)
+    def recorded(source: DocumentSource, part: DocumentPart) -> Any:
+        segments = part.segments
+        read.append((len(segments), tuple(segments[0].tokens.shape), source.carried[0] is not None))
+        return loss(source, part)
 
-    monkeypatch.setattr(Stepper, "step", recorded)
+    monkeypatch.setattr(DocumentSource, "loss", recorded)
     run(staged, tmp_path, progress="none")
     pieces, lanes, longer = (1, (8, 16), False), (2, (4, 24), True), (1, (2, 40), True)
     # the first step of a stage has no carried state

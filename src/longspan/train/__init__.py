@@ -7,7 +7,6 @@ from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.log import read_log
-from longspan.train.loop import Result
 from longspan.train.loss import chunked_next_token_loss, next_token_loss, token_nats
 from longspan.train.memory_curriculum import MemoryCurriculum, MemoryCurriculumConfig
 from longspan.train.memory_evaluation import MemoryEvaluation, evaluate_memory, wilson
@@ -20,7 +19,7 @@ from longspan.train.recipes import find_recipe, locate_recipe, recipe_names
 from longspan.train.run import resolve, run
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
 from longspan.train.step import DivergedError
-from longspan.train.trainer import Trainer
+from longspan.train.trainer import Result, Trainer
 
 __all__ = [
     "Batch",

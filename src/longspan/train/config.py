@@ -11,7 +11,7 @@ from longspan.errors import ConfigError
 DEFAULT_STEPS = 1000
 Sampling: TypeAlias = Literal["lanes", "pieces"]
 _NOT_NEGATIVE = (
-    *("steps", "minutes", "lr", "warmup", "min_lr_ratio", "weight_decay", "clip"),
+    *("steps", "minutes", "lr", "warmup", "min_lr_ratio", "weight_decay", "eps", "clip"),
     *("checkpoint_every", "threads", "seed"),
 )
 
@@ -37,6 +37,8 @@ class RunConfig:
     """of AdamW"""
     weight_decay: float = 0.1
     """of AdamW"""
+    eps: float = 1e-8
+    """of AdamW"""
     clip: float = 1.0
     """largest norm of the gradient; larger gradients are scaled down to it; 0: no clipping"""
     seed: int = 0
@@ -53,11 +55,17 @@ class RunConfig:
     """number of checkpoints to keep; older ones are deleted"""
     device: str = "auto"
     """`"auto"` (CUDA if available, else the CPU), `"cpu"`, `"cuda"`, `"cuda:1"`"""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """float32 or float64: dtype of weights and computation; bfloat16: autocast with float32 weights"""
+    accumulation: int = 1
+    """number of parts into which each process splits its rows of a batch, run one after another: same result, less
+    memory. Where the forward pass draws random numbers (`dropout`, `gate_noise`), each part and each process draws its
+    own"""
     threads: int = 0
     """CPU threads; 0: chosen by torch. Losses are reproducible bit for bit with the same number of threads"""
 
     def __post_init__(self) -> None:
-        check_least(self, "train", {"log_every": 1, "keep": 1} | dict.fromkeys(_NOT_NEGATIVE, 0))
+        check_least(self, "train", {"log_every": 1, "keep": 1, "accumulation": 1} | dict.fromkeys(_NOT_NEGATIVE, 0))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas = {list(self.betas)}: must be two numbers from 0 to below 1")
         if self.constant is not None:
@@ -140,26 +148,20 @@ class TrainConfig(RunConfig):
     carry: bool = True
     """carry the state from call to call; False: every call starts from an empty state, for mixers whose state grows
     with the document (`full`); without effect on pieces"""
-    accumulation: int = 1
-    """number of groups into which the lanes are split, run one after another: same result, less memory"""
     loss_chunk: int = 0
     """number of tokens whose logits exist at once: with a large vocabulary logits are the largest tensors of a step;
     the loss is then computed in chunks, and logits are recomputed in the backward pass; 0: logits of whole calls"""
-    eps: float = 1e-8
-    """of AdamW"""
     eval_every: int = 500
     """steps between two evaluations on held-out documents; 0: only at the end"""
     eval_tokens: int = 200_000
     """held-out tokens per evaluation during training, from documents that the seed selects; 0: all"""
     final_eval_tokens: int = 0
     """held-out tokens of the evaluation at the end, from documents that the seed selects; 0: all"""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """float32 or float64: dtype of weights and computation; bfloat16: autocast with float32 weights"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = ("lanes", "segment_length", "bptt_segments", "accumulation")
-        others = ("eps", "eval_every", "eval_tokens", "final_eval_tokens", "loss_chunk")
+        positive = ("lanes", "segment_length", "bptt_segments")
+        others = ("eval_every", "eval_tokens", "final_eval_tokens", "loss_chunk")
         check_least(self, "train", dict.fromkeys(positive, 1) | dict.fromkeys(others, 0))
         self._check_stages()
 

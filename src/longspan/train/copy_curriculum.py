@@ -13,14 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.config import check_least
 from longspan.errors import ConfigError
-from longspan.mixers import with_aux_losses
 from longspan.tasks.synthetic import CopyTask
-from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer, Outcome, Stages
+from longspan.train.curriculum import (
+    CurriculumConfig,
+    CurriculumPart,
+    CurriculumSource,
+    Plan,
+    RowsLoss,
+    Stages,
+    mean_loss,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +91,15 @@ class Copying(Stages):
         return f"{self.word:,} symbols", ""
 
 
-class CopyTrainer(CurriculumTrainer):
-    """Trains a causal `Decoder` on a `CopyTask`; arguments are those of `CurriculumTrainer`."""
+class CopySource(CurriculumSource):
+    """Trains a causal `Decoder` on a `CopyTask`; arguments are those of `CurriculumSource`."""
 
     config: CopyCurriculumConfig
     stages: Copying
+
+    def title(self) -> str:
+        """Describe the training data, for the first line of the display."""
+        return f"words of up to {self.task.config.word:,}"
 
     def first_stage(self) -> Copying:
         """Return the curriculum at its first stage; raises ConfigError if the model has too few learned positions."""
@@ -102,25 +112,31 @@ class CopyTrainer(CurriculumTrainer):
             )
         return Copying(self.config, word)
 
-    def read(self) -> Outcome:
-        """Draw the batch of this step, add its gradients, and update the curriculum."""
-        config, word = self.config, self.stages.word
-        rows = max(1, min(config.rows, config.tokens // (2 * word + 1)))
-        tokens = draw_words(self.task, rows, word, (config.seed, self.position.step)).to(self.device)
-        aux_losses: list[Tensor] = []
+    def plan(self, step: int) -> Plan:
+        """Return the number of rows of step `step`, all of them with words of the current stage."""
+        word = self.stages.word
+        rows = max(1, min(self.config.rows, self.config.tokens // (2 * word + 1)))
+        # only the symbols of the second word after its first one are predicted
+        return Plan(step=step, rows=rows, tokens=word, answers=word)
+
+    def samples(self, plan: Plan, rows: range) -> Tensor:
+        """Generate some rows of a batch."""
+        return draw_words(self.task, len(rows), self.stages.word, (self.config.seed, plan.step), first=rows.start)
+
+    def rows_loss(self, part: CurriculumPart, aux_losses: list[Tensor]) -> RowsLoss:
+        """Predict the second word of some rows."""
+        tokens, word = part.samples.to(self.group.device), part.plan.answers
         hidden, _ = self.model.hidden(tokens[:, :-1], aux_losses=aux_losses)
         logits, targets = self.model.logits(hidden[:, word + 1 :]), tokens[:, word + 2 :]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        with_aux_losses(loss, aux_losses).backward()
-        right = float((logits.argmax(-1) == targets).float().mean())
-        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.count(right, config.accuracy))
+        loss = part.share * mean_loss(logits.flatten(0, 1), targets.flatten())
+        return RowsLoss(total=loss, answers=loss, correct=(logits.argmax(-1) == targets).sum())
 
-    def title(self) -> str:
-        """Describe the training data, for the first line of the display."""
-        return f"words of up to {self.task.config.word:,}"
+    def advance(self, plan: Plan, accuracy: float) -> bool:
+        """Record the accuracy of a batch; return whether a new stage begins."""
+        return self.stages.count(accuracy, self.config.accuracy)
 
 
-def draw_words(task: CopyTask, rows: int, word: int, seed: Sequence[int]) -> Tensor:
+def draw_words(task: CopyTask, rows: int, word: int, seed: Sequence[int], *, first: int = 0) -> Tensor:
     """Generate a training batch: tokens, (rows, 2 * word + 2) int64, of which the model predicts the last `word`.
 
     Args:
@@ -128,8 +144,10 @@ def draw_words(task: CopyTask, rows: int, word: int, seed: Sequence[int]) -> Ten
         rows: of the batch.
         word: symbols per word.
         seed: the same seed gives the same batch.
+        first: index of the first of these rows in a batch that is drawn in parts.
     """
     same = CopyTask(replace(task.config, word=word))
+    indices = range(first, first + rows)
     # 13 separates this random stream from those of the task's documents
-    drawn = [same.sample(np.random.default_rng([*seed, row, 13]), row, "train").tokens for row in range(rows)]
+    drawn = [same.sample(np.random.default_rng([*seed, row, 13]), row, "train").tokens for row in indices]
     return torch.from_numpy(np.stack(drawn))

@@ -1,25 +1,25 @@
-"""Training along a curriculum: base classes of the trainers whose data depends on the stage reached.
+"""Training along a curriculum: base classes of the sources whose batches depend on the stage reached.
 
-The folder is that of any run (`longspan.train.run`): recipe.json, log.jsonl, tokenizer.json, checkpoints/, model/. The
-batch of a step depends only on the seed, the step and the stage, so a resumed run of fixed `steps` continues with
-results identical bit for bit.
+A curriculum is a source of batches (`longspan.train.source`) with stages: after each step it takes in the accuracy of
+the whole batch, which may begin the next stage. The batch of a step depends only on the seed, the step and the stage,
+so a resumed run of fixed `steps` continues with results identical bit for bit, and each process can generate only the
+rows that it reads.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from longspan.config import check_least, check_shares
-from longspan.contract.maps import device_and_dtype
+from longspan.train.checkpoint import Checkpoint, Position
 from longspan.train.config import RunConfig
 from longspan.train.distributed import Group
-from longspan.train.loop import TrainingLoop
-from longspan.train.progress import Display
-from longspan.train.step import DivergedError, Optimization
+from longspan.train.source import BatchSource, PartLoss, StepBatch, StepResult, split_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class CurriculumConfig(RunConfig):
     """Fields that the `[train]` tables of all curricula share; see `RunConfig` for the others.
 
     Attributes:
-        tokens: approximate number of tokens per batch, from which the number of rows follows.
+        tokens: approximate number of tokens per batch, over all processes, from which the number of rows follows.
         accuracy: a stage ends when the mean accuracy of its last `window` batches is above this.
         window: number of batches over which accuracy is averaged.
         patience: steps after which a stage ends in any case; 0: never.
@@ -109,82 +109,162 @@ class Stages:
         vars(self).update(data)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Figures of one training step.
+class Plan(NamedTuple):
+    """What the rows of the batch of a step have in common, in all processes."""
 
-    Attributes:
-        loss: on the answers, in nats, a mean over rows.
-        right: share of correct answers.
-        rows: number of rows of the batch.
-        tokens: number of tokens of the batch.
-        moved: whether a new stage begins after this step.
-    """
-
-    loss: float
-    right: float
+    step: int
+    """number of the step, from 0"""
     rows: int
+    """rows of the batch, over all processes"""
     tokens: int
-    moved: bool
-    units = 0
+    """tokens per row"""
+    answers: int
+    """answers per row, over which accuracy is a mean"""
+    drawn: Any = None
+    """what the curriculum has drawn for this step, such as the number of segments"""
+
+
+class CurriculumPart(NamedTuple):
+    """Rows that are read in one forward and backward pass."""
+
+    samples: Any
+    """on the CPU"""
+    plan: Plan
+    rows: int
+    """number of rows"""
+    counts: dict[str, int]
+    """those of `CurriculumSource.counts` in these rows"""
+    totals: dict[str, float]
+    """the same counts in the whole batch, over all processes"""
 
     @property
-    def sums(self) -> dict[str, float]:
-        """Amounts that are summed up for a line of the log."""
-        return {"loss": self.loss * self.rows, "right": self.right * self.rows, "rows": self.rows}
+    def share(self) -> float:
+        """The share of these rows in the batch: weight of a mean over rows."""
+        return self.rows / self.plan.rows
+
+    def share_of(self, name: str) -> float:
+        """Return the share of these rows in a count: weight of a mean over what it counts."""
+        return self.counts[name] / max(self.totals[name], 1.0)
 
 
-class CurriculumTrainer(TrainingLoop):
-    """Trains a model along a curriculum in one process; subclasses define the stages, the batches and the loss.
+class RowsLoss(NamedTuple):
+    """The loss of some rows."""
 
-    Arguments are those of `TrainingLoop` without `group`.
+    total: Tensor
+    """scalar with gradients: their share in the loss of the step, without auxiliary losses"""
+    answers: Tensor
+    """scalar: their share in the mean loss on answers"""
+    correct: Tensor
+    """scalar: number of correct answers"""
+
+
+class CurriculumSource(BatchSource):
+    """Draws batches along a curriculum; subclasses define the stages, the samples and their loss.
+
+    Args:
+        model: on the device of the group, in its dtype.
+        task: prepared task.
+        config: `[train]` table.
+        group: processes of the run.
     """
 
+    sum_names = ("loss", "correct")
+    count_names: tuple[str, ...] = ()
+    """names of the counts of `counts`"""
     config: CurriculumConfig
     stages: Stages
 
-    def __init__(self, model: Any, task: Any, config: CurriculumConfig, folder: Path, *, display: Display) -> None:
-        super().__init__(model, task, config, folder, group=Group(), display=display)
-        self.stages = self.data = self.first_stage()
-        self.optimization = Optimization(model, config, self.group)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return device_and_dtype(self.model).device
+    def __init__(self, model: Any, task: Any, config: CurriculumConfig, group: Group) -> None:
+        super().__init__(model, config, group)
+        self.task = task
+        self.stages = self.first_stage()
+        self._moved = False
 
     def first_stage(self) -> Stages:
         """Return the curriculum at its first stage."""
         raise NotImplementedError
 
-    def read(self) -> Outcome:
-        """Draw the batch of this step, add its gradients, and update the curriculum."""
+    def plan(self, step: int) -> Plan:
+        """Return what the rows of the batch of step `step` (from 0) have in common."""
         raise NotImplementedError
 
-    def _train(self, rate: float) -> Outcome:
-        """Make one training step at `rate` times the learning rate.
+    def samples(self, plan: Plan, rows: range) -> Any:
+        """Generate some rows of a batch on the CPU; a row depends on the plan and its index only."""
+        raise NotImplementedError
 
-        Raises:
-            DivergedError: the loss is not finite.
-        """
-        step = self.position.step
-        self.optimization.begin()
-        outcome = self.read()
-        if not math.isfinite(outcome.loss):
-            raise DivergedError(f"the loss of step {step + 1} is {outcome.loss}, not a finite number")
-        self.optimization.update(step, rate)
-        return outcome
+    def counts(self, samples: Any) -> tuple[int, ...]:
+        """Return, by `count_names`, how many there are in some rows of what parts of the loss are means over."""
+        return ()
 
-    def _line_is_due(self, outcome: Outcome) -> bool:
-        """Return whether a new stage begins, which is logged at once."""
-        return outcome.moved
+    def rows_loss(self, part: CurriculumPart, aux_losses: list[Tensor]) -> RowsLoss:
+        """Run the model on some rows, append its auxiliary losses to `aux_losses`, and return the loss."""
+        raise NotImplementedError
 
-    def _figures(self, outcome: Outcome) -> dict[str, Any]:
+    def advance(self, plan: Plan, accuracy: float) -> bool:
+        """Record the accuracy of a batch; return whether a new stage begins."""
+        raise NotImplementedError
+
+    def draw(self, step: int) -> StepBatch:
+        """Generate this process's rows of the batch of step `step`."""
+        plan = self._plan = self.plan(step)
+        parts, totals = list[CurriculumPart](), dict.fromkeys(self.count_names, 0.0)
+        for rows in split_rows(plan.rows, self.group, self.config.accumulation):
+            samples = self.samples(plan, rows)
+            counts = dict(zip(self.count_names, self.counts(samples), strict=True))
+            # all parts have the same dictionary of totals, which is complete after the loop
+            parts.append(CurriculumPart(samples, plan=plan, rows=len(rows), counts=counts, totals=totals))
+            for name, count in counts.items():
+                totals[name] += count
+        totals.update(zip(totals, self.group.sum(*totals.values()), strict=True))
+        return StepBatch(parts, tokens=plan.rows * plan.tokens)
+
+    def loss(self, part: CurriculumPart) -> PartLoss:
+        """Run the model on some rows; `loss` sums up to the mean loss on answers, `correct` to the correct answers."""
+        aux_losses: list[Tensor] = []
+        with self.autocast():
+            loss = self.rows_loss(part, aux_losses)
+        total = loss.total
+        if aux_losses:
+            # an auxiliary loss is a mean over the tokens of a call, and all rows have the same number of them
+            total = total + part.share * torch.stack(aux_losses).sum()
+        return PartLoss(total, {"loss": loss.answers.detach(), "correct": loss.correct})
+
+    def after_step(self, result: StepResult) -> None:
+        """Take in the accuracy of the batch, which may begin a new stage in all processes at once."""
+        self._moved = self.advance(self._plan, self._accuracy(result))
+
+    def _accuracy(self, result: StepResult) -> float:
+        """Return the share of correct answers in the batch."""
+        return result.sums["correct"] / (self._plan.rows * self._plan.answers)
+
+    def log_sums(self, result: StepResult) -> dict[str, float]:
+        """Return loss and accuracy, weighted by the number of rows."""
+        rows = self._plan.rows
+        return {"loss": result.sums["loss"] * rows, "right": self._accuracy(result) * rows, "rows": rows}
+
+    def figures(self, position: Position) -> dict[str, Any]:
         """Return mean loss and accuracy since the last log line, and the stage, for a log line."""
-        pending = self.position.pending
+        pending = position.pending
         means = {"loss": pending["loss"] / pending["rows"], "accuracy": pending["right"] / pending["rows"]}
-        return means | self.stages.columns() | {"new_stage": outcome.moved}
+        return means | self.stages.columns() | {"new_stage": self._moved}
 
-    def _display_fields(self) -> dict[str, Any]:
+    def line_is_due(self, step: int) -> bool:
+        """Return whether a new stage begins, which is logged at once."""
+        return self._moved
+
+    def display_fields(self) -> dict[str, Any]:
         """Return the description of the current stage for the progress display."""
         return {"stage": self.stages.words}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress in the curriculum as plain data for a checkpoint."""
+        return self.stages.state_dict()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue with the progress of a checkpoint."""
+        self.stages.load_state_dict(checkpoint.position.lanes)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross entropy, a scalar in fp32 or fp64, of logits (n, classes) and targets (n,) int64."""
+    return F.cross_entropy(logits if logits.element_size() >= 4 else logits.float(), targets)

@@ -32,7 +32,7 @@ class Group:
 
     def sum(self, *values: float) -> list[float]:
         """Sum each value over all processes, in fp64."""
-        if self.world_size == 1:
+        if self.world_size == 1 or not values:
             return list(values)
         device = self.device if host.has_float64(self.device) else torch.device("cpu")
         tensor = torch.tensor(values, dtype=torch.float64, device=device)

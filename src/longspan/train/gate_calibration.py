@@ -9,8 +9,10 @@ the other half is read with it and gives the rates that are reported.
 """
 
 import math
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 
 from longspan.contract.maps import device_and_dtype
 from longspan.errors import ConfigError
+from longspan.files import write_atomically
 from longspan.models import RecurrentClassifier, Trace
 from longspan.models.memory_update import GatedUpdate
 from longspan.tasks import MemoryTask
@@ -168,6 +171,7 @@ def calibrate_gates(
     segments: int = 64,
     batch: int = 64,
     seed: int = 0,
+    cache: Path | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> GateCalibration:
     """Shift the gates of a model, in place, so that segments without a fact hardly ever write.
@@ -182,6 +186,8 @@ def calibrate_gates(
         segments: number of segments per sample.
         batch: samples that are read at once.
         seed: of the samples.
+        cache: folder in which the logits of every batch are saved, so that a second call with the same arguments and
+            the same model resumes; None: nowhere.
         progress: called with the share of the work that is done, 0 to 1.
 
     Raises:
@@ -195,11 +201,17 @@ def calibrate_gates(
         )
 
     def read(first: int, last: int) -> GateLogits:
-        """Read samples `first` to `last`, in batches that report progress."""
+        """Read samples `first` to `last`, in batches that report progress and are saved."""
         parts = []
         for start in range(first, last, batch):
             chosen = range(start, min(start + batch, last))
-            parts.append(read_gates(model, task, samples=chosen, segments=segments, batch=batch, seed=seed))
+            file = None if cache is None else cache / f"{chosen.start}-{chosen.stop}.npz"
+            part = None if file is None or not file.is_file() else _load(file)
+            if part is None:
+                part = read_gates(model, task, samples=chosen, segments=segments, batch=batch, seed=seed)
+                if file is not None:
+                    write_atomically(file, _saver(part))
+            parts.append(part)
             if progress is not None:
                 progress(chosen.stop / count)
         return join(parts)
@@ -214,6 +226,26 @@ def calibrate_gates(
         # with fewer writes the memory that the gates read is another one, so the shift is chosen twice
         chosen_by = read(quarter if last == half else half, last)
     return summarize(shift, before, chosen_by)
+
+
+def _saver(part: GateLogits) -> Callable[[Path], None]:
+    """Return a function that writes the logits of a batch to a path."""
+
+    def save(path: Path) -> None:
+        """Write them as two arrays."""
+        with open(path, "wb") as file:
+            np.savez(file, silent=part.silent, whole=part.whole)
+
+    return save
+
+
+def _load(path: Path) -> GateLogits | None:
+    """Return the logits that `_saver` wrote; None if the file is damaged, so that they are read again."""
+    try:
+        with np.load(path) as arrays:
+            return GateLogits(arrays["silent"], arrays["whole"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def join(parts: list[GateLogits]) -> GateLogits:

@@ -142,7 +142,79 @@ def own_lanes(documents: Documents, lanes: int, rank: int, world_size: int) -> r
     return range(rank * share, (rank + 1) * share)
 
 
-class Lanes(Iterator[Batch]):
+class DocumentReader(Iterator[Batch]):
+    """Base of `Lanes` and `Pieces`: batches of documents, epoch after epoch, of which a process reads its own rows.
+
+    Every process deals all rows but reads only its own. Subclasses define what an epoch consists of, in an order that
+    depends on the seed and the epoch only.
+
+    Args:
+        documents: to read.
+        lanes: number of rows over all processes together.
+        segment_length: tokens per row in one batch.
+        epochs: how often all documents are read; None: forever.
+        rank, world_size: index of this process and number of processes that share the rows evenly.
+
+    Raises:
+        ConfigError: the number of processes does not divide the number of rows.
+        DataError: the documents have no tokens.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        lanes: int,
+        segment_length: int,
+        epochs: int | None,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.own = own_lanes(documents, lanes, rank, world_size)
+        self.documents, self.lanes, self.segment_length = documents, lanes, segment_length
+        self.epochs, self._lengths = epochs, documents.lengths
+        self._epoch = self._dealt = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    @property
+    def places_per_epoch(self) -> int:
+        """Number of tokens of all documents together."""
+        return int(self._lengths.sum())
+
+    def _items(self) -> int:
+        """Return the number of items (pieces or rows) of the current epoch."""
+        raise NotImplementedError
+
+    def _begin_epoch(self) -> None:
+        """Draw the order of the epoch `_epoch`."""
+        raise NotImplementedError
+
+    def _deal(self) -> int | None:
+        """Return the index of the next item in the order of its epoch; None after the last epoch."""
+        if self._dealt == self._items():
+            if self.epochs is not None and self._epoch + 1 >= self.epochs:
+                return None
+            self._epoch += 1
+            self._dealt = 0
+            self._begin_epoch()
+        self._dealt += 1
+        return self._dealt - 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the data as plain data."""
+        return {"epoch": self._epoch, "dealt": self._dealt, "fingerprint": self.documents.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the position that `state_dict` returned; raises CheckpointError if the data has changed."""
+        if state["fingerprint"] != self.documents.fingerprint:
+            raise CheckpointError(DATA_DIFFERS)
+        self._epoch, self._dealt = state["epoch"], state["dealt"]
+        self._begin_epoch()
+
+
+class Lanes(DocumentReader):
     """Iterator over batches in which each row (lane) reads contiguous text; the module describes the order.
 
     Args:
@@ -175,21 +247,18 @@ class Lanes(Iterator[Batch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.own = own_lanes(documents, lanes, rank, world_size)
-        self.documents, self.lanes, self.segment_length = documents, lanes, segment_length
-        self.seed, self.epochs, self.longest_first, self.restart = seed, epochs, longest_first, restart
-        self._pieces = _pieces(documents.lengths, lanes if cut_long else 1)
-        self._epoch = self._dealt = 0
-        self._order = self._order_of(0)
+        super().__init__(
+            documents,
+            lanes=lanes,
+            segment_length=segment_length,
+            epochs=epochs,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.seed, self.longest_first, self.restart = seed, longest_first, restart
+        self._pieces = _pieces(self._lengths, lanes if cut_long else 1)
         self._places = [(NO_PIECE, 0)] * lanes
-
-    @property
-    def places_per_epoch(self) -> int:
-        """Number of tokens of all documents together."""
-        return int((self._pieces[:, 2] - self._pieces[:, 1]).sum())
-
-    def __iter__(self) -> Self:
-        return self
+        self._begin_epoch()
 
     def __next__(self) -> Batch:
         plans = [self._advance(lane) for lane in range(self.lanes)]
@@ -211,9 +280,10 @@ class Lanes(Iterator[Batch]):
         plan, room = [], self.segment_length
         while room:
             if piece == NO_PIECE:
-                piece = self._deal()
-                if piece == NO_PIECE:
+                dealt = self._deal()
+                if dealt is None:
                     break
+                piece = int(self._order[dealt])
                 position = int(self._pieces[piece, 1])
             end = int(self._pieces[piece, 2])
             last = min(position + room, end)
@@ -224,46 +294,37 @@ class Lanes(Iterator[Batch]):
         self._places[lane] = (piece, position)
         return plan
 
-    def _deal(self) -> int:
-        """Return the next piece to read, starting a new epoch if needed; `NO_PIECE` after the last epoch."""
-        if self._dealt == len(self._order):
-            if self.epochs is not None and self._epoch + 1 >= self.epochs:
-                return NO_PIECE
-            self._epoch += 1
-            self._dealt = 0
-            self._order = self._order_of(self._epoch)
-        self._dealt += 1
-        return int(self._order[self._dealt - 1])
+    def _items(self) -> int:
+        """Return the number of pieces of an epoch."""
+        return len(self._pieces)
 
-    def _order_of(self, epoch: int) -> Array:
-        """Return the order of the pieces in an epoch, (pieces,) int64."""
+    def _begin_epoch(self) -> None:
+        """Draw the order of the pieces, (pieces,) int64."""
         if self.seed is not None:
-            return np.random.default_rng([self.seed, epoch]).permutation(len(self._pieces))
-        if self.longest_first:
-            return np.argsort(self._pieces[:, 1] - self._pieces[:, 2], kind="stable")
-        return np.arange(len(self._pieces))
+            self._order = np.random.default_rng([self.seed, self._epoch]).permutation(len(self._pieces))
+        elif self.longest_first:
+            self._order = np.argsort(self._pieces[:, 1] - self._pieces[:, 2], kind="stable")
+        else:
+            self._order = np.arange(len(self._pieces))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of every lane as plain data."""
         return {
-            "epoch": self._epoch,
-            "dealt": self._dealt,
+            **super().state_dict(),
             "places": [list(position) for position in self._places],
             "pieces": len(self._pieces),
-            "fingerprint": self.documents.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the position that `state_dict` returned; raises CheckpointError if the data or lanes have changed."""
-        if state["fingerprint"] != self.documents.fingerprint or state["pieces"] != len(self._pieces):
+        super().load_state_dict(state)
+        if state["pieces"] != len(self._pieces):
             raise CheckpointError(DATA_DIFFERS)
         if len(state["places"]) != self.lanes:
             raise CheckpointError(
                 f"train.lanes = {self.lanes}, but the checkpoint has {len(state['places'])} lanes; resume with "
                 f"train.lanes = {len(state['places'])}"
             )
-        self._epoch, self._dealt = state["epoch"], state["dealt"]
-        self._order = self._order_of(self._epoch)
         self._places = [(piece, position) for piece, position in state["places"]]
 
 

@@ -16,10 +16,17 @@ from torch import Tensor
 
 from longspan.config import check_shares
 from longspan.errors import ConfigError
-from longspan.mixers import with_aux_losses
 from longspan.models import Trace
 from longspan.tasks import MemoryTask
-from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer, Outcome, Stages
+from longspan.train.curriculum import (
+    CurriculumConfig,
+    CurriculumPart,
+    CurriculumSource,
+    Plan,
+    RowsLoss,
+    Stages,
+    mean_loss,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +148,9 @@ class Samples(NamedTuple):
     """(rows, segments) bool: the segment has a whole fact"""
 
 
-def draw_samples(task: MemoryTask, segments: int, rows: int, size: int, seed: tuple[int, ...]) -> Samples:
+def draw_samples(
+    task: MemoryTask, segments: int, rows: int, size: int, seed: tuple[int, ...], *, first: int = 0
+) -> Samples:
     """Generate a training batch of a memory task.
 
     Args:
@@ -150,8 +159,9 @@ def draw_samples(task: MemoryTask, segments: int, rows: int, size: int, seed: tu
         rows: number of samples.
         size: tokens per segment.
         seed: the same seed gives the same batch.
+        first: index of the first of these rows in a batch that is drawn in parts.
     """
-    drawn = [task.sample("train", segments, [*seed, row], size=size) for row in range(rows)]
+    drawn = [task.sample("train", segments, [*seed, row], size=size) for row in range(first, first + rows)]
     parts = [list(sample) for sample in drawn]
     tokens = np.stack([np.concatenate([part.tokens for part in sample]) for sample in parts])
     fact = torch.tensor([[part.fact for part in sample] for sample in parts])
@@ -184,38 +194,49 @@ def gate_losses(traces: list[Trace], batch: Samples, config: MemoryCurriculumCon
     return closed, opened
 
 
-class MemoryTrainer(CurriculumTrainer):
-    """Trains a `RecurrentClassifier` on a `MemoryTask`; arguments are those of `CurriculumTrainer`."""
+class MemorySource(CurriculumSource):
+    """Trains a `RecurrentClassifier` on a `MemoryTask`; arguments are those of `CurriculumSource`."""
 
+    count_names = ("none", "whole")
     config: MemoryCurriculumConfig
     stages: MemoryCurriculum
-
-    def first_stage(self) -> MemoryCurriculum:
-        """Return the curriculum at its first stage."""
-        return MemoryCurriculum(self.config, self.task.config.segment_length)
-
-    def read(self) -> Outcome:
-        """Draw the batch of this step, add its gradients, and update the curriculum."""
-        config, step, curriculum = self.config, self.position.step, self.stages
-        segments, rows = curriculum.draw(step)
-        batch = draw_samples(self.task, segments, rows, curriculum.length, (config.seed, step))
-        loss, right = self._backward(batch, curriculum.length)
-        return Outcome(loss, right, rows, batch.tokens.numel(), curriculum.add(segments, right))
 
     def title(self) -> str:
         """Describe the training data, for the first line of the display."""
         task = self.task.config
         return f"{task.kind}, up to {self.config.max_segments} segments of {task.segment_length}"
 
-    def _backward(self, batch: Samples, size: int) -> tuple[float, float]:
-        """Add the gradients of a batch; return its loss on answers (a mean over rows) and its accuracy."""
-        batch = Samples(*(tensor.to(self.device) for tensor in batch))
+    def first_stage(self) -> MemoryCurriculum:
+        """Return the curriculum at its first stage."""
+        return MemoryCurriculum(self.config, self.task.config.segment_length)
+
+    def plan(self, step: int) -> Plan:
+        """Return the number of segments and rows of step `step`."""
+        segments, rows = self.stages.draw(step)
+        return Plan(step=step, rows=rows, tokens=segments * self.stages.length, answers=1, drawn=segments)
+
+    def samples(self, plan: Plan, rows: range) -> Samples:
+        """Generate some rows of a batch."""
+        seed = self.config.seed, plan.step
+        return draw_samples(self.task, plan.drawn, len(rows), self.stages.length, seed, first=rows.start)
+
+    def counts(self, samples: Samples) -> tuple[int, int]:
+        """Return the numbers of segments without a fact and with a whole one, of which gates are trained."""
+        return int(samples.none[:, :-1].sum()), int(samples.whole[:, :-1].sum())
+
+    def rows_loss(self, part: CurriculumPart, aux_losses: list[Tensor]) -> RowsLoss:
+        """Answer the questions of some rows."""
+        batch = Samples(*(tensor.to(self.group.device) for tensor in part.samples))
         traces: list[Trace] = []
-        aux_losses: list[Tensor] = []
-        with self.model.recurrent.segments_of(size):
+        with self.model.recurrent.segments_of(self.stages.length):
             logits, _ = self.model(batch.tokens, traces=traces, aux_losses=aux_losses)
-            loss = F.cross_entropy(logits, batch.answers)
-            closed, opened = gate_losses(traces, batch, self.config)
-            total = loss + self.stages.penalty * closed + self.config.gate_open * opened
-            with_aux_losses(total, aux_losses).backward()
-        return float(loss.detach()), float((logits.argmax(1) == batch.answers).float().mean())
+        loss = part.share * mean_loss(logits, batch.answers)
+        closed, opened = gate_losses(traces, batch, self.config)
+        # weights of 1 in a batch of one part, in which the means are those of the whole batch
+        closed, opened = part.share_of("none") * closed, part.share_of("whole") * opened
+        total = loss + self.stages.penalty * closed + self.config.gate_open * opened
+        return RowsLoss(total=total, answers=loss, correct=(logits.argmax(1) == batch.answers).sum())
+
+    def advance(self, plan: Plan, accuracy: float) -> bool:
+        """Record the accuracy of a batch; return whether a new stage begins."""
+        return self.stages.add(plan.drawn, accuracy)

@@ -11,21 +11,27 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.config import check_least, check_shares
 from longspan.errors import ConfigError
 from longspan.mechanisms.infini.layer import InfiniMechanism
 from longspan.mechanisms.window.layer import WindowMechanism
-from longspan.mixers import with_aux_losses
 from longspan.models import Decoder, StackState
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
-from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer, Outcome, Stages
+from longspan.train.curriculum import (
+    CurriculumConfig,
+    CurriculumPart,
+    CurriculumSource,
+    Plan,
+    RowsLoss,
+    Stages,
+    mean_loss,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,17 @@ class PasskeyCurriculumConfig(CurriculumConfig):
             raise ConfigError(f"train.curriculum = {self.curriculum!r}: must be 'passkey' for this task")
 
 
+class Texts(NamedTuple):
+    """The kind of texts in the batch of a step."""
+
+    mentions: int
+    """repetitions of the number"""
+    length: int
+    """predicted tokens per text"""
+    repeats: float
+    """factor of the memories that the model has before the text"""
+
+
 @dataclass
 class PasskeyCurriculum(Stages):
     """Progress of a run in the passkey curriculum; see `Stages`.
@@ -85,13 +102,14 @@ class PasskeyCurriculum(Stages):
         self.length = self.length or min(self.config.first_length, self.full)
         self.mentions = self.config.mentions if self.mentions < 0 else self.mentions
 
-    def draw(self, step: int) -> tuple[int, int, float]:
-        """Return the repetitions of the number, the text length and the memory factor of the batch of a step."""
+    def draw(self, step: int) -> Texts:
+        """Return the kind of texts of the batch of a step."""
         random = np.random.default_rng([self.config.seed, step, 7])
         shorter = int(random.integers(min(self.config.first_length, self.length), self.length + 1))
         length = self.length if random.random() < self.config.frontier else shorter
         mentions = self.mentions if random.random() < 0.8 else 0
-        return mentions, length, math.exp(random.uniform(0, math.log(self.repeats)))
+        repeats = math.exp(random.uniform(0, math.log(self.repeats)))
+        return Texts(mentions=mentions, length=length, repeats=repeats)
 
     def add(self, right: float) -> bool:
         """Record the accuracy of a batch; return whether a new stage begins."""
@@ -147,11 +165,16 @@ def repeated(model: Decoder, state: StackState, times: float) -> StackState:
     return state._replace(layers=tuple(layers))
 
 
-class PasskeyTrainer(CurriculumTrainer):
-    """Trains a `Decoder` that streams on a `PasskeyTask`; arguments are those of `CurriculumTrainer`."""
+class PasskeySource(CurriculumSource):
+    """Trains a `Decoder` that streams on a `PasskeyTask`; arguments are those of `CurriculumSource`."""
 
+    count_names = ("graded",)
     config: PasskeyCurriculumConfig
     stages: PasskeyCurriculum
+
+    def title(self) -> str:
+        """Describe the training data, for the first line of the display."""
+        return f"{type(self.task).__name__}, texts of up to {self.task.config.length:,}"
 
     def first_stage(self) -> PasskeyCurriculum:
         """Return the curriculum at its first stage; raises ConfigError if `repeats` does not fit the model."""
@@ -159,45 +182,64 @@ class PasskeyTrainer(CurriculumTrainer):
             repeated(self.model, self.model.init_state(1), 2.0)  # raises for memories that do more than sum
         return PasskeyCurriculum(self.config, self.task.config.length)
 
-    def read(self) -> Outcome:
-        """Draw the batch of this step, add its gradients, and update the curriculum."""
-        config, step = self.config, self.position.step
-        mentions, length, repeats = self.stages.draw(step)
-        rows = max(4, config.tokens // length)
-        tokens, graded = draw_texts(self.task, rows, length, mentions, (config.seed, step), at_end=config.at_end)
-        tokens, graded = tokens.to(self.device), graded.to(self.device)
-        state = self._filled(rows, repeats, step) if repeats > 1 else None
-        aux_losses: list[Tensor] = []
+    def plan(self, step: int) -> Plan:
+        """Return the texts of step `step`."""
+        texts = self.stages.draw(step)
+        rows = max(4, self.config.tokens // texts.length)
+        return Plan(step=step, rows=rows, tokens=texts.length, answers=self.task.config.digits, drawn=texts)
+
+    def samples(self, plan: Plan, rows: range) -> tuple[Tensor, Tensor]:
+        """Generate some rows of a batch: tokens, and which targets are scored."""
+        seed, at_end = (self.config.seed, plan.step), self.config.at_end
+        length, mentions = plan.drawn.length, plan.drawn.mentions
+        return draw_texts(self.task, len(rows), length, mentions, seed, at_end=at_end, first=rows.start)
+
+    def counts(self, samples: tuple[Tensor, Tensor]) -> tuple[int]:
+        """Return the number of scored targets."""
+        return (int(samples[1].sum()),)
+
+    def rows_loss(self, part: CurriculumPart, aux_losses: list[Tensor]) -> RowsLoss:
+        """Read some texts and predict the number."""
+        tokens, graded = (tensor.to(self.group.device) for tensor in part.samples)
+        state = self._filled(part) if part.plan.drawn.repeats > 1 else None
         logits, _ = self.model(tokens[:, :-1], state, aux_losses=aux_losses)
         targets = tokens[:, 1:]
-        total = loss = F.cross_entropy(logits[graded], targets[graded])
-        if config.text:
-            total = loss + config.text * F.cross_entropy(logits[:, ::4].flatten(0, 1), targets[:, ::4].flatten())
-        with_aux_losses(total, aux_losses).backward()
-        digits = self.task.config.digits
-        right = float((logits[:, -digits:].argmax(-1) == targets[:, -digits:]).float().mean())
-        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.add(right))
+        total = loss = part.share_of("graded") * mean_loss(logits[graded], targets[graded])
+        if self.config.text:
+            text = mean_loss(logits[:, ::4].flatten(0, 1), targets[:, ::4].flatten())
+            total = loss + self.config.text * (part.share * text)
+        digits = part.plan.answers
+        correct = (logits[:, -digits:].argmax(-1) == targets[:, -digits:]).sum()
+        return RowsLoss(total=total, answers=loss, correct=correct)
 
-    def title(self) -> str:
-        """Describe the training data, for the first line of the display."""
-        return f"{type(self.task).__name__}, texts of up to {self.task.config.length:,}"
+    def advance(self, plan: Plan, accuracy: float) -> bool:
+        """Record the accuracy of a batch; return whether a new stage begins."""
+        return self.stages.add(accuracy)
 
-    def _filled(self, rows: int, repeats: float, step: int) -> StackState:
-        """Return the state of `rows` rows after two segments of filler, with memories scaled by `repeats`.
+    def _filled(self, part: CurriculumPart) -> StackState:
+        """Return the state of some rows after two segments of filler, with memories scaled by the plan's `repeats`.
 
-        It imitates the state after a text that is `repeats` times as long. `step` seeds the choice of filler.
+        It imitates the state after a text that is `repeats` times as long. All rows of a step have read the same
+        filler.
         """
-        random = np.random.default_rng([self.config.seed, step, 11])
+        random = np.random.default_rng([self.config.seed, part.plan.step, 11])
         size = 2 * (self.model.traits.segment or 128)
         text = self.task.filler(random, 2 * size, "train")
         first = int(random.integers(0, size))
         tokens = torch.from_numpy(np.frombuffer(text[first : first + size], dtype=np.uint8).astype(np.int64))
-        _, state = self.model(tokens.to(self.device).expand(rows, -1))
-        return repeated(self.model, state, repeats)
+        _, state = self.model(tokens.to(self.group.device).expand(part.rows, -1))
+        return repeated(self.model, state, part.plan.drawn.repeats)
 
 
 def draw_texts(
-    task: PasskeyTask, rows: int, length: int, mentions: int, seed: tuple[int, ...], *, at_end: float = 0.0
+    task: PasskeyTask,
+    rows: int,
+    length: int,
+    mentions: int,
+    seed: tuple[int, ...],
+    *,
+    at_end: float = 0.0,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Generate a training batch: tokens, (rows, length + 1) int64, and which targets are scored, (rows, length) bool.
 
@@ -208,12 +250,13 @@ def draw_texts(
         mentions: repetitions of the number.
         seed: the same seed gives the same batch.
         at_end: share of texts with the number right before the question.
+        first: index of the first of these rows in a batch that is drawn in parts.
     """
     # a shallow copy, because a task may have loaded large texts
     same = copy.copy(task)
     same.config = dataclasses.replace(task.config, length=length, mentions=mentions, graded="mentions", depth=None)
     drawn = []
-    for row in range(rows):
+    for row in range(first, first + rows):
         random = np.random.default_rng([*seed, row])
         depth = len(DEPTHS) - 1 if random.random() < at_end else int(random.integers(len(DEPTHS)))
         piece = same.sample(random, depth, "train")

@@ -9,18 +9,17 @@ The position in the data is the epoch and the number of rows that were read of i
 reads only its own, so two processes of two rows read the same as one process of four rows.
 """
 
-from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from longspan.errors import CheckpointError
 from longspan.tasks import Documents
 from longspan.tasks.base import Array
-from longspan.train.lanes import DATA_DIFFERS, Batch, Span, lay_out, own_lanes
+from longspan.train.lanes import Batch, DocumentReader, Span, lay_out
 
 
-class Pieces(Iterator[Batch]):
+class Pieces(DocumentReader):
     """Iterator over batches in which each row reads a random piece of a document; the module describes the order.
 
     Args:
@@ -47,38 +46,35 @@ class Pieces(Iterator[Batch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.own = own_lanes(documents, lanes, rank, world_size)
-        self.documents, self.lanes, self.segment_length = documents, lanes, segment_length
-        self.seed, self.epochs = seed, epochs
-        self._lengths = documents.lengths
-        self._epoch = self._dealt = 0
-        self._rows: _EpochRows | None = None
-
-    @property
-    def places_per_epoch(self) -> int:
-        """Number of tokens of all documents together."""
-        return int(self._lengths.sum())
-
-    def __iter__(self) -> Self:
-        return self
+        super().__init__(
+            documents,
+            lanes=lanes,
+            segment_length=segment_length,
+            epochs=epochs,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.seed = seed
+        self._begin_epoch()
 
     def __next__(self) -> Batch:
-        rows = [self._deal() for _ in range(self.lanes)]
+        rows = [self._next_row() for _ in range(self.lanes)]
         if not any(rows):
             raise StopIteration
         return lay_out(self.documents, [rows[lane] for lane in self.own], self.segment_length)
 
-    def _deal(self) -> list[Span]:
-        """Return the next row to read, starting a new epoch if needed; an empty row after the last epoch."""
-        rows = self._planned()
-        if self._dealt == len(rows):
-            if self.epochs is not None and self._epoch + 1 >= self.epochs:
-                return []
-            self._epoch += 1
-            self._dealt, self._rows = 0, None
-            rows = self._planned()
-        self._dealt += 1
-        return rows[self._dealt - 1]
+    def _next_row(self) -> list[Span]:
+        """Return the next row to read; an empty row after the last epoch."""
+        dealt = self._deal()
+        return [] if dealt is None else self._planned()[dealt]
+
+    def _items(self) -> int:
+        """Return the number of rows of the epoch."""
+        return len(self._planned())
+
+    def _begin_epoch(self) -> None:
+        """Forget the rows of the epoch before."""
+        self._rows: _EpochRows | None = None
 
     def _planned(self) -> "_EpochRows":
         """Return the rows of the epoch, planned when the first one is read: large text takes seconds."""
@@ -88,23 +84,16 @@ class Pieces(Iterator[Batch]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data as plain data."""
-        return {
-            "epoch": self._epoch,
-            "dealt": self._dealt,
-            "segment_length": self.segment_length,
-            "fingerprint": self.documents.fingerprint,
-        }
+        return {**super().state_dict(), "segment_length": self.segment_length}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the position that `state_dict` returned; raises CheckpointError if data or pieces have changed."""
-        if state["fingerprint"] != self.documents.fingerprint:
-            raise CheckpointError(DATA_DIFFERS)
+        super().load_state_dict(state)
         if state.get("segment_length") != self.segment_length:
             raise CheckpointError(
                 f"train.segment_length = {self.segment_length}, but the checkpoint has pieces of "
                 f"{state.get('segment_length')} tokens; resume with that length"
             )
-        self._epoch, self._dealt, self._rows = state["epoch"], state["dealt"], None
 
 
 class _EpochRows:

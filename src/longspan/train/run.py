@@ -27,17 +27,16 @@ from longspan.models import build_model, resolve_model
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders, pretrained
 from longspan.train.config import TrainConfig
-from longspan.train.copy_curriculum import CopyCurriculumConfig, CopyTrainer
-from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer
-from longspan.train.distributed import Group, choose_device, join_group
+from longspan.train.copy_curriculum import CopyCurriculumConfig
+from longspan.train.curriculum import CurriculumConfig
+from longspan.train.distributed import Group, join_group
 from longspan.train.init import SUMMARY, start_from
 from longspan.train.lock import Start, reserved
-from longspan.train.loop import Result, TrainingLoop
-from longspan.train.memory_curriculum import MemoryCurriculumConfig, MemoryTrainer
+from longspan.train.memory_curriculum import MemoryCurriculumConfig
 from longspan.train.opening import TABLES, newest_sound, stored_recipe
-from longspan.train.passkey_curriculum import PasskeyCurriculumConfig, PasskeyTrainer
+from longspan.train.passkey_curriculum import PasskeyCurriculumConfig
 from longspan.train.progress import Display, make_display
-from longspan.train.trainer import Trainer
+from longspan.train.trainer import Result, Trainer
 from longspan.version import __version__
 
 _CURRICULA: dict[str, tuple[type[CurriculumConfig], tuple[str, ...]]] = {
@@ -45,11 +44,6 @@ _CURRICULA: dict[str, tuple[type[CurriculumConfig], tuple[str, ...]]] = {
     "copy": (CopyCurriculumConfig, ("copy",)),
 }
 """Values of `train.curriculum`: the class of the table and the tasks that it supports."""
-_TRAINERS: dict[type[CurriculumConfig], type[CurriculumTrainer]] = {
-    MemoryCurriculumConfig: MemoryTrainer,
-    PasskeyCurriculumConfig: PasskeyTrainer,
-    CopyCurriculumConfig: CopyTrainer,
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 # fields of `[train]` that may change when a run is resumed
 FREE = (
@@ -150,13 +144,9 @@ def run(
     folder, display = Path(folder), make_display(progress)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
     config = from_dict(_train_config(resolved), resolved["train"], "train")
-    staged = isinstance(config, CurriculumConfig)
-    group = join_group("cpu" if staged else config.device)
-    with _caller_undisturbed(group, config.threads):
-        # a curriculum is trained in one process
-        group = Group(device=choose_device(config.device)) if staged else group
-        with _reserved(folder, resume, group) as start:
-            return _train(resolved, config, folder, resume, group, display if group.main else Display(), start)
+    group = join_group(config.device)
+    with _caller_undisturbed(group, config.threads), _reserved(folder, resume, group) as start:
+        return _train(resolved, config, folder, resume, group, display if group.main else Display(), start)
 
 
 @contextlib.contextmanager
@@ -212,9 +202,10 @@ def _train(
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
     warm_start = None
     if config.init and checkpoint is None:
-        model.to(DTYPES[getattr(config, "dtype", "float32")])
+        model.to(DTYPES[config.dtype])
         warm_start = start_from(model, config.init, task, group)
-    trainer = _trainer(model, task, config, folder, group, display)
+    group.share_parameters(model.to(group.device, DTYPES[config.dtype]))
+    trainer = Trainer(model, task, config, folder, group=group, display=display)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     carries = isinstance(config, TrainConfig) and any(stage.carries for stage in config.stage_configs)
@@ -252,14 +243,6 @@ def _train(
         display.message(f"stopped at step {result.step}, saved in {folder}; resume the run to continue")
     group.barrier()
     return result
-
-
-def _trainer(model: Any, task: Any, config: Any, folder: Path, group: Group, display: Display) -> TrainingLoop:
-    """Return the trainer for a `[train]` table, with its model on the device of the group."""
-    if isinstance(config, TrainConfig):
-        group.share_parameters(model.to(group.device, DTYPES[config.dtype]))
-        return Trainer(model, task, config, folder, group=group, display=display)
-    return _TRAINERS[type(config)](model.to(group.device), task, config, folder, display=display)
 
 
 def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:

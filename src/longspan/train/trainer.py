@@ -1,171 +1,243 @@
-"""Training of language models on lanes or pieces of documents, in stages, with evaluations."""
+"""The trainer: steps, log, checkpoints and orderly shutdown, the same for all that a model is trained on."""
 
-import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from longspan.tasks import Task
+import torch
+
+from longspan.process import resident_bytes
 from longspan.train import checkpoint as checkpoints
-from longspan.train.checkpoint import Checkpoint
+from longspan.train.checkpoint import Checkpoint, Position
 from longspan.train.config import TrainConfig
+from longspan.train.copy_curriculum import CopyCurriculumConfig, CopySource
+from longspan.train.curriculum import CurriculumSource
 from longspan.train.distributed import Group
-from longspan.train.evaluate import EvaluationStopped, evaluate_text, first_places
-from longspan.train.lanes import Lanes
-from longspan.train.log import Log, read_log
-from longspan.train.loop import TrainingLoop
-from longspan.train.pieces import Pieces
+from longspan.train.document_source import DocumentSource
+from longspan.train.held_out import HeldOutEvaluation
+from longspan.train.log import Log
+from longspan.train.memory_curriculum import MemoryCurriculumConfig, MemorySource
+from longspan.train.passkey_curriculum import PasskeyCurriculumConfig, PasskeySource
 from longspan.train.progress import Display
-from longspan.train.step import Stepper, StepResult
+from longspan.train.signals import on_interrupt
+from longspan.train.source import BatchSource
+from longspan.train.step import DivergedError, Optimization
 
-# between the seeds of two stages, so that each stage reads the text in another order
-_SEED_STEP = 1_000_003
+_REMEDIES = 'a lower train.lr, a longer train.warmup, a smaller train.clip or train.dtype = "float32"'
+_CURRICULA: dict[type, type[CurriculumSource]] = {
+    MemoryCurriculumConfig: MemorySource,
+    PasskeyCurriculumConfig: PasskeySource,
+    CopyCurriculumConfig: CopySource,
+}
 
 
-class Trainer(TrainingLoop):
-    """Trains a language model on lanes or pieces of documents; `longspan.train.run` creates it from a recipe.
+def source_of(model: Any, task: Any, config: Any, group: Group) -> BatchSource:
+    """Return the source of batches that belongs to the class of a `[train]` table: documents, or a curriculum.
 
-    Arguments are those of `TrainingLoop`.
+    Args:
+        model: on the device of the group, in its dtype.
+        task: prepared task.
+        config: `[train]` table.
+        group: processes of the run.
+    """
+    if not isinstance(config, TrainConfig):
+        return _CURRICULA[type(config)](model, task, config, group)
+    source = DocumentSource(model, task.documents("train"), config, group, unit=task.unit)
+    source.callback = HeldOutEvaluation(source, task)
+    return source
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of a run."""
+
+    folder: Path
+    step: int
+    """optimizer steps done"""
+    tokens: int
+    """predictions trained on"""
+    seconds: float
+    """training time, without evaluation and saving"""
+    evaluation: dict[str, Any] | None
+    """figures on held-out documents, from `Evaluation.summary`; None if interrupted, and for runs with a curriculum"""
+    interrupted: bool = False
+    """stopped by Ctrl-C, SIGTERM or SIGHUP, after saving a checkpoint. If `step` is the last one, only the final
+    evaluation is missing; resuming the run makes it"""
+
+
+class Trainer:
+    """Trains a model in the folder of a run; `longspan.train.run` creates it from a recipe.
+
+    Args:
+        model: on the device of the group, in its dtype.
+        task: prepared task.
+        config: `[train]` table.
+        folder: of the run.
+        group: processes of the run.
+        display: progress display; used in the main process only.
     """
 
-    config: TrainConfig
-    remedies = 'a lower train.lr, a longer train.warmup, a smaller train.clip or train.dtype = "float32"'
-
-    def __init__(
-        self, model: Any, task: Task, config: TrainConfig, folder: Path, *, group: Group, display: Display
-    ) -> None:
-        super().__init__(model, task, config, folder, group=group, display=display)
-        self.stepper = self.optimization = Stepper(model, config, group)
-        self.stages, self._documents = config.stage_configs, task.documents("train")
-        self._begin_stage(0)
-
-    def _begin_stage(self, index: int) -> None:
-        """Read from the start of a stage's own order of the text, with no carried state."""
-        config = self.stages[index]
-        self.position.stage = index
-        self.stepper.begin_stage(config)
-        source: type[Lanes | Pieces] = Pieces if config.sampling == "pieces" else Lanes
-        self.data = source(
-            self._documents,
-            lanes=config.lanes,
-            segment_length=config.segment_length,
-            seed=config.seed + index * _SEED_STEP,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
-        )
+    def __init__(self, model: Any, task: Any, config: Any, folder: Path, *, group: Group, display: Display) -> None:
+        self.model, self.task, self.config, self.folder, self.group = model, task, config, folder, group
+        self.display = display if group.main else Display()
+        self.source = source_of(model, task, config, group)
+        self.optimization = Optimization(model, config, group)
+        self.position = Position()
+        self._saved_step: int | None = None
+        self.stopping = False
+        """whether a signal asked this process to stop"""
+        self.trained = False
+        """whether all steps are done and the model is saved"""
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint; raises CheckpointError if its data, lanes or groups of lanes differ."""
-        self._begin_stage(checkpoint.position.stage)
-        super().restore(checkpoint)
-        self.stepper.carried = checkpoints.carried_states(checkpoint, self.model, self.config.accumulation, self.group)
+        """Restore step, optimizer and source from a checkpoint.
 
-    def title(self) -> str:
-        """Describe the training data, for the first line of the display."""
-        return ", then ".join(
-            f"{stage.lanes} {stage.sampling} x {stage.segment_length} tokens" for stage in self.stages
-        )
+        The weights are not loaded: the trainer must have been created with `checkpoint.model`.
 
-    def _title(self) -> str:
-        """Return the first line of the display, with the device."""
-        return f"{super()._title()}, on {self.group.device}"
+        Raises:
+            CheckpointError: the checkpoint has other data, lanes or groups of lanes.
+        """
+        self.position = checkpoint.position
+        self._saved_step = self.position.step
+        self.optimization.load_tensors(checkpoint.tensors)
+        self.source.restore(checkpoint)
 
-    def _loop(self, log: Log | None) -> bool:
-        """Train until the end or an interrupt (True), after an evaluation that an earlier process left unfinished."""
-        step = self.position.step
-        if self._saved_step == step and self._evaluates_at(step) and self._logged() is None:
-            # Ctrl-C stopped the evaluation of this step in the earlier process
-            self._evaluate(log, self.config.eval_tokens)
-        return super()._loop(log)
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "checkpoints"
 
-    def _after_step(self, log: Log | None) -> None:
-        """Evaluate on held-out documents if an evaluation is due after this step."""
-        if self._evaluates_at(self.position.step):
-            # if Ctrl-C stops the evaluation, the loop ends with a checkpoint
-            self._evaluate(log, self.config.eval_tokens)
+    @property
+    def done(self) -> bool:
+        """Whether the run has reached its number of steps or its time."""
+        return bool(self.config.is_done(self.position.step, self.position.seconds))
 
-    def _finish(self, log: Log | None) -> tuple[dict[str, Any] | None, bool]:
-        """Return the final figures, and whether the evaluation was interrupted; a logged evaluation is not repeated."""
-        figures = self._logged()
-        if figures is None:
-            figures = self._evaluate(log, self.config.final_eval_tokens)
-            if figures is not None and log is not None:
-                log.sync()
-        return figures, figures is None
+    @property
+    def is_saved(self) -> bool:
+        """Whether there is a checkpoint of the current step."""
+        return self._saved_step == self.position.step
 
-    def _evaluates_at(self, step: int) -> bool:
-        """Return whether an evaluation during the run is due after this step."""
-        every = self.config.eval_every
-        return bool(step and every and step % every == 0 and not self._done)
-
-    def _logged(self) -> dict[str, Any] | None:
-        """Return the evaluation that the log has for the current step, or None."""
-        lines = [line for line in read_log(self.folder / "log.jsonl") if "validation" in line]
-        figures = [line["validation"] for line in lines if line["step"] == self.position.step]
-        return cast(dict[str, Any], figures[-1]) if figures else None
-
-    def _train(self, rate: float) -> StepResult:
-        """Make one training step at `rate` times the learning rate, on the next `bptt_segments` batches."""
-        stage = self.config.stage_at(self.position.step)
-        if stage != self.position.stage:
-            self._begin_stage(stage)
-        batches = [next(self.data) for _ in range(self.stages[stage].bptt_segments)]
-        return self.stepper.step(batches, step=self.position.step, rate=rate)
-
-    def _line_is_due(self, outcome: StepResult) -> bool:
-        """Return whether a log line is due between the regular ones: after the last step of a stage or the run."""
-        return self._done or self.config.stage_at(self.position.step) != self.position.stage
-
-    def _stage_field(self) -> dict[str, int]:
-        """Return the field `stage` (index from 1) of the lines of a log; none without stages."""
-        return {} if self.config.stages is None else {"stage": self.position.stage + 1}
-
-    def _figures(self, outcome: StepResult) -> dict[str, Any]:
-        """Return loss, bits per unit, gradient norm and epoch for a log line."""
-        pending = self.position.pending
-        return {
-            **self._stage_field(),
-            "loss": pending["nats"] / max(pending["tokens"], 1),
-            f"bits_per_{self.task.unit}": bits(pending["nats"], pending["units"]),
-            "grad_norm": outcome.grad_norm,
-            "epoch": round(self.position.tokens / max(self.data.places_per_epoch, 1), 4),
-        }
-
-    def _evaluate(self, log: Log | None, tokens: int) -> dict[str, Any] | None:
-        """Evaluate on held-out documents, log and show the figures; None if Ctrl-C stopped it.
-
-        Documents are read with the segment length and the lanes of the current stage, that of the last step.
+    def fit(self, publish: Callable[[], None] | None = None) -> Result:
+        """Train until all steps (or minutes) are done, or until interrupted.
 
         Args:
-            log: of the run; None in all but the main process.
-            tokens: number of held-out tokens to read; 0: all.
+            publish: writes the trained model; called in the main process between the last checkpoint and the final
+                evaluation.
+
+        Raises:
+            DivergedError: the loss is not finite; the message has the step, the last good checkpoint and advice.
+            CheckpointError: a checkpoint could not be saved; the message names the last good one.
         """
-        stage = self.stages[self.position.stage]
+        log = Log(self.folder / "log.jsonl", step=self.position.step) if self.group.main else None
+        self.display.start(self._title())
+        evaluation = None
         try:
-            figures = evaluate_text(
-                self.model,
-                first_places(self.task.documents("validation"), tokens, self.config.seed),
-                chunk=stage.segment_length,
-                batch=stage.lanes,
-                memory=self.stepper.carry,
-                group=self.group,
-                unit=self.task.unit,
-                progress=self._show_evaluation,
-            ).summary()
-        except EvaluationStopped:
-            # perhaps only another process received the signal
-            self._stop = True
-            return None
+            with on_interrupt(self._stop_soon):
+                interrupted = self._loop(log)
+                if not interrupted:
+                    self._save(log)
+                    self.trained = True
+                    if publish is not None and self.group.main:
+                        publish()
+                    evaluation, interrupted = self.source.callback.after_run(self, log)
+        finally:
+            self.display.stop()
+            if log is not None:
+                log.close()
         position = self.position
-        line = {"step": position.step, "tokens": position.tokens, "seconds": position.seconds}
-        self._write(log, {**line, **self._stage_field(), "validation": figures})
-        return figures
+        return Result(self.folder, position.step, position.tokens, position.seconds, evaluation, interrupted)
 
-    def _show_evaluation(self, read: int, total: int) -> bool:
-        """Show the progress of an evaluation; return False to stop it after an interrupt."""
-        self.display.evaluating(read, total)
-        return not self._stop
+    def _loop(self, log: Log | None) -> bool:
+        """Make steps and save checkpoints until the end; return True if interrupted."""
+        every = self.config.checkpoint_every
+        self.source.callback.before_steps(self, log)
+        while not self.done:
+            if self.group.any(self.stopping):
+                self._save(log)
+                return True
+            self._step(log)
+            self.source.callback.after_step(self, log)
+            if not self.done and every and self.position.step % every == 0:
+                self._save(log)
+        return False
 
+    def _save(self, log: Log | None) -> None:
+        """Save a checkpoint unless this step is saved; raises DivergedError if a parameter is not finite."""
+        position = self.position
+        if self.is_saved:
+            return
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise DivergedError(f"the parameters after step {position.step} are not finite; {self._advice()}")
+        position.lanes, position.stage = self.source.state_dict(), self.source.stage
+        if log is not None:
+            log.sync()
+        tensors, carried = self.optimization.tensors(), self.source.carried
+        checkpoints.save(
+            self.checkpoints, position, self.model, tensors, carried, group=self.group, keep=self.config.keep
+        )
+        self._saved_step = position.step
 
-def bits(nats: float, units: float) -> float:
-    """Convert a summed loss in nats to bits per unit."""
-    return nats / max(units, 1) / math.log(2)
+    def _step(self, log: Log | None) -> None:
+        """Make one step, update the progress of the run, and log a line if one is due."""
+        position, source, started = self.position, self.source, time.perf_counter()
+        rate = self.config.rate(position.step, position.seconds)
+        try:
+            result = self.optimization.step(source, position.step, rate)
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {self._advice()}") from None
+        position.step += 1
+        position.tokens += result.tokens
+        position.units += result.units
+        # all processes use the clock of the main one, otherwise they would end at different steps
+        (seconds,) = self.group.sum(time.perf_counter() - started if self.group.main else 0.0)
+        position.seconds += seconds
+        pending = position.pending
+        for name, amount in {**source.log_sums(result), "tokens": result.tokens, "seconds": seconds}.items():
+            pending[name] = pending.get(name, 0) + amount
+        if position.step % self.config.log_every and not self.done and not source.line_is_due(position.step):
+            return
+        line = {
+            "step": position.step,
+            **source.stage_fields(),
+            **source.figures(position),
+            "grad_norm": result.grad_norm,
+            "lr": self.config.lr * rate,
+            "tokens": position.tokens,
+            "tokens_per_second": pending["tokens"] / max(pending["seconds"], 1e-9),
+            "seconds": position.seconds,
+            "memory": resident_bytes(),
+        }
+        position.pending = {}
+        self.write(log, line)
+
+    def write(self, log: Log | None, line: dict[str, Any]) -> None:
+        """Write a line to the log (None in all but the main process) and to the progress display."""
+        if log is not None:
+            log.write(line)
+        seconds = self.position.seconds
+        fraction = self.config.fraction_done(self.position.step, seconds)
+        eta = seconds * (1 - fraction) / fraction if fraction else None
+        fields = {"fraction": fraction, "eta": eta, "unit": self.task.unit, **self.source.display_fields()}
+        self.display.step({**line, **fields})
+
+    def _title(self) -> str:
+        """Return the first line of the display: folder, size of the model, data, length of the run, and device."""
+        begin = f"from step {self.position.step} " if self.position.step else ""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"{self.folder}: {parameters:,} parameters, {self.source.title()}, {begin}to {self.config.ends}, "
+            f"on {self.group.device}"
+        )
+
+    def _advice(self) -> str:
+        """Return the end of the message about a diverged run: the last good checkpoint and what to change."""
+        return f"{checkpoints.last_good(self.checkpoints)}; try {_REMEDIES}"
+
+    def _stop_soon(self) -> None:
+        """Handle the first interrupt: stop after this step, and tell the user what happens."""
+        self.stopping = True
+        after = "without the final evaluation; the trained model is saved" if self.trained else "after this step"
+        again = "interrupt again to stop at once" if self.trained else "interrupt again to stop at once without saving"
+        self.display.message(f"stopping {after}; {again}")

@@ -19,10 +19,11 @@ from longspan.mechanisms.bp.definition import paper_graph, paper_layer
 from longspan.mixers import Traits
 from longspan.models import Decoder, DecoderConfig
 from longspan.tasks import Documents
-from longspan.train import Lanes, TrainConfig, evaluate_text
+from longspan.train import TrainConfig, evaluate_text
 from longspan.train.distributed import Group
+from longspan.train.document_source import DocumentSource
 from longspan.train.lm_evaluation import Window, cut, windowed
-from longspan.train.step import Stepper
+from longspan.train.step import Optimization
 
 PERSIST, RECOMPUTED, DENSE = "spans that persist", "spans made anew", "dense"  # keys of saved records
 FORMS = (DENSE, RECOMPUTED, PERSIST)
@@ -109,11 +110,10 @@ def fit(model: Any, documents: Documents, config: TrainConfig) -> float:
     length = config.segment_length
     windows = cut(documents.lengths, Window(length, length))
     texts = windowed(documents, windows[windows[:, 3] - windows[:, 1] == length])
-    stepper = Stepper(model, config, Group())
-    lanes = Lanes(texts, lanes=config.lanes, segment_length=length, seed=config.seed)
+    source, optimization = DocumentSource(model, texts, config, Group()), Optimization(model, config, Group())
     started = time.perf_counter()
     for step in range(config.step_limit or 0):
-        stepper.step([next(lanes)], step=step, rate=config.rate(step, 0.0))
+        optimization.step(source, step, config.rate(step, 0.0))
     return time.perf_counter() - started
 
 

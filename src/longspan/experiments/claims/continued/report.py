@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from longspan.experiments.claims.base import signed
@@ -12,6 +13,7 @@ from longspan.experiments.claims.continued.results import NEEDED, Pair, Results
 from longspan.experiments.figures import interval_series, picture_of
 from longspan.report import Picture, Table
 from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.style import LIGHT
 from longspan.report.tables import number, si_bytes
 from longspan.train import Interval
 
@@ -190,6 +192,10 @@ def pictures(claim: str, results: Results, pairs: Sequence[Pair]) -> list[Pictur
 def _lines(results: Results, names: Sequence[str], line: Callable[[str], Series]) -> list[Series]:
     """Return a line per model, faint and without a name for models that are not named."""
     shown = [line(name) for name in names]
+    # colors repeat after a few lines, which then have markers where the others have none, or none
+    colors = len(LIGHT.colors)
+    for number_of_line, series in enumerate(shown[colors:], colors):
+        shown[number_of_line] = replace(series, kind="line" if series.kind == "marked" else "marked")
     rest = [line(name) for name in results.names if name not in names]
     return shown + [Series(x=series.x, y=series.y, kind="faint", color=0) for series in rest]
 
