@@ -19,7 +19,8 @@ def _draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def _normalized(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.func.functional_call(NORM, {"weight": weight}, x)
+    normalized: Tensor = torch.func.functional_call(NORM, {"weight": weight}, x)
+    return normalized
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {

@@ -93,7 +93,8 @@ class _RMSNorm(_Pointwise):
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         ctx.options = (eps,)
-        return (x * inverse).mul_(weight)
+        normalized: Tensor = (x * inverse).mul_(weight)
+        return normalized
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
