@@ -16,6 +16,7 @@ from longspan.contract.gradients import with_gradients
 from longspan.contract.maps import collected, device_and_dtype
 from longspan.contract.projections import Projections
 from longspan.contract.rows import BatchLayout
+from longspan.engine.rotary import halves, rotate_halves
 from longspan.errors import ConfigError, UnsupportedError
 
 
@@ -288,8 +289,8 @@ class Mechanism(nn.Module):
         if base is None or not rows.length:
             return q, k
         key = ("rotary", base, q.shape[-1], dtype)
-        table = rows.cached(key, lambda: ops.rotary_table(rows.positions, q.shape[-1], base=base, dtype=dtype))
-        return ops.rotate(q, *table), ops.rotate(k, *table)
+        table = rows.cached(key, lambda: halves(*ops.rotary_table(rows.positions, q.shape[-1], base=base, dtype=dtype)))
+        return rotate_halves(q, *table), rotate_halves(k, *table)
 
 
 class Mixer(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor
 from longspan import host, ops
 from longspan.contract.base import Mechanism, sum_nbytes
 from longspan.contract.rows import BatchLayout
+from longspan.engine.rotary import halves, rotate_halves
 from longspan.state import append
 
 
@@ -105,13 +106,14 @@ def rotate_by_column(
     columns, dim, dtype = k.shape[2], q.shape[-1], q.dtype
 
     def table() -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of all columns."""
+        """Return the factors of all columns."""
         position = torch.arange(columns, device=q.device)[None]
-        return ops.rotary_table(position if period is None else position % period, dim, base=base, dtype=dtype)
+        position = position if period is None else position % period
+        return halves(*ops.rotary_table(position, dim, base=base, dtype=dtype))
 
-    cos, sin = rows.cached(("columns", base, dim, dtype, columns, period), table)
+    own, opposite = rows.cached(("columns", base, dim, dtype, columns, period), table)
     older = columns - q.shape[2]
-    return ops.rotate(q, cos[:, :, older:], sin[:, :, older:]), ops.rotate(k, cos, sin)
+    return rotate_halves(q, own[:, :, older:], opposite[:, :, older:]), rotate_halves(k, own, opposite)
 
 
 def pick_columns(x: Tensor, index: Tensor) -> Tensor:

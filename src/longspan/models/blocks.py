@@ -11,13 +11,14 @@ from longspan import mixers
 from longspan.errors import ConfigError
 from longspan.mixers import BatchLayout, Mixer
 from longspan.models.config import StackConfig
+from longspan.models.pointwise import RMSNorm, swiglu
 
 
 def make_norm(config: StackConfig, dim: int | None = None) -> nn.Module:
     """Return the configured norm over a last dimension of width `dim`; None = the model's width."""
     dim = config.dim if dim is None else dim
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(dim, eps=config.norm_eps)
+        return RMSNorm(dim, config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
 
 
@@ -58,7 +59,7 @@ class FeedForward(nn.Module):
     def _rows(self, x: Tensor) -> Tensor:
         """Map (..., dim) to (..., dim) without chunks and dropout."""
         if self.gate_proj is not None:
-            inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+            inner = swiglu(self.gate_proj(x), self.up_proj(x))
         else:
             inner = F.gelu(self.up_proj(x)) if self.activation == "gelu" else F.relu(self.up_proj(x))
         return cast(Tensor, self.down_proj(inner))

@@ -11,6 +11,9 @@ S(t) = sum p is decreasing and convex. If S were C (T - t)^(1/b), the step S / D
 reach S = 1 exactly. With b = a this is Newton's step on the 1/a-norm of [1 + y]_+, which never overshoots. Estimating b
 from the last two points converges much faster where few of many nearly equal scores survive; the step is then clamped
 to the bounds found so far. The number of steps is fixed: it may depend on parameters, not on what a row contains.
+
+Most of the time of a step goes into a logarithm and two exponentials per score. Where 1 / a is near a whole number n,
+[1 + y]_+ ^ n is a few products, and its threshold a start from which three steps with the true exponent are enough.
 """
 
 import math
@@ -24,7 +27,11 @@ LOG2E = 1 / math.log(2)
 TINY = 1e-6  # lower limit of |b|; smaller exponents make no difference
 SERIES = {torch.float32: 5e-3, torch.float64: 1e-4}  # below: use the series of d log p / d alpha, against cancellation
 
-Weigh = Callable[[Tensor], tuple[Tensor, Tensor]]
+NEAR = 0.1, 0.67  # a for which the steps start from a whole exponent, and 1 + y needs no log1p to be precise enough
+WHOLE_STEPS, SAVED_STEPS = 5, 4  # steps with the whole exponent, and how many fewer with the true one
+SMALLEST = 1e-30  # lower limit of 1 + y within the steps, whose logarithm is then finite and as fast as others
+
+Sums = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def num_steps(a: float, dtype: torch.dtype) -> int:
@@ -36,17 +43,18 @@ def num_steps(a: float, dtype: torch.dtype) -> int:
     return base + 1 if dtype == torch.float32 else base + 3
 
 
-def solve(weigh: Weigh, rows: Tensor, keys: int, a: float | Tensor, steps: int) -> Tensor:
+def solve(sums: Sums, rows: Tensor, keys: int, a: float | Tensor, steps: int, start: Tensor | None = None) -> Tensor:
     """Return the threshold t of every row, (..., 1), exact to rounding.
 
     It belongs to scores from which the row's maximum is subtracted, times a (times 1 where a is 0); see the module.
 
     Args:
-        weigh: returns (p, w) of all rows for thresholds t (..., 1); it is called `steps` times.
+        sums: returns the sums (..., 1) of p and of w of all rows for thresholds t (..., 1); called `steps` times.
         rows: zeros (..., 1), one per row.
         keys: number of keys of a row.
         a: alpha - 1, a number or a tensor broadcastable to `rows`.
         steps: number of steps, from `num_steps`.
+        start: (..., 1) a first guess; None = the row's maximum.
     """
     unit: Any
     largest_b: Any
@@ -56,12 +64,12 @@ def solve(weigh: Weigh, rows: Tensor, keys: int, a: float | Tensor, steps: int) 
     else:
         unit, largest_b = a or 1.0, max(a, TINY)
         high = torch.full_like(rows, -math.expm1(-a * math.log(keys)) if a else math.log(keys))
-    t = low = rows
+    low = rows
+    t = rows if start is None else torch.minimum(start, high)
     b = largest_b + rows
     previous = None
     for _ in range(steps):
-        p, w = weigh(t)
-        total, slope = p.sum(-1, keepdim=True), w.sum(-1, keepdim=True)
+        total, slope = sums(t)
         logs, newton_step = torch.log(total), total / slope * unit
         low = torch.maximum(low, t - newton_step * torch.expm1(-largest_b * logs) / largest_b)
         high = torch.where(total < 1, t, high)
@@ -114,12 +122,47 @@ class Curve:
         torch.exp2(self.log2, out=p)
         return p, torch.mul(self.log2, 1 - a, out=w).exp2_()
 
+    def weights(self, t: Tensor) -> Tensor:
+        """Return the weights p at thresholds t alone; see `at`."""
+        if self.a in (0, 0.5, 1):
+            return self.at(t)[0]
+        torch.sub(self.x, t, out=self.y).clamp_(min=-1.0)
+        return torch.log1p(self.y, out=self.p).mul_(LOG2E / self.a).exp2_()
+
     def solve(self) -> Tensor:
         """Return the thresholds (items, rows, 1) relative to the row maxima of x, which are subtracted from x."""
         top = self.x.amax(-1, keepdim=True)
         self.x.sub_(top)
-        steps = num_steps(self.a, self.x.dtype)
-        return solve(self.at, torch.zeros_like(top), self.x.shape[-1], self.a, steps)
+        a, rows, keys, steps = self.a, torch.zeros_like(top), self.x.shape[-1], num_steps(self.a, self.x.dtype)
+        if a in (0, 0.5, 1) or not NEAR[0] <= a <= NEAR[1]:
+            return solve(self._sums, rows, keys, a, steps)
+        return solve(self._near_sums, rows, keys, a, max(3, steps - SAVED_STEPS), self._whole_start(rows))
+
+    def _sums(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of both results of `at`."""
+        p, w = self.at(t)
+        total = p.sum(-1, keepdim=True)
+        return total, total if w is p else w.sum(-1, keepdim=True)
+
+    def _near_sums(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of p and w, with one exponential; for steps with `NEAR` a."""
+        root = torch.sub(self.x, t - 1, out=self.y).clamp_(min=SMALLEST)
+        w = torch.log2(root, out=self.w).mul_((1 - self.a) / self.a).exp2_()
+        return torch.mul(w, root, out=self.p).sum(-1, keepdim=True), w.sum(-1, keepdim=True)
+
+    def _whole_start(self, rows: Tensor) -> Tensor:
+        """Return the thresholds (..., 1) for the whole exponent next to 1 / a, by products and Newton's steps alone.
+
+        rows: zeros (..., 1), one per row.
+        """
+        exponent, t = round(1 / self.a), rows
+        for _ in range(WHOLE_STEPS):
+            root = w = torch.sub(self.x, t - 1, out=self.y).clamp_(min=0.0)
+            for _ in range(exponent - 2):
+                w = torch.mul(w, root, out=self.w)
+            total, slope = torch.mul(w, root, out=self.p).sum(-1, keepdim=True), w.sum(-1, keepdim=True)
+            t = torch.addcmul(t, total / slope, 1 - total.pow(-1 / exponent))
+        return t
 
     def slope(self, gradient: Tensor, weighted: Tensor) -> Tensor:
         """Return a tile's contribution to the gradient of alpha; overwrites the buffers.
@@ -179,7 +222,13 @@ def dense_weights(z: Tensor, a: Tensor, largest_a: float) -> Tensor:
         return p, torch.where(p > 0, ((1 - a) * log.clamp(min=-1e4)).exp(), 0.0)
 
     steps = max(num_steps(value, z.dtype) for value in (0.0, largest_a))
-    p = weigh(solve(weigh, torch.zeros_like(top + a), z.shape[-1], a, steps))[0]
+
+    def sums(t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of both over the keys."""
+        p, w = weigh(t)
+        return p.sum(-1, keepdim=True), w.sum(-1, keepdim=True)
+
+    p = weigh(solve(sums, torch.zeros_like(top + a), z.shape[-1], a, steps))[0]
     return (p / p.sum(-1, keepdim=True)).masked_fill(all_hidden, 0.0)
 
 

@@ -31,7 +31,7 @@ from longspan.engine.tiles import (
 from longspan.mechanisms.entmax.curve import Curve, dense_weights
 
 ENTRIES = 1 << 17  # scores of one head computed at a time: a few buffers of this size fit into the CPU cache
-FEWEST, MOST = 16, 128  # limits of the queries per tile
+FEWEST, MOST = 16, 64  # limits of the queries per tile
 
 
 def tile_queries(columns: int) -> int:
@@ -136,7 +136,7 @@ def entmax_forward(
                 curve = Curve(tile.views(buffers), exponents[head])
                 tile.scores(query, key, layout.scale * curve.unit, curve.x)
                 t = curve.solve()
-                p, _ = curve.at(t)
+                p = curve.weights(t)
                 outs[:, head].copy_(torch.bmm(p, value).div_(p.sum(-1, keepdim=True)))
                 if thresholds is not None:
                     tile.queries(thresholds)[:, head].copy_(t)
