@@ -1,7 +1,7 @@
 """Makes the starts of the package from the runs of their recipes: `python -m longspan.experiments.starts RUN FOLDER`.
 
-The Makefile (target `starts`) trains the recipes and calls this. Weights are stored in bfloat16; scores are those of the
-stored weights. A start changes only with its recipe, whose digest it has.
+The Makefile (target `starts`) trains the recipes and calls this. Weights are stored in bfloat16, and the scores are
+those of the stored weights. A start changes only with its recipe, whose digest it has.
 """
 
 import argparse
