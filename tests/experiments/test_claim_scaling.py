@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from longspan.errors import ConfigError, LongspanError
 from longspan.experiments.claims import scaling
-from longspan.experiments.claims.scaling import PLANS, Plan, Shape, fit_laws, frontier, outcome, recipe_for
+from longspan.experiments.claims.scaling import PLANS, Job, Plan, Shape, fit_laws, frontier, outcome, recipe_for
 
 pytest.importorskip("scipy")
 PLAN = PLANS["full"]
@@ -50,15 +51,16 @@ def test_the_frontier_has_the_runs_that_no_cheaper_run_equals() -> None:
 def test_the_larger_run_is_predicted_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     predictions: list[float] = []
 
-    def train_and_score(folder: Path, shape: Shape, tokens: int, plan: Plan) -> dict[str, Any]:
-        if shape is plan.larger:
-            predictions.append(json.loads((folder / "prediction.json").read_text())["loss"])
-        return record_of(shape, tokens)
+    def train_and_score(job: Job) -> dict[str, Any]:
+        if job.shape is PLAN.larger:
+            predictions.append(json.loads((job.folder / "prediction.json").read_text())["loss"])
+        return record_of(job.shape, job.tokens)
 
     monkeypatch.setattr(scaling, "train_and_score", train_and_score)
     monkeypatch.setattr(scaling, "fit_laws", lambda records, draws: fit_laws(records, 0))
     judged = scaling.measure(tmp_path, PLAN, lambda line: None)
     assert predictions == [judged.data["predicted"]["loss"]]
+    assert [run["D"] for run in judged.data["runs"]] == [tokens for tokens in PLAN.tokens for _ in PLAN.shapes]
     # without bootstrap samples there are no intervals, so the exponents are not shown to be above zero
     assert judged.verdict == "holds in part"
 
@@ -68,3 +70,14 @@ def test_every_run_reads_its_tokens_once_per_step() -> None:
     train = recipe["train"]
     assert train["steps"] * train["lanes"] * train["segment_length"] == PLAN.tokens[0]
     assert recipe["model"]["ffn_dim"] == 88
+
+
+def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def train_and_score(job: Job) -> dict[str, Any]:
+        if job.shape is PLAN.shapes[1] and job.tokens == PLAN.tokens[0]:
+            raise ConfigError("no room")
+        return record_of(job.shape, job.tokens)
+
+    monkeypatch.setattr(scaling, "train_and_score", train_and_score)
+    with pytest.raises(LongspanError, match=r"the run 3x48, 1,024,000 bytes failed: no room; run the command again"):
+        scaling.measure(tmp_path, PLAN, lambda line: None)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from longspan.cost.scaling import Fit, fit, model_training_flops, non_embedding
+from longspan.errors import LongspanError
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
+from longspan.experiments.workers import Done, run_jobs
 from longspan.models import build_model
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure
@@ -96,15 +98,33 @@ def recipe_for(shape: Shape, tokens: int) -> dict[str, Any]:
     return recipe
 
 
-def train_and_score(folder: Path, shape: Shape, tokens: int, plan: Plan) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run to train and to score."""
+
+    folder: Path
+    """of the whole claim"""
+    shape: Shape
+    tokens: int
+    held_out: int
+    quiet: bool
+    """show no progress of the training: several runs share a terminal"""
+
+    @property
+    def text(self) -> str:
+        """The run in words."""
+        return f"{self.shape.name}, {self.tokens:,} bytes"
+
+
+def train_and_score(job: Job) -> dict[str, Any]:
     """Train a model, or resume it, and return its parameters N, tokens D, FLOPs C and held-out loss in nats."""
-    run = folder / f"{shape.name}-{tokens}"
-    train_or_resume(recipe_for(shape, tokens), run)
+    shape, tokens, run = job.shape, job.tokens, job.folder / f"{job.shape.name}-{job.tokens}"
+    train_or_resume(recipe_for(shape, tokens), run, progress="none" if job.quiet else None)
 
     def score() -> dict[str, Any]:
         """Read held-out text in pieces of the training length."""
         model, task = load_run(run)
-        documents = first_places(task.documents("validation"), plan.held_out, 0)
+        documents = first_places(task.documents("validation"), job.held_out, 0)
         evaluation = evaluate_text(model, documents, chunk=LENGTH, memory=False)
         return {
             "shape": shape.name,
@@ -139,14 +159,30 @@ def frontier(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return best
 
 
-def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+def _scores(jobs: Sequence[Job], workers: int, say: Say) -> list[dict[str, Any]]:
+    """Train and score runs; raises LongspanError if one failed, after the others have ended."""
+
+    def report(job: Job, done: Done) -> None:
+        """Print what became of a run."""
+        say(f"{job.text}: {done.failure or format(done.value['loss'], '.4f') + ' nats'}")
+
+    ended = run_jobs(train_and_score, jobs, workers, report)
+    for job, done in zip(jobs, ended, strict=True):
+        if done.failure:
+            raise LongspanError(f"scaling: the run {job.text} failed: {done.failure}; run the command again to resume")
+    return [done.value for done in ended]
+
+
+def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
     """Train all runs, fit the laws, save the prediction of the larger run, and only then train it."""
-    records = []
-    for tokens in plan.tokens:
-        for shape in plan.shapes:
-            record = train_and_score(folder, shape, tokens, plan)
-            records.append(record)
-            say(f"{shape.name}, {tokens:,} bytes: {record['loss']:.4f} nats after {record['seconds']:.0f} s")
+
+    def job(shape: Shape, tokens: int) -> Job:
+        """Return the job of a run."""
+        return Job(folder=folder, shape=shape, tokens=tokens, held_out=plan.held_out, quiet=jobs > 1)
+
+    # the longest first, so that no process waits for a long one at the end
+    every = [job(shape, tokens) for tokens in plan.tokens[::-1] for shape in plan.shapes[::-1]]
+    records = _scores(every, jobs, say)[::-1]
     laws = fit_laws(records, plan.draws)
 
     def predict() -> dict[str, Any]:
@@ -157,8 +193,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
     predicted = measure_once(folder / "prediction.json", predict)
     say(f"{plan.larger.name}, {plan.larger_tokens:,} bytes: {predicted['loss']:.4f} nats predicted")
-    larger = train_and_score(folder, plan.larger, plan.larger_tokens, plan)
-    say(f"{plan.larger.name}, {plan.larger_tokens:,} bytes: {larger['loss']:.4f} nats measured")
+    (larger,) = _scores([job(plan.larger, plan.larger_tokens)], 1, say)
     return outcome(records, laws, predicted, larger, plan)
 
 
@@ -259,7 +294,7 @@ SCALING = Claim(
     system="Scaling laws",
     source="Kaplan et al. 2020, section 1.2 and equation 1.5",
     text="The loss falls as a power law in parameters and in tokens, and the law predicts the loss of a larger run.",
-    measure=measure,
+    parallel=measure,
     minutes={"small": 2, "full": 115},
     plans=PLANS,
 )
