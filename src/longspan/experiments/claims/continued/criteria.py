@@ -41,7 +41,7 @@ def criteria_text(criteria: Iterable[Criterion]) -> str:
 
 def ahead(results: Results, name: str, base: str) -> Criterion:
     """Ask whether a model is better than another: both are flat, and the interval of the difference is below zero."""
-    (lead,) = leads(results, [(name, base)]) or [None]
+    lead = _compared(results, name, base)
     return Criterion(
         what=f"{name} is better than {base}, with an interval below zero",
         met=None if lead is None else lead.ahead,
@@ -54,7 +54,7 @@ def as_good(results: Results, name: str, base: str) -> Criterion:
 
     An interval on both sides of `EQUAL` decides nothing.
     """
-    (lead,) = leads(results, [(name, base)]) or [None]
+    lead = _compared(results, name, base)
     met = None
     if lead is not None and lead.difference is not None and lead.is_flat:
         met = True if lead.difference.high <= EQUAL else False if lead.difference.low > EQUAL else None
@@ -68,6 +68,11 @@ def as_good(results: Results, name: str, base: str) -> Criterion:
 def if_flat(results: Results, names: Iterable[str], met: bool) -> bool | None:
     """Return `met`, which was measured with the runs of some models; None if one of them is not flat or failed."""
     return met if all(map(results.is_flat, names)) else None
+
+
+def _compared(results: Results, name: str, base: str) -> Lead | None:
+    """Return how two models compare; None if one of them was not to be trained."""
+    return next(iter(leads(results, [(name, base)])), None)
 
 
 def _difference(lead: Lead | None, results: Results) -> str:
