@@ -25,7 +25,9 @@ def run_of(bits: float, *, falls: float = 0.0, documents: int = 20) -> dict[str,
         "steps": 100,
         "tokens": 10_000,
         "seconds": 100.0,
-        "curve": [[step, 100 * step, float(step), value] for step, value in zip(range(0, 101, 10), values, strict=True)],
+        "curve": [
+            [step, 100 * step, float(step), value] for step, value in zip(range(0, 101, 10), values, strict=True)
+        ],
         "nats": nats.tolist(),
         "units": [100] * documents,
     }
