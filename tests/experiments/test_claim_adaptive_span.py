@@ -36,6 +36,8 @@ def test_spans_are_learned_and_counted(tmp_path: Path) -> None:
         (2.01, 1.0, [5, 10, 20, 30], (), "holds in part"),
         (2.01, 1.9, [5, 10, 20, 300], (), "holds in part"),
         (2.10, 1.9, [500, 600, 700, 800], (), "does not hold"),
+        # too good to be credible
+        (1.70, 1.0, [5, 10, 20, 300], (), "holds in part"),
         (2.01, 1.0, [5, 10, 20, 300], (claim.ADAPTIVE,), "undecided"),
         (2.01, 1.0, [5, 10, 20, 300], (claim.FIXED,), "holds in part"),
     ],

@@ -66,6 +66,7 @@ def record_of(bits: float, documents: int = 20) -> dict[str, Any]:
         (2.01, 1.1, (), "holds"),
         (2.1, 1.1, (), "does not hold"),
         (2.01, 1.4, (), "holds in part"),
+        (1.7, 1.1, (), "undecided"),
         (2.01, 1.1, (claim.BP,), "undecided"),
     ],
 )

@@ -29,6 +29,7 @@ def test_alphas_and_supports_are_measured(tmp_path: Path) -> None:
         (2.01, [1.4, 1.5], 10, (), "holds in part"),
         (2.01, [1.1, 1.8], 90, (), "holds in part"),
         (2.10, [1.4, 1.5], 90, (), "does not hold"),
+        (1.70, [1.1, 1.8], 10, (), "holds in part"),
         (2.01, [1.1, 1.8], 10, (claim.LEARNED,), "undecided"),
         (2.10, [1.4, 1.5], 90, (claim.SOFTMAX,), "undecided"),
     ],

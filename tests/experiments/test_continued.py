@@ -231,14 +231,17 @@ def test_models_take_the_sizes_of_the_start_and_read_as_many_bytes(tmp_path: Pat
 
 
 def test_as_good_means_an_interval_that_ends_at_a_fiftieth_of_a_bit() -> None:
-    runs = {name: [run_of(losses(bits, 1))] for name, bits in (("base", 2.0), ("near", 2.005), ("far", 2.1))}
+    runs = {
+        name: [run_of(losses(bits, 1))] for name, bits in (("base", 2.0), ("near", 2.005), ("far", 2.1), ("best", 1.8))
+    }
     runs["noisy"] = [run_of(losses(2.01, 3, spread=0.3))]
     runs["falling"] = [run_of(losses(2.0, 1), falls=0.1)]
     results = Results(PLAN, runs, {"broken": "the loss is not finite"})
     met = {name: as_good(results, name, "base").met for name in (*runs, "broken", "absent")}
-    undecided = dict.fromkeys(("noisy", "falling", "broken", "absent"))
+    undecided = dict.fromkeys(("best", "noisy", "falling", "broken", "absent"))
     assert met == {"base": True, "near": True, "far": False, **undecided}
     assert as_good(results, "falling", "base").measured.endswith("falling still falling")
+    assert "base has not learned to use what it sees" in as_good(results, "best", "base").measured
     assert as_good(results, "broken", "base").measured == "broken failed"
     assert ahead(results, "near", "base").met is False
     assert ahead(results, "base", "far").met is True
