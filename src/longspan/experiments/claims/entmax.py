@@ -1,6 +1,6 @@
 """`entmax`: whether heads learn different sparsity, how sparse they become, and loss and time relative to softmax."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,30 +8,25 @@ from typing import Any
 
 import torch
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
-from longspan.experiments.claims.contest import (
-    EQUAL,
-    INTERVALS,
-    Contest,
-    ModelRecords,
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.continued import (
+    Comparison,
+    Criterion,
+    Judgment,
+    ModelSpec,
+    Plan,
+    Results,
+    TrainedRuns,
     as_good,
     bit_figures,
-    by_layer,
-    contest,
-    differences,
-    doubtful,
-    numbers,
-    recipe_with,
-    run_folder,
-    seconds_of,
-    seeds_note,
-    verdict_of,
+    criteria_text,
+    grade,
+    if_flat,
+    plans,
 )
 from longspan.experiments.claims.growth import time_alternately
-from longspan.experiments.claims.runs import evenly, measure_once
+from longspan.experiments.claims.heads import by_layer, numbers
 from longspan.report.heads import Heads, head_figure
-from longspan.tasks.base import heads
-from longspan.train import load_run
 from longspan.train.layer_hooks import head_supports
 
 SOFTMAX, LEARNED = "softmax", "entmax"
@@ -43,42 +38,48 @@ SPARSE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Sizes: window, held-out documents and bytes of each whose weights are counted, the contest."""
+class EntmaxPlan(Plan):
+    """Sizes of the comparison; window, held-out documents and bytes of each whose weights are counted."""
 
-    window: int
-    counted: tuple[int, int]
-    contest: Contest
-
-
-PLANS: dict[str, Plan] = {
-    "small": Plan(
-        window=128,
-        counted=(2, 256),
-        contest=Contest(seeds=1, head=1024, documents=4, train={"steps": 12, "lanes": 4, "segment_length": 256}),
-    ),
-    "full": Plan(
-        window=256,
-        counted=(8, 1024),
-        contest=Contest(seeds=2, head=2048, train={"steps": 280, "lanes": 4, "segment_length": 256}),
-    ),
-}
+    window: int = 256
+    counted_documents: int = 8
+    counted_reach: int = 1024
+    rounds: int = 3
+    """rounds of timing both models, alternating"""
 
 
-def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return the recipes of the two models, which differ from `recipes/lm/entmax.toml` in their mixer only."""
+PLANS = plans(
+    EntmaxPlan,
+    tiny={"window": 32, "counted_documents": 2, "counted_reach": 100, "rounds": 1},
+    small={"window": 128, "counted_documents": 2, "counted_reach": 256},
+)
+
+
+def models(plan: EntmaxPlan) -> list[ModelSpec]:
+    """Return the two models, which differ in their mixer only; softmax is alpha 1."""
     mixers: dict[str, dict[str, Any]] = {SOFTMAX: {"name": "window"}, LEARNED: {"name": "entmax", "alpha_init": 1.5}}
-    return {name: recipe_with({**mixer, "window": plan.window}, "entmax") for name, mixer in mixers.items()}
+    return [
+        ModelSpec(name=name, model={"mixers": [{**mixer, "window": plan.window}]}) for name, mixer in mixers.items()
+    ]
 
 
-def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
+def inspect(runs: TrainedRuns, say: Say, plan: EntmaxPlan) -> dict[str, Any]:
+    """Return the looks at the heads of every seed."""
+    looks = []
+    for seed in runs.seeds(SOFTMAX, LEARNED):
+        looks.append(runs.once(f"support-{seed}", partial(inspect_heads, runs, plan, seed)))
+        say(f"seed {seed}, alphas: " + "; ".join(numbers(layer, 2) for layer in looks[-1]["alpha"]))
+    return {"looks": looks}
+
+
+def inspect_heads(runs: TrainedRuns, plan: EntmaxPlan, seed: int) -> dict[str, Any]:
     """Return alphas by layer, and per head how many keys are visible and have a nonzero weight on held-out text."""
-    models = {name: load_run(run_folder(folder, name, seed)) for name in (SOFTMAX, LEARNED)}
-    model, task = models[LEARNED]
+    pair = {name: runs.opened(name, seed) for name in (SOFTMAX, LEARNED)}
+    model, task = pair[LEARNED]
     tokens = torch.randint(256, (4, plan.window), generator=torch.Generator().manual_seed(seed))
-    count, head = plan.counted
-    documents = heads(evenly(task.documents("validation"), count), head)
+    documents = runs.documents(task, plan.counted_documents, plan.counted_reach)
     _, supports = head_supports(model, documents, model.cores(), chunk=256)
+    times = {name: _training(variant, tokens) for name, (variant, _) in pair.items()}
     return {
         "alpha": [core.alpha.tolist() for core in model.cores()],
         "sizes": [support.sizes for support in supports],
@@ -86,7 +87,7 @@ def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
         "kept": sum(float(support.kept.sum()) for support in supports),
         "seen": sum(float(support.seen.sum()) for support in supports),
         "tokens": supports[0].queries,
-        "seconds": time_alternately({name: _training(variant, tokens) for name, (variant, _) in models.items()}, 3),
+        "seconds": time_alternately(times, plan.rounds),
     }
 
 
@@ -95,39 +96,31 @@ def _training(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
     return lambda: model(tokens)[0].sum().backward()
 
 
-def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train both models, then measure; a second call resumes from the folder."""
-    models = contest(folder, recipes(plan), plan.contest, say)
-    looks = []
-    for seed in range(plan.contest.seeds):
-        looks.append(measure_once(folder / f"support-{seed}.json", partial(inspect_heads, folder, plan, seed)))
-        say(f"seed {seed}, alphas: " + "; ".join(numbers(layer, 2) for layer in looks[-1]["alpha"]))
-    return outcome({"models": models, "looks": looks}, plan)
+def _spreads(looks: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the range of the learned alphas, per seed."""
+    alphas = [[value for layer in look["alpha"] for value in layer] for look in looks]
+    return [max(values) - min(values) for values in alphas]
 
 
-def _figures(models: ModelRecords, looks: list[dict[str, Any]], spreads: list[float], share: float) -> list[Figure]:
-    """Return the rows of the results table.
+def _share(looks: Sequence[Mapping[str, Any]]) -> float:
+    """Return the share of visible keys with a nonzero weight."""
+    return sum(float(look["kept"]) for look in looks) / sum(float(look["seen"]) for look in looks)
 
-    Args:
-        models: evaluations of both models.
-        looks: what `inspect_heads` returned, per seed.
-        spreads: range of the learned alphas, per seed.
-        share: share of visible keys with a nonzero weight.
-    """
-    alphas, sizes = by_layer(looks, "alpha"), by_layer(looks, "sizes")
+
+def _figures(looks: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Return the rows of the results table that are about heads and time."""
     times = [look["seconds"][LEARNED] / look["seconds"][SOFTMAX] for look in looks]
     return [
-        *bit_figures(models, SOFTMAX, {LEARNED: "equally good: 26.93 BLEU against 26.02 (EN-DE)"}),
         *(
-            Figure(f"alphas of layer {index + 1}", "spread over (1, 2)" if not index else "", numbers(layer, 2))
-            for index, layer in enumerate(alphas)
+            Figure(f"alphas of layer {index + 1}", "" if index else "spread over (1, 2)", numbers(layer, 2))
+            for index, layer in enumerate(by_layer(looks, "alpha"))
         ),
         *(
             Figure(f"keys with a nonzero weight per query, layer {index + 1}", "", numbers(layer, 1))
-            for index, layer in enumerate(sizes)
+            for index, layer in enumerate(by_layer(looks, "sizes"))
         ),
-        Figure("range of the alphas, per seed", "about 1", numbers(spreads, 2)),
-        Figure("share of visible keys with a nonzero weight", "well below 1", f"{share:.1%}"),
+        Figure("range of the alphas, per seed", "about 1", numbers(_spreads(looks), 2)),
+        Figure("share of visible keys with a nonzero weight", "well below 1", f"{_share(looks):.1%}"),
         Figure(
             "time forward and backward, relative to softmax",
             "1.33 (75 % of the throughput)",
@@ -136,47 +129,58 @@ def _figures(models: ModelRecords, looks: list[dict[str, Any]], spreads: list[fl
     ]
 
 
-def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots."""
-    models, looks = measured["models"], measured["looks"]
-    spreads = []
-    for look in looks:
-        values = [value for layer in look["alpha"] for value in layer]
-        spreads.append(max(values) - min(values))
-    share = sum(look["kept"] for look in looks) / sum(look["seen"] for look in looks)
-    gap = differences(models, SOFTMAX)[LEARNED]
-    good, differ, sparse = gap.high <= EQUAL, min(spreads) >= SPREAD, share <= SPARSE
-    met = (good, differ, sparse)
-    settings = plan.contest.train
-    return Outcome(
-        verdict=verdict_of(met, [gap]),
-        figures=_figures(models, looks, spreads, share),
-        size=f"4 layers of 128 with 4 heads, windows of {plan.window} keys, bytes of State of the Union speeches, "
-        f"{settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with carried "
-        f"states, {plan.contest.seeds} seed(s), alphas from 1.5; held-out text: the first "
-        f"{plan.contest.head:,} bytes of {len(models[SOFTMAX][0]['names'])} speeches; {INTERVALS}; weights counted on "
-        f"{looks[0]['tokens']:,} bytes",
-        note=f"Matches softmax (the upper end of the interval is at most {EQUAL} bits per byte): {as_good(gap)}, "
-        f"{signed(gap)}. Alphas range over at least {SPREAD} in every training: {'yes' if differ else 'no'}. At most "
-        f"{SPARSE:.0%} of the visible keys have a nonzero weight: {'yes' if sparse else 'no'}. The paper's models "
-        "translate; these predict bytes, are small and trained briefly."
-        + seeds_note(models)
-        + (
-            " This early in training, a lead shows how fast a model starts to learn, not how good it becomes."
-            if doubtful(gap)
-            else ""
-        ),
-        data=dict(measured),
-        pictures=[
+def judge(results: Results, plan: EntmaxPlan) -> Judgment:
+    """Judge the claim: as good as softmax, with different alphas, and sparse."""
+    figures = bit_figures(results, SOFTMAX, {LEARNED: "equally good: 26.93 BLEU against 26.02 (EN-DE)"})
+    criteria, pictures, counted = [as_good(results, LEARNED, SOFTMAX)], [], ""
+    looks = results.inspected.get("looks", [])
+    if looks:
+        spreads, share = _spreads(looks), _share(looks)
+        criteria += [
+            Criterion(
+                what=f"Alphas range over at least {SPREAD} in every training",
+                met=if_flat(results, [LEARNED], min(spreads) >= SPREAD),
+                measured=numbers(spreads, 2),
+            ),
+            Criterion(
+                what=f"At most {SPARSE:.0%} of the visible keys have a nonzero weight",
+                met=if_flat(results, [LEARNED], share <= SPARSE),
+                measured=f"{share:.1%}",
+            ),
+        ]
+        figures += _figures(looks)
+        counted = f", weights counted on {looks[0]['tokens']:,} bytes"
+        pictures = [
             head_figure(
                 "entmax",
                 [(Heads(index + 1, 1), layer) for index, layer in enumerate(by_layer(looks, "alpha"))],
                 ylabel="learned alpha: 1 is the softmax, 2 the sparsemax",
                 ylim=(0.95, 2.05),
             )
-        ],
-        seconds=seconds_of(models),
+        ]
+    return Judgment(
+        verdict=grade(criteria),
+        figures=figures,
+        note=f"{criteria_text(criteria)} Windows of {plan.window} keys, alphas from 1.5{counted}. The paper's models "
+        "translate; these predict bytes and are small.",
+        pictures=pictures,
     )
+
+
+def comparison(plan: EntmaxPlan) -> Comparison:
+    """Return the comparison at a size."""
+    return Comparison(
+        name="entmax",
+        models=models(plan),
+        pairs=[(LEARNED, SOFTMAX)],
+        judge=lambda results: judge(results, plan),
+        inspect=lambda runs, say: inspect(runs, say, plan),
+    )
+
+
+def measure(folder: Path, plan: EntmaxPlan, say: Say, jobs: int = 1) -> Outcome:
+    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
+    return comparison(plan).measure(folder, plan, say, jobs)
 
 
 ENTMAX = Claim(
@@ -185,7 +189,7 @@ ENTMAX = Claim(
     source="Correia et al. 2019, sections 4 and 5, table 1 and figures 2 and 3",
     text="Every head learns its own alpha between softmax and sparsemax and gives most keys zero weight, and the model "
     "matches softmax attention.",
-    measure=measure,
-    minutes={"small": 0.4, "full": 6},
+    parallel=measure,
+    minutes={"tiny": 0.2, "small": 4, "full": 100},
     plans=PLANS,
 )

@@ -1,8 +1,7 @@
 """`routing`: half of the heads routed by content against local heads of equal FLOPs, and the usage of clusters."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,65 +9,73 @@ import numpy as np
 import torch
 
 from longspan.contract.replay import Choices
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
-from longspan.experiments.claims.contest import (
-    INTERVALS,
-    Contest,
-    ModelRecords,
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.continued import (
+    CEILING,
+    Comparison,
+    Judgment,
+    ModelSpec,
     Plan,
+    Results,
+    TrainedRuns,
+    ahead,
     bit_figures,
-    contest,
-    differences,
-    recipe_of,
-    recipe_with,
-    run_folder,
-    seconds_of,
+    criteria_text,
+    grade,
+    plans,
 )
-from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.claims.continued.plan import start_model
 from longspan.experiments.figures import picture_of
 from longspan.models import build_model
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure
-from longspan.tasks.base import Documents, heads
-from longspan.train import load_run
+from longspan.tasks.base import Documents
 
-ROUTED, LOCAL, BALANCED, DENSE = "routed and local heads", "local heads", "the paper's equal clusters", "dense"
-PIECE = 2048
-"""bytes that a model reads at once, for which clusters, windows and FLOPs are chosen"""
+ROUTED, LOCAL, BALANCED = "routed and local heads", "local heads", "the paper's equal clusters"
+WINDOW = 128
+"""of the local heads next to routed ones, and of a cluster"""
 
-
-PLANS: dict[str, Plan] = {
-    "small": Plan(contest=Contest(seeds=1, head=2048, documents=4, train={"steps": 30})),
-    "full": Plan(contest=Contest(seeds=2, head=8192, train={"steps": 800}), extra_models=(BALANCED, DENSE)),
-}
+PLANS = plans(Plan, tiny={"models": (ROUTED, LOCAL)}, small={"models": (ROUTED, LOCAL)})
 
 
-def mixer_of(name: str) -> dict[str, Any]:
-    """Return the mixer that every layer of a model has."""
-    if name == DENSE:
-        return {"name": "full"}
-    if name == LOCAL:
-        return {"name": "window", "window": equal_window()}
-    mixer: dict[str, Any] = recipe_of("routing")["model"]["mixers"][0]
-    local, routed = mixer["mixers"]
-    return {**mixer, "mixers": [local, {**routed, "selection": "balanced"}]} if name == BALANCED else mixer
+def routed_mixer(plan: Plan, num_heads: int, **fields: Any) -> dict[str, Any]:
+    """Return a mixer with half of the heads local and half routed, with a cluster per `WINDOW` tokens of a piece."""
+    half = num_heads // 2
+    local = {"name": "window", "window": WINDOW, "num_heads": num_heads - half}
+    clusters = max(plan.length // WINDOW, 2)
+    routed = {"name": "routing", "num_clusters": clusters, "window": WINDOW, "num_heads": half, **fields}
+    return {"name": "mixed_heads", "mixers": [local, routed]}
 
 
-def flops(mixer: Mapping[str, Any]) -> int:
-    """Return the FLOPs of a forward pass over `PIECE` bytes of a model with this mixer in every layer."""
-    table = recipe_of("routing")["model"]
-    return int(build_model({**table, "vocab_size": 256, "mixers": [dict(mixer)]}).flops(PIECE))
+def flops(plan: Plan, sizes: Mapping[str, Any], mixer: Mapping[str, Any]) -> int:
+    """Return the FLOPs of a forward pass over a piece of a model with this mixer in every layer; nothing is stored.
+
+    `sizes`: the `[model]` table of the start.
+    """
+    with torch.device("meta"):
+        return int(build_model({**sizes, "vocab_size": 256, "mixers": [dict(mixer)]}).flops(plan.length))
 
 
-@cache
-def equal_window() -> int:
+def equal_window(plan: Plan, sizes: Mapping[str, Any]) -> int:
     """Return the smallest window with which local heads cost at least the FLOPs of routed and local ones."""
-    routed_flops = flops(mixer_of(ROUTED))
-    low, high = 1, PIECE
+    least = flops(plan, sizes, routed_mixer(plan, sizes["num_heads"]))
+    low, high = 1, plan.length
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if flops({"name": "window", "window": middle}) < routed_flops else (low, middle)
+        enough = flops(plan, sizes, {"name": "window", "window": middle}) >= least
+        low, high = (low, middle) if enough else (middle + 1, high)
     return low
+
+
+def models(plan: Plan) -> list[ModelSpec]:
+    """Return the models, all of which read the same pieces as dense attention."""
+    sizes = start_model(plan.start)
+    table = {
+        ROUTED: routed_mixer(plan, sizes["num_heads"]),
+        LOCAL: {"name": "window", "window": equal_window(plan, sizes)},
+        BALANCED: routed_mixer(plan, sizes["num_heads"], selection="balanced"),
+    }
+    return [ModelSpec(name=name, model={"mixers": [mixer]}, carries=False) for name, mixer in table.items()]
 
 
 def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
@@ -83,12 +90,18 @@ def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
 
 
 @torch.no_grad()
-def usage(model: Any, documents: Documents) -> list[list[float]]:
-    """Return the share of tokens per cluster, largest first, for every routed head of every layer."""
+def usage(model: Any, documents: Documents, length: int) -> list[list[float]]:
+    """Return the share of tokens per cluster, largest first, for every routed head of every layer.
+
+    Args:
+        model: with routed heads.
+        documents: of which the first `length` tokens are read.
+        length: of a piece.
+    """
     counts: list[np.ndarray[Any, Any]] = []
-    clusters = recipe_of("routing")["model"]["mixers"][0]["mixers"][1]["num_clusters"]
+    clusters = model.config.mixers[0]["mixers"][1]["num_clusters"]
     for document in documents.items:
-        tokens = torch.from_numpy(np.asarray(document.cut(0, min(len(document), PIECE)).tokens)).long()
+        tokens = torch.from_numpy(np.asarray(document.cut(0, min(len(document), length)).tokens)).long()
         choices = Choices()
         hooks = [core.register_forward_pre_hook(_recorded_in(choices)) for core in model.cores()]
         model(tokens[None], None)
@@ -101,97 +114,81 @@ def usage(model: Any, documents: Documents) -> list[list[float]]:
     return np.sort(total / total.sum(1, keepdims=True))[:, ::-1].tolist()  # type: ignore[no-any-return]
 
 
-def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train and evaluate all models; a second call resumes from the folder."""
-    recipes = {name: recipe_with(mixer_of(name), "routing") for name in (LOCAL, ROUTED, *plan.extra_models)}
-    models = contest(folder, {name: recipes[name] for name in (LOCAL, ROUTED)}, plan.contest, say)
-    models |= contest(folder, {name: recipes[name] for name in plan.extra_models}, replace(plan.contest, seeds=1), say)
+def inspect(runs: TrainedRuns, say: Say, plan: Plan, specs: Sequence[ModelSpec]) -> dict[str, Any]:
+    """Return the usage of clusters of all seeds, the FLOPs of the models, and the window of the local heads."""
     shares: list[list[float]] = []
-    for seed in range(plan.contest.seeds):
-        run = run_folder(folder, ROUTED, seed)
-        shares += measure_once(run / "usage.json", partial(_used, run, plan.contest))["shares"]
-    return outcome(models, shares, plan.contest)
+    for seed in runs.seeds(ROUTED):
+        shares += runs.once(f"usage-{seed}", partial(_used, runs, plan, seed))["shares"]
+    sizes = start_model(plan.start)
+    (window,) = (spec.model["mixers"][0]["window"] for spec in specs if spec.name == LOCAL)
+    costs = {spec.name: flops(plan, sizes, spec.model["mixers"][0]) for spec in specs}
+    say("counted the tokens of every cluster")
+    return {"shares": shares, "flops": {CEILING: flops(plan, sizes, {"name": "full"}), **costs}, "window": window}
 
 
-def _used(run: Path, plan: Contest) -> dict[str, Any]:
+def _used(runs: TrainedRuns, plan: Plan, seed: int) -> dict[str, Any]:
     """Measure the usage of clusters by the model of a run on the held-out documents."""
-    model, task = load_run(run)
-    return {"shares": usage(model, heads(task.documents("validation"), plan.head, plan.documents))}
+    model, task = runs.opened(ROUTED, seed)
+    return {"shares": usage(model, runs.documents(task, plan.documents, plan.length), plan.length)}
 
 
-def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> Outcome:
-    """Judge the claim by its measurements: return the verdict, the numbers next to the paper's, and plots.
-
-    Args:
-        models: records of `contest`.
-        shares: shares of tokens per cluster for each routed head, largest first.
-        plan: sizes.
-    """
-    figures = bit_figures(models, LOCAL, {ROUTED: "0.99 (enwik8)"})
+def judge(results: Results) -> Judgment:
+    """Judge the claim: routed and local heads are better than local heads of equal FLOPs."""
+    criteria = [ahead(results, ROUTED, LOCAL)]
+    shares, costs, window = (results.inspected[key] for key in ("shares", "flops", "window"))
+    figures = bit_figures(results, LOCAL, {ROUTED: "0.99 (enwik8)"})
     figures += [
-        Figure(f"GFLOPs per piece, {name}", "", f"{flops(mixer_of(name)) / 1e9:.2f}" + _window(name)) for name in models
+        Figure(f"GFLOPs per piece, {name}", "", f"{value / 1e9:.2f}" + (f" (window {window})" if name == LOCAL else ""))
+        for name, value in costs.items()
+        if name in results.runs
     ]
-    even = 1 / len(shares[0])
-    busy = [sum(share > even / 10 for share in head) for head in shares]
-    figures.append(
-        Figure(
-            "clusters with at least a tenth of an even share",
-            "",
-            f"{np.mean(busy):.1f} of {len(shares[0])} on average, at least {min(busy)}; the largest takes "
-            f"{np.mean([head[0] for head in shares]):.0%} of the tokens",
+    busy = _busy(shares)
+    if busy:
+        figures.append(
+            Figure(
+                "clusters with at least a tenth of an even share",
+                "",
+                f"{np.mean(busy):.1f} of {len(shares[0])} on average, at least {min(busy)}; the largest takes "
+                f"{np.mean([head[0] for head in shares]):.0%} of the tokens",
+            )
         )
-    )
-    minus = differences(models, LOCAL)[ROUTED]
-    return Outcome(
-        verdict=graded(minus.high < 0, minus.value < 0),
+    return Judgment(
+        verdict=grade(criteria),
         figures=figures,
-        size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
-        f"local heads of equal FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
-        f"{plan.train['steps']:,} steps of one piece, {plan.seeds} seeds, one seed for extra models; held-out text: "
-        f"the first {plan.head:,} bytes of {len(models[LOCAL][0]['names'])} speeches; {INTERVALS}",
-        note=_note(models, busy, len(shares[0])),
-        data={"models": models, "shares": shares},
-        pictures=[_picture(shares)],
-        seconds=seconds_of(models),
+        note=f"{criteria_text(criteria)} {_note(shares, busy)}",
+        pictures=[_picture(shares)] if shares else [],
     )
 
 
-def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
-    """Explain the verdict and its limitations: collapsed clusters, too short a training."""
-    parts = [
-        "It holds if the routed model is better than local heads, with an interval of the difference below zero; in "
-        "part if it is better but the interval includes zero."
-    ]
-    if 2 * min(busy) < clusters or 4 * np.mean(busy) < 3 * clusters:
+def _busy(shares: Sequence[Sequence[float]]) -> list[int]:
+    """Return, per routed head, the number of clusters with at least a tenth of an even share of the tokens."""
+    return [sum(share > 1 / len(head) / 10 for share in head) for head in shares]
+
+
+def _note(shares: Sequence[Sequence[float]], busy: Sequence[int]) -> str:
+    """Explain the limits of the comparison: collapsed clusters, strict routing."""
+    parts = []
+    clusters = len(shares[0]) if shares else 0
+    if busy and (2 * min(busy) < clusters or 4 * np.mean(busy) < 3 * clusters):
         parts.append(
             f"Clusters collapsed ({np.mean(busy):.1f} of {clusters} busy, {min(busy)} in the worst head): these heads "
             "route less than they could, so the difference says little about routing."
         )
-    if DENSE in models and differences(models, LOCAL)[DENSE].value > 0:
-        parts.append(
-            "After so few steps a model mainly uses near tokens: dense attention, which sees everything that local "
-            "heads see, is behind them too."
-        )
     parts.append(
-        "The routed heads are strict, so that decoding equals training; in the paper all clusters take the same number "
-        "of tokens."
+        f"Half of the heads have a window of {WINDOW}, half are routed to clusters of {WINDOW}. The routed heads are "
+        "strict, so that decoding equals training; in the paper all clusters take the same number of tokens."
     )
     return " ".join(parts)
 
 
-def _window(name: str) -> str:
-    """Return the window of the local heads as text, or "" for other models."""
-    return f" (window {equal_window()})" if name == LOCAL else ""
-
-
-def _picture(shares: list[list[float]]) -> Picture:
+def _picture(shares: Sequence[Sequence[float]]) -> Picture:
     """Plot the share of tokens per cluster, largest first, for each routed head and their mean."""
     count = len(shares[0])
     ranks = list(range(1, count + 1))
     mean = np.mean(shares, axis=0).tolist()
     series = [Series(x=ranks, y=mean, label="mean", kind="marked", color=0)]
     series += [
-        Series(x=ranks, y=head, label="" if index else "one head", kind="faint", color=1)
+        Series(x=ranks, y=list(head), label="" if index else "one head", kind="faint", color=1)
         for index, head in enumerate(shares)
     ]
     return picture_of(
@@ -207,12 +204,25 @@ def _picture(shares: list[list[float]]) -> Picture:
     )
 
 
+def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
+    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
+    specs = models(plan)
+    comparison = Comparison(
+        name="routing",
+        models=specs,
+        pairs=[(ROUTED, LOCAL)],
+        judge=judge,
+        inspect=lambda runs, say: inspect(runs, say, plan, specs),
+    )
+    return comparison.measure(folder, plan, say, jobs)
+
+
 ROUTING = Claim(
     name="routing",
     system="Routing Transformer",
     source="Roy et al. 2021, sections 5.2 to 5.5, tables 2 to 5",
     text="Routed and local heads together are better than local heads alone at the same cost.",
-    measure=compare,
-    minutes={"small": 1, "full": 30},
+    parallel=measure,
+    minutes={"tiny": 0.3, "small": 4, "full": 100},
     plans=PLANS,
 )

@@ -6,20 +6,42 @@ attention, losses by position and by distance, tables and figures.
 """
 
 from longspan.experiments.claims.continued.comparison import Comparison, Judgment
+from longspan.experiments.claims.continued.criteria import (
+    EQUAL,
+    Criterion,
+    ahead,
+    as_good,
+    criteria_text,
+    grade,
+    if_flat,
+)
 from longspan.experiments.claims.continued.plan import CEILING, FLOOR, ModelSpec, Plan, from_recipe
+from longspan.experiments.claims.continued.report import bit_figures
 from longspan.experiments.claims.continued.results import Lead, Pair, Results, leads, verdict_of
+from longspan.experiments.claims.continued.sizes import plans
+from longspan.experiments.claims.continued.trained import TrainedRuns
 
 __all__ = [
     "CEILING",
+    "EQUAL",
     "FLOOR",
     "Comparison",
+    "Criterion",
     "Judgment",
     "Lead",
     "ModelSpec",
     "Pair",
     "Plan",
     "Results",
+    "TrainedRuns",
+    "ahead",
+    "as_good",
+    "bit_figures",
+    "criteria_text",
     "from_recipe",
+    "grade",
+    "if_flat",
     "leads",
+    "plans",
     "verdict_of",
 ]

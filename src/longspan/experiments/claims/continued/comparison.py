@@ -12,7 +12,9 @@ from longspan.experiments.claims.continued import report
 from longspan.experiments.claims.continued.plan import EARLY, ModelSpec, Plan, floor_and_ceiling
 from longspan.experiments.claims.continued.results import Pair, Results, bits_per_byte, needs_seeds
 from longspan.experiments.claims.continued.single_run import Job, train_and_measure
+from longspan.experiments.claims.continued.trained import TrainedRuns
 from longspan.experiments.workers import Done, run_jobs
+from longspan.report import Picture
 from longspan.train.starts import start_folder
 
 
@@ -25,6 +27,8 @@ class Judgment:
     """numbers on which the verdict hangs"""
     note: str
     """the criteria, and what limits them"""
+    pictures: Sequence[Picture] = ()
+    """of what the claim measures beside losses"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class Comparison:
     pairs: Sequence[Pair]
     """models on whose order the verdict hangs"""
     judge: Callable[[Results], Judgment]
+    inspect: Callable[[TrainedRuns, Say], Mapping[str, Any]] | None = None
+    """measures trained runs beside their losses; returns plain data, which becomes `Results.inspected`"""
 
     def measure(self, folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
         """Train, measure and judge; a second call with the same folder resumes.
@@ -61,7 +67,7 @@ class Comparison:
             size=report.size_text(results),
             note=" ".join((judgment.note, report.flat_text(), report.context_text(results))),
             data=results.record(),
-            pictures=report.pictures(self.name, results, self.pairs),
+            pictures=[*judgment.pictures, *report.pictures(self.name, results, self.pairs)],
             seconds=sum(run["seconds"] for runs in results.runs.values() for run in runs),
         )
 
@@ -87,7 +93,8 @@ class Comparison:
                 failures[job.spec.name] = done.failure
             else:
                 runs[job.spec.name].append(done.value)
-        return Results(plan, runs, failures)
+        inspected = {} if self.inspect is None else self.inspect(TrainedRuns(folder=folder, plan=plan), say)
+        return Results(plan, runs, failures, inspected)
 
     def _chosen(self, plan: Plan) -> list[ModelSpec]:
         """Return the models that the plan names, all if it names none."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import ConfigError
-from longspan.experiments.claims.contest import recipe_of as recipe_of_comparison
+from longspan.experiments.claims.runs import read_recipe
 from longspan.files import read_object
 from longspan.train.starts import start_folder
 
@@ -109,7 +109,7 @@ def from_recipe(name: str, *, changes: Mapping[str, Any] | None = None, **option
         changes: fields of every mixer table that has them, such as `{"num_buckets": 64}` for longer pieces.
         options: fields of `ModelSpec`; `carries` defaults to what the recipe does.
     """
-    recipe = recipe_of_comparison(name)
+    recipe = read_recipe(f"lm/{name}")
     table = {key: recipe["model"][key] for key in ("mixers", "memory", "positions") if key in recipe["model"]}
     table["mixers"] = [
         {**mixer, **{key: value for key, value in (changes or {}).items() if key in mixer}} for mixer in table["mixers"]

@@ -1,11 +1,11 @@
 """Tables, figures and texts of a comparison from a common start, the same for every claim."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from longspan.experiments.claims.base import signed
+from longspan.experiments.claims.base import Figure, signed
 from longspan.experiments.claims.continued import recurrence
 from longspan.experiments.claims.continued.curves import FLAT
 from longspan.experiments.claims.continued.plan import CEILING, EARLY, FLOOR, start_model
@@ -19,6 +19,24 @@ from longspan.train import Interval
 
 LABELLED = 8
 """largest number of models that are all named in a figure; of more only those of pairs, floor and ceiling are"""
+
+
+def bit_figures(results: Results, base: str, paper: Mapping[str, str]) -> list[Figure]:
+    """Return one row per model for the table next to the paper's numbers: its bits per byte and parameters.
+
+    Args:
+        results: of the comparison.
+        base: model with which the others are compared.
+        paper: numbers of the paper by model; others have none.
+    """
+    figures = []
+    for name in results.names:
+        ours = number(results.bits(name).value, 4)
+        if name != base and base in results.runs:
+            ours += f"; {signed(results.difference(name, base))} relative to {base}"
+        parameters = results.runs[name][0]["parameters"]
+        figures.append(Figure(f"bits per byte, {name}", paper.get(name, ""), f"{ours}; {parameters:,} parameters"))
+    return figures
 
 
 def tables(results: Results) -> list[Table]:

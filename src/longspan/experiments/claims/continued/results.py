@@ -32,6 +32,8 @@ class Results:
     """records of `train_and_measure`, one per seed, for every model with at least one run"""
     failures: Mapping[str, str] = field(default_factory=dict)
     """messages of failed runs by model, also where another seed of it succeeded"""
+    inspected: Mapping[str, Any] = field(default_factory=dict)
+    """what the claim measured beside losses, as plain data"""
 
     @property
     def names(self) -> list[str]:
@@ -125,7 +127,8 @@ class Results:
 
     def record(self) -> dict[str, Any]:
         """Return all numbers as plain data."""
-        return {"models": {name: list(runs) for name, runs in self.runs.items()}, "failures": dict(self.failures)}
+        models = {name: list(runs) for name, runs in self.runs.items()}
+        return {"models": models, "failures": dict(self.failures), "inspected": dict(self.inspected)}
 
 
 def bits_per_byte(run: Mapping[str, Any]) -> float:

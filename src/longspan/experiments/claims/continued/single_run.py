@@ -46,9 +46,12 @@ class Job:
     @property
     def record(self) -> Path:
         """The file of the measurements, which is written last."""
-        plan = self.plan
-        sizes = f"{plan.documents}x{plan.reach}-{plan.curve_documents}x{plan.curve_reach}"
-        return self.run / f"measured-{sizes}.json"
+        return record_file(self.run, self.plan)
+
+
+def record_file(run: Path, plan: Plan) -> Path:
+    """Return the file of the measurements of a run."""
+    return run / f"measured-{plan.documents}x{plan.reach}-{plan.curve_documents}x{plan.curve_reach}.json"
 
 
 def train_and_measure(job: Job) -> dict[str, Any]:
@@ -148,13 +151,23 @@ def _initial_model(recipe: Mapping[str, Any], job: Job) -> Any:
 def _losses(job: Job, model: Any, documents: Documents) -> list[Array]:
     """Return the loss of every byte of the held-out documents, from the file of an earlier call if there is one."""
     plan = job.plan
-    path = job.run / f"losses-{plan.documents}x{plan.reach}.safetensors"
+    path = _losses_file(job.run, plan)
     if not path.is_file():
         window = None if job.spec.carries else lm_evaluation.Window(plan.length, plan.length)
         nats = lm_evaluation.place_nats(model, documents, window, chunk=CHUNK, batch=ROWS)
         write_tensors(path, {str(index): torch.from_numpy(losses) for index, losses in enumerate(nats)}, {})
-    tensors, _ = read_tensors(path)
+    return saved_losses(job.run, plan)
+
+
+def saved_losses(run: Path, plan: Plan) -> list[Array]:
+    """Return the loss of every byte of the held-out documents of a measured run."""
+    tensors, _ = read_tensors(_losses_file(run, plan))
     return [tensors[str(index)].numpy() for index in range(len(tensors))]
+
+
+def _losses_file(run: Path, plan: Plan) -> Path:
+    """Return the file of the losses of every byte."""
+    return run / f"losses-{plan.documents}x{plan.reach}.safetensors"
 
 
 def _places(nats: Sequence[Array], documents: Documents, reach: int) -> dict[str, Any]:
