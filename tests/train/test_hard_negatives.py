@@ -88,6 +88,23 @@ def test_a_search_returns_the_segments_with_the_largest_logits(task: MemoryTask,
     assert search.silent >= 100
 
 
+def test_processes_share_the_reading_of_a_search(task: MemoryTask, model: Any) -> None:
+    gathered: list[torch.Tensor] = []
+
+    class Recording(Group):
+        def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+            gathered.append(tensor)
+            return [tensor]
+
+    # 18 samples in two batches
+    for group in (Recording(), Recording(0, 2), Recording(1, 2)):
+        mine(model, task, seed=SEED, silent=1100, hardest=20, group=group)
+    alone, first, second = gathered
+    assert torch.equal(torch.maximum(first, second), alone), "bit for bit"
+    assert not (first.isfinite() & second.isfinite()).any(), "no segment is read twice"
+    assert second.isfinite().any()
+
+
 def test_mined_tokens_are_those_that_were_read(task: MemoryTask) -> None:
     segments = [[1, 7], [0, 3], [1, 0]]
     tokens = tokens_of(task, SEED, segments)
@@ -187,8 +204,9 @@ def test_a_step_in_parts_is_that_of_the_whole_batch(task: MemoryTask, model: Any
     for accumulation in (1, 3):
         train = {**RECIPE["train"], "short_segments": (), "accumulation": accumulation}
         source = MemorySource(model, task, MemoryCurriculumConfig(**train), Group())
+        source.stages.penalty = 1.0
         model.zero_grad()
-        batch = source.draw(3)
+        batch = source.draw(next(step for step in range(0, 100, 3) if source.plan(step).drawn == 3))
         assert len(batch.parts) == accumulation
         model.train()
         totals = [source.loss(part).total for part in batch.parts]
