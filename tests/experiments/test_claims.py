@@ -55,7 +55,7 @@ def test_rmt_counts_every_seed_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_rmt_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setitem(grid.PLANS, "small", grid.Plan(3, (1, 2), ((1, 3), (2, 3)), silent=256, mining=grid.MINING))
+    monkeypatch.setitem(grid.PLANS, "small", grid.Plan(3, (1, 2), ((1, 3), (2, 3)), silent=256, mining=rmt.MINING))
     outcome = grid.RMT_GRID.run(tmp_path, "small", print)
     assert [len(records) for records in outcome.data.values()] == [2, 2]
     for most in (1, 2):

@@ -42,8 +42,13 @@ MEMORY: dict[str, Any] = {
     },
     "task": {"name": "memory", "vocab_size": 512, "segment_length": 96},
     "train": {
-        **{"tokens": 1300, "short_segments": [64], "max_segments": 4, **STEPS},
-        **{"mine_every": 4, "mine_segments": 1200, "mine_share": 0.5},
+        "tokens": 1300,
+        "short_segments": [64],
+        "max_segments": 4,
+        **STEPS,
+        "mine_every": 4,
+        "mine_segments": 1200,
+        "mine_share": 0.5,
     },
 }
 RECIPES = {"copy": COPY, "passkey": PASSKEY, "memory": MEMORY}

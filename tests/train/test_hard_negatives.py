@@ -38,8 +38,15 @@ RECIPE: dict[str, Any] = {
     },
     "task": {"name": "memory", "vocab_size": 512, "segment_length": 64},
     "train": {
-        **{"steps": 8, "tokens": 1600, "short_segments": [], "first_segments": 3, "max_segments": 3},
-        **{"log_every": 1, "checkpoint_every": 4, "warmup": 2, **MINING},
+        "steps": 8,
+        "tokens": 1600,
+        "short_segments": [],
+        "first_segments": 3,
+        "max_segments": 3,
+        "log_every": 1,
+        "checkpoint_every": 4,
+        "warmup": 2,
+        **MINING,
     },
 }
 SEED = (0, 5, 3)
