@@ -10,6 +10,7 @@ from longspan.experiments import claims
 from longspan.experiments.claims import grid, maps, rmt
 from longspan.experiments.claims.base import Claim, Figure
 from longspan.experiments.claims.base import Outcome as Measured
+from longspan.files import read_json
 from longspan.report import Table
 
 SMALL = (
@@ -54,9 +55,13 @@ def test_rmt_counts_every_seed_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_rmt_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setitem(grid.PLANS, "small", grid.Plan(3, (1, 2), ((1, 3), (2, 3))))
+    monkeypatch.setitem(grid.PLANS, "small", grid.Plan(3, (1, 2), ((1, 3), (2, 3)), silent=256, mining=rmt.MINING))
     outcome = grid.RMT_GRID.run(tmp_path, "small", print)
     assert [len(records) for records in outcome.data.values()] == [2, 2]
+    for most in (1, 2):
+        run = tmp_path / f"detect-up-to-{most}"
+        assert (run / "calibrated" / "answers-2x3.json").is_file(), "models are evaluated after their calibration"
+        assert read_json(run / "recipe.json")["train"]["mine_every"] == 50
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
 
 

@@ -32,7 +32,7 @@ PASSKEY: dict[str, Any] = {
     "task": {"name": "passkey", "length": 320},
     "train": {"curriculum": "passkey", "tokens": 1400, "mentions": 2, "repeats": 20, **STEPS},
 }
-# gate losses are means over segments that some rows have and others lack
+# gate losses are means over segments that some rows have and others lack; two processes share the search at steps 4, 8
 MEMORY: dict[str, Any] = {
     "model": {
         **SIZES,
@@ -41,7 +41,15 @@ MEMORY: dict[str, Any] = {
         "memory": {"num_memory_tokens": 2, "segment_length": 96, "gate_penalty": 0.1},
     },
     "task": {"name": "memory", "vocab_size": 512, "segment_length": 96},
-    "train": {"tokens": 1300, "short_segments": [64], "max_segments": 4, **STEPS},
+    "train": {
+        "tokens": 1300,
+        "short_segments": [64],
+        "max_segments": 4,
+        **STEPS,
+        "mine_every": 4,
+        "mine_segments": 1200,
+        "mine_share": 0.5,
+    },
 }
 RECIPES = {"copy": COPY, "passkey": PASSKEY, "memory": MEMORY}
 # the gates of the memory are in fp32
@@ -76,7 +84,7 @@ def assert_same_run(actual: Path, expected: Path, tolerance: float) -> None:
     """Compare what two runs have logged, and the weights at their ends."""
     for name in ("loss", "grad_norm", "accuracy"):
         assert figures(actual, name) == pytest.approx(figures(expected, name), rel=tolerance, abs=1e-12)
-    for name in ("tokens", "new_stage", "word", "length", "repeats", "segments", "gate_penalty"):
+    for name in ("tokens", "new_stage", "word", "length", "repeats", "segments", "gate_penalty", "false_write_share"):
         assert figures(actual, name) == figures(expected, name)
     weights, expected_weights = (load_run(folder)[0].state_dict() for folder in (actual, expected))
     for name, weight in expected_weights.items():

@@ -10,7 +10,7 @@ the other half is read with it and gives the rates that are reported.
 
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from longspan.models import RecurrentClassifier, Trace
 from longspan.models.memory_update import GatedUpdate
 from longspan.tasks import MemoryTask
 from longspan.tasks.base import Array
-from longspan.tasks.memory import MemorySplit
+from longspan.tasks.memory import MemorySample, MemorySplit
 
 _TAIL = 0.002
 """share of the largest logits from which rates beyond the sample are extrapolated"""
@@ -77,6 +77,29 @@ class GateCalibration:
         return 1 - self.missed / max(self.whole, 1)
 
 
+def noise_sample(
+    task: MemoryTask,
+    split: MemorySplit,
+    segments: int,
+    seed: int | Sequence[int],
+    index: int,
+    *,
+    negatives: bool = False,
+) -> MemorySample:
+    """Return the sample of an index that `read_gates` reads.
+
+    Args:
+        task: prepared memory task.
+        split: of the noise.
+        segments: number of segments.
+        seed: a number for a calibration, several numbers for other purposes, so that their texts differ.
+        index: of the sample.
+        negatives: whether the noise has the artificial negatives of training.
+    """
+    numbers = [seed, 3] if isinstance(seed, int) else [*seed]
+    return task.sample(split, segments, [*numbers, index], negatives=negatives)
+
+
 @torch.no_grad()
 def read_gates(
     model: RecurrentClassifier,
@@ -86,7 +109,7 @@ def read_gates(
     segments: int = 64,
     split: MemorySplit = "train",
     batch: int = 64,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     negatives: bool = False,
     on_segment: Callable[[int, int, float], None] | None = None,
 ) -> GateLogits:
@@ -99,7 +122,7 @@ def read_gates(
         segments: number of segments per sample.
         split: of the noise.
         batch: samples that are read at once.
-        seed: of the samples.
+        seed: of the samples, see `noise_sample`.
         negatives: whether the noise has the artificial negatives of training.
         on_segment: called with (sample, segment, logit) for every segment without a fact.
 
@@ -112,7 +135,7 @@ def read_gates(
     device = device_and_dtype(model).device
     for first in range(samples.start, samples.stop, batch):
         rows = range(first, min(first + batch, samples.stop))
-        streams = [iter(task.sample(split, segments, [seed, 3, row], negatives=negatives)) for row in rows]
+        streams = [iter(noise_sample(task, split, segments, seed, row, negatives=negatives)) for row in rows]
         state: Any = None
         for index in range(segments - 1):
             parts = [next(stream) for stream in streams]

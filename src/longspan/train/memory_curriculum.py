@@ -3,6 +3,9 @@
 Bulatov et al. 2023 (section 3) train one segment to convergence, then two, and so on. Here the model first learns to
 write its memory, on two segments so short that a fact is most of their text; then the segments grow to their full
 length, and then their number grows. Half of the batches are of the current stage, the others of earlier stages.
+
+With `mine_every`, training then searches for segments without a fact in which gates open, and repeats them
+(`longspan.train.hard_negatives`).
 """
 
 import math
@@ -14,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.config import check_shares
+from longspan.config import check_least, check_shares
 from longspan.errors import ConfigError
 from longspan.models import Trace
+from longspan.models.memory_update import GatedUpdate
 from longspan.tasks import MemoryTask
 from longspan.train.curriculum import (
     CurriculumConfig,
@@ -27,6 +31,9 @@ from longspan.train.curriculum import (
     Stages,
     mean_loss,
 )
+from longspan.train.distributed import Group
+from longspan.train.hard_negatives import choose_replacements, mine, tokens_of
+from longspan.train.source import StepBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,11 @@ class MemoryCurriculumConfig(CurriculumConfig):
             below it the weight decays. At full weight from the first step, the memory would never be written.
         gate_floor: smallest fraction of `gate_penalty`. Without it, a gate that is always open keeps accuracy too low
             for the penalty to rise, and stays open.
+        mine_every: steps from one search for hard negatives to the next, counted from step 0 of the run; searches begin
+            when batches have several segments of full length. 0: none.
+        mine_segments: least number of segments without a fact that a search reads.
+        mine_hardest: number of segments that training repeats until the next search, those with the largest logits.
+        mine_share: share of the segments without a fact in a batch, apart from last ones, that are replaced by them.
     """
 
     short_segments: tuple[int, ...] = (64, 128, 256)
@@ -60,6 +72,10 @@ class MemoryCurriculumConfig(CurriculumConfig):
     gate_margin: float = 3.0
     gate_ramp: float = 0.02
     gate_floor: float = 0.1
+    mine_every: int = 0
+    mine_segments: int = 2000
+    mine_hardest: int = 128
+    mine_share: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +84,8 @@ class MemoryCurriculumConfig(CurriculumConfig):
                 f"train.first_segments = {self.first_segments}, train.max_segments = {self.max_segments}: the first "
                 "must be at least 1, the second at least the first"
             )
-        check_shares(self, "train", ("short_accuracy", "gate_floor"))
+        check_shares(self, "train", ("short_accuracy", "gate_floor", "mine_share"))
+        check_least(self, "train", {"mine_every": 0, "mine_segments": 1, "mine_hardest": 1})
 
 
 @dataclass
@@ -80,12 +97,18 @@ class MemoryCurriculum(Stages):
         length: tokens per segment in the current stage; `full` in the last stages.
         recent: accuracy of the last `window` batches, of any number of segments.
         penalty: current weight of the loss on gates that open in segments without a fact.
+        search_step: step of the last search for hard negatives; -1: there was none.
+        mined: (sample, segment) of the hard negatives of that search.
+        false_write_share: share of the segments without a fact of that search in which a gate opened; None: no search.
     """
 
     segments: int = 0
     length: int = 0
     recent: list[float] = field(default_factory=list)
     penalty: float = 0.0
+    search_step: int = -1
+    mined: list[list[int]] = field(default_factory=list)
+    false_write_share: float | None = None
 
     def __post_init__(self) -> None:
         self.segments = self.segments or self.config.first_segments
@@ -125,9 +148,23 @@ class MemoryCurriculum(Stages):
             return False
         return True
 
+    def search_is_due(self, step: int) -> bool:
+        """Return whether hard negatives are searched for before a step."""
+        every = self.config.mine_every
+        # in a batch of one segment gates are not trained
+        return bool(every) and step % every == 0 and self.length == self.full and self.segments > 1
+
+    @property
+    def search_seed(self) -> tuple[int, ...]:
+        """The seed of the text of the last search."""
+        return self.config.seed, 5, self.search_step
+
     def columns(self) -> dict[str, Any]:
         """Return the figures of the stage for a line of the log."""
-        return {"segments": self.segments, "segment_length": self.length, "gate_penalty": self.penalty}
+        columns = {"segments": self.segments, "segment_length": self.length, "gate_penalty": self.penalty}
+        if self.false_write_share is not None:
+            columns["false_write_share"] = self.false_write_share
+        return columns
 
     @property
     def words(self) -> tuple[str, str]:
@@ -146,6 +183,13 @@ class Samples(NamedTuple):
     """(rows, segments) bool: the segment has no part of a fact"""
     whole: Tensor
     """(rows, segments) bool: the segment has a whole fact"""
+    mined: Tensor
+    """(rows, segments) bool: the segment has no part of a fact, and is a hard negative of the last search"""
+
+    @property
+    def drawn_silent(self) -> Tensor:
+        """(rows, segments) bool: the segment has no part of a fact, and was drawn at random."""
+        return self.none & ~self.mined
 
 
 def draw_samples(
@@ -166,7 +210,29 @@ def draw_samples(
     tokens = np.stack([np.concatenate([part.tokens for part in sample]) for sample in parts])
     fact = torch.tensor([[part.fact for part in sample] for sample in parts])
     whole = torch.tensor([[part.whole for part in sample] for sample in parts])
-    return Samples(torch.from_numpy(tokens), torch.tensor([sample.answer for sample in drawn]), ~fact, whole)
+    return Samples(
+        tokens=torch.from_numpy(tokens),
+        answers=torch.tensor([sample.answer for sample in drawn]),
+        none=~fact,
+        whole=whole,
+        mined=torch.zeros_like(fact),
+    )
+
+
+def replace_silent(batch: Samples, mined: Tensor, *, share: float, seed: tuple[int, ...], first: int = 0) -> Samples:
+    """Replace some segments without a fact, none of them the last of its sample, by hard negatives.
+
+    Args:
+        batch: in segments of full length.
+        mined: (hard negatives, tokens per segment) int64.
+        share: of the segments without a fact that are replaced, on average.
+        seed: the same seed gives the same segments.
+        first: index of the first of these rows in a batch that is drawn in parts.
+    """
+    replaced, chosen = choose_replacements(batch.none, share=share, count=len(mined), seed=seed, first=first)
+    tokens = batch.tokens.unflatten(1, (-1, mined.shape[1])).clone()
+    tokens[replaced] = mined[chosen[replaced]]
+    return batch._replace(tokens=tokens.flatten(1), mined=replaced)
 
 
 def gate_losses(traces: list[Trace], batch: Samples, config: MemoryCurriculumConfig) -> tuple[Tensor, Tensor]:
@@ -180,26 +246,53 @@ def gate_losses(traces: list[Trace], batch: Samples, config: MemoryCurriculumCon
         config: margins.
 
     Returns:
-        The mean of softplus(logit + gate_margin) over segments without a fact, and the mean of
+        The mean of softplus(logit + gate_margin) over segments without a fact, mined ones left out, and the mean of
         softplus(gate_evidence - largest logit) over segments with a whole fact; 0 if there are no such segments.
     """
     zero = batch.answers.new_zeros((), dtype=torch.float32)
-    logits = [trace.logits for trace in traces if trace.logits is not None]
-    if len(logits) < 2:
+    gates = _logits_before_last(traces)
+    if gates is None:
         return zero, zero
-    gates = torch.stack(logits[:-1], 1)
-    none, whole = batch.none[:, :-1], batch.whole[:, :-1]
+    none, whole = batch.drawn_silent[:, :-1], batch.whole[:, :-1]
     closed = F.softplus(gates[none] + config.gate_margin).mean() if bool(none.any()) else zero
     opened = F.softplus(config.gate_evidence - gates[whole].amax(-1)).mean() if bool(whole.any()) else zero
     return closed, opened
 
 
+def mined_gate_loss(traces: list[Trace], batch: Samples, config: MemoryCurriculumConfig) -> Tensor:
+    """Return the loss that closes the gates in hard negatives; arguments are those of `gate_losses`.
+
+    It has its own mean, because in one over all segments without a fact the rare hard ones would hardly count; and it
+    takes the largest logit of a segment, because one open gate suffices for a false write.
+
+    Returns:
+        The mean of softplus(largest logit + gate_margin) over mined segments; 0 if there are none.
+    """
+    gates, mined = _logits_before_last(traces), batch.mined[:, :-1]
+    if gates is None or not bool(mined.any()):
+        return batch.answers.new_zeros((), dtype=torch.float32)
+    return F.softplus(gates[mined].amax(-1) + config.gate_margin).mean()
+
+
+def _logits_before_last(traces: list[Trace]) -> Tensor | None:
+    """Return the gates' logits in all segments but the last, (rows, segments - 1, memory tokens); None: there are none.
+
+    Traces without logits are skipped.
+    """
+    logits = [trace.logits for trace in traces if trace.logits is not None]
+    return torch.stack(logits[:-1], 1) if len(logits) > 1 else None
+
+
 class MemorySource(CurriculumSource):
     """Trains a `RecurrentClassifier` on a `MemoryTask`; arguments are those of `CurriculumSource`."""
 
-    count_names = ("none", "whole")
+    count_names = ("none", "whole", "mined")
     config: MemoryCurriculumConfig
     stages: MemoryCurriculum
+
+    def __init__(self, model: Any, task: Any, config: MemoryCurriculumConfig, group: Group) -> None:
+        super().__init__(model, task, config, group)
+        self._tokens_of_search: tuple[int, Tensor | None] = (-1, None)
 
     def title(self) -> str:
         """Describe the training data, for the first line of the display."""
@@ -207,7 +300,12 @@ class MemorySource(CurriculumSource):
         return f"{task.kind}, up to {self.config.max_segments} segments of {task.segment_length}"
 
     def first_stage(self) -> MemoryCurriculum:
-        """Return the curriculum at its first stage."""
+        """Return the curriculum at its first stage; raises ConfigError if `mine_every` does not fit the model."""
+        if self.config.mine_every and not isinstance(self.model.recurrent.update, GatedUpdate):
+            raise ConfigError(
+                f"train.mine_every = {self.config.mine_every}: the memory of this model has no gates, by which hard "
+                "negatives are found; set train.mine_every = 0 or model.memory.update = 'gated'"
+            )
         return MemoryCurriculum(self.config, self.task.config.segment_length)
 
     def plan(self, step: int) -> Plan:
@@ -215,14 +313,50 @@ class MemorySource(CurriculumSource):
         segments, rows = self.stages.draw(step)
         return Plan(step=step, rows=rows, tokens=segments * self.stages.length, answers=1, drawn=segments)
 
+    def draw(self, step: int) -> StepBatch:
+        """Search for hard negatives if that is due, and generate this process's rows of the batch of step `step`."""
+        if self.stages.search_is_due(step):
+            self._search(step)
+        return super().draw(step)
+
+    def _search(self, step: int) -> None:
+        """Search for hard negatives; training repeats them from step `step` on."""
+        stages, config = self.stages, self.config
+        stages.search_step = step
+        with self.autocast():
+            search = mine(
+                self.model,
+                self.task,
+                seed=stages.search_seed,
+                silent=config.mine_segments,
+                hardest=config.mine_hardest,
+                group=self.group,
+            )
+        stages.mined, stages.false_write_share = search.hardest, search.false_writes / search.silent
+
+    def _mined_tokens(self) -> Tensor:
+        """Return the hard negatives of the last search, (mined, tokens per segment), generated once per search."""
+        step, tokens = self._tokens_of_search
+        if tokens is None or step != self.stages.search_step:
+            tokens = tokens_of(self.task, self.stages.search_seed, self.stages.mined)
+            self._tokens_of_search = self.stages.search_step, tokens
+        return tokens
+
     def samples(self, plan: Plan, rows: range) -> Samples:
         """Generate some rows of a batch."""
         seed = self.config.seed, plan.step
-        return draw_samples(self.task, plan.drawn, len(rows), self.stages.length, seed, first=rows.start)
+        batch = draw_samples(self.task, plan.drawn, len(rows), self.stages.length, seed, first=rows.start)
+        # there are hard negatives only since segments have their full length
+        if not self.stages.mined:
+            return batch
+        share = self.config.mine_share
+        return replace_silent(batch, self._mined_tokens(), share=share, seed=seed, first=rows.start)
 
-    def counts(self, samples: Samples) -> tuple[int, int]:
-        """Return the numbers of segments without a fact and with a whole one, of which gates are trained."""
-        return int(samples.none[:, :-1].sum()), int(samples.whole[:, :-1].sum())
+    def counts(self, samples: Samples) -> tuple[int, int, int]:
+        """Return the numbers of segments of which gates are trained: drawn without a fact, with a whole one, mined."""
+        kinds = samples.drawn_silent, samples.whole, samples.mined
+        none, whole, mined = (int(kind[:, :-1].sum()) for kind in kinds)
+        return none, whole, mined
 
     def rows_loss(self, part: CurriculumPart, aux_losses: list[Tensor]) -> RowsLoss:
         """Answer the questions of some rows."""
@@ -234,7 +368,8 @@ class MemorySource(CurriculumSource):
         closed, opened = gate_losses(traces, batch, self.config)
         # weights of 1 in a batch of one part, in which the means are those of the whole batch
         closed, opened = part.share_of("none") * closed, part.share_of("whole") * opened
-        total = loss + self.stages.penalty * closed + self.config.gate_open * opened
+        mined = part.share_of("mined") * mined_gate_loss(traces, batch, self.config)
+        total = loss + self.stages.penalty * (closed + mined) + self.config.gate_open * opened
         return RowsLoss(total=total, answers=loss, correct=(logits.argmax(1) == batch.answers).sum())
 
     def advance(self, plan: Plan, accuracy: float) -> bool:
