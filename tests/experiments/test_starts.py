@@ -12,7 +12,7 @@ from longspan.errors import CheckpointError
 from longspan.experiments.starts import ship
 from longspan.files import read_tensors
 from longspan.train import find_recipe, load_run
-from longspan.train.starts import recipe_hash, start_folder
+from longspan.train.starts import SHIPPED, recipe_hash, start_folder
 
 
 def test_a_finished_run_becomes_a_start_in_bfloat16(tmp_path: Path) -> None:
@@ -38,3 +38,14 @@ def test_a_run_of_other_fields_is_no_start(tmp_path: Path) -> None:
     (run / "digests.json").unlink()
     with pytest.raises(CheckpointError, match=r"was trained with train\.lr = 0\.5, but start/tiny has 0\.01"):
         ship(run, tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_start_is_small_and_belongs_to_its_recipe(name: str) -> None:
+    folder = start_folder(name)
+    summary = json.loads((folder / "start.json").read_text())
+    assert summary["recipe_hash"] == recipe_hash(read_toml(find_recipe(f"start/{name}")))
+    assert summary["license_of_text"]
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2.5e6
+    model, task = load_run(folder)
+    assert model.vocab_size == task.vocab_size

@@ -13,6 +13,7 @@ from longspan.cli.app import run
 from longspan.config import read_toml
 from longspan.train import find_recipe, recipe_names, resolve
 from longspan.train.recipes import locate_recipe
+from longspan.train.starts import SHIPPED, SUMMARY
 
 
 def test_every_recipe_is_known_by_name() -> None:
@@ -86,6 +87,9 @@ def test_recipes_are_in_the_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"longspan/recipes/{name}.toml" for name in recipe_names()} <= names
+    assert {
+        f"longspan/starts/{name}/{file}" for name in SHIPPED for file in (SUMMARY, "model/model.safetensors")
+    } <= names
 
 
 def test_no_message_of_the_package_asks_for_a_checkout() -> None:

@@ -5,6 +5,7 @@ those of the stored weights. A start changes only with its recipe, whose digest 
 """
 
 import argparse
+import math
 import platform
 import shutil
 from pathlib import Path
@@ -16,7 +17,9 @@ from longspan.config import read_toml
 from longspan.errors import CheckpointError
 from longspan.files import write_json
 from longspan.models import load_model, save_model
-from longspan.train import evaluate_text, find_recipe, folders, load_run, read_log
+from longspan.tasks import Documents
+from longspan.train import find_recipe, first_places, folders, load_run, read_log
+from longspan.train.lm_evaluation import Window, place_nats
 from longspan.train.opening import stored_recipe
 from longspan.train.starts import SUMMARY, recipe_hash
 from longspan.version import __version__
@@ -34,6 +37,8 @@ TEXTS = {
 """By `task.source`: the text that a start has read, and the license of the text."""
 LENGTHS = (256, 2048)
 """bytes per window in which held-out text is scored"""
+SCORED = 200_000
+"""bytes of held-out text that are scored"""
 
 
 def ship(run: Path, folder: Path) -> dict[str, Any]:
@@ -59,7 +64,8 @@ def ship(run: Path, folder: Path) -> dict[str, Any]:
     for file in ("recipe.json", "tokenizer.json"):
         shutil.copy(run / file, folder / file)
     folders.seal_files(folder, ("recipe.json", "tokenizer.json"))
-    trained, documents = load_model(folder / "model").float(), task.documents("validation")
+    trained = load_model(folder / "model").float()
+    documents = first_places(task.documents("validation"), SCORED)
     last = read_log(run / "log.jsonl")[-1]
     text, license_text = TEXTS[recipe["task"]["source"]]
     summary = {
@@ -72,13 +78,16 @@ def ship(run: Path, folder: Path) -> dict[str, Any]:
         "tokens": last["tokens"],
         "training_seconds": round(last["seconds"]),
         "held_out_bytes": int(documents.lengths.sum()),
-        "bits_per_byte": {
-            str(length): round(evaluate_text(trained, documents, chunk=length, memory=False).bits_per_unit, 4)
-            for length in LENGTHS
-        },
+        "bits_per_byte": {str(length): round(_bits(trained, documents, length), 4) for length in LENGTHS},
     }
     write_json(folder / SUMMARY, summary)
     return summary
+
+
+def _bits(model: Any, documents: Documents, length: int) -> float:
+    """Return bits per byte in windows of `length` that each start from nothing."""
+    nats = place_nats(model, documents, Window(length, length), batch=max(LENGTHS) * 2 // length, chunk=length)
+    return float(sum(losses.sum(dtype="float64") for losses in nats)) / float(documents.lengths.sum()) / math.log(2)
 
 
 if __name__ == "__main__":
