@@ -4,13 +4,12 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from longspan.cost import scaling
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Say, signed
 from longspan.experiments.claims.continued import (
     Comparison,
     Criterion,
@@ -24,6 +23,7 @@ from longspan.experiments.claims.continued import (
     criteria_text,
     grade,
     if_flat,
+    measure_with,
     plans,
 )
 from longspan.experiments.claims.growth import time_alternately
@@ -201,18 +201,13 @@ def comparison(plan: SpanPlan) -> Comparison:
     )
 
 
-def measure(folder: Path, plan: SpanPlan, say: Say, jobs: int = 1) -> Outcome:
-    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
-    return comparison(plan).measure(folder, plan, say, jobs)
-
-
 ADAPTIVE_SPAN = Claim(
     name="adaptive-span",
     system="Adaptive Span",
     source="Sukhbaatar et al. 2019, sections 3.2 and 3.3, tables 1 and 2, figures 3 and 4",
     text="Every head learns its span: most need fewer than 100 characters, a few need many more, and the model matches "
     "one with fixed spans of the same maximum at a fraction of the FLOPs.",
-    parallel=measure,
+    parallel=measure_with(comparison),
     minutes={"tiny": 0.2, "small": 4, "full": 90},
     plans=PLANS,
 )

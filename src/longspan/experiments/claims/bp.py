@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longspan import mixers, tasks
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Say, signed
 from longspan.experiments.claims.bp_forms import DENSE, LABELS, PERSIST, RECOMPUTED, compare_forms
 from longspan.experiments.claims.contest import bit_figures as form_figures
 from longspan.experiments.claims.contest import difference
@@ -25,6 +24,7 @@ from longspan.experiments.claims.continued import (
     bit_figures,
     criteria_text,
     grade,
+    measure_with,
     plans,
 )
 from longspan.experiments.claims.growth import growth_picture, power
@@ -223,18 +223,13 @@ def comparison(plan: BpPlan) -> Comparison:
     )
 
 
-def measure(folder: Path, plan: BpPlan, say: Say, jobs: int = 1) -> Outcome:
-    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
-    return comparison(plan).measure(folder, plan, say, jobs)
-
-
 BP_TRANSFORMER = Claim(
     name="bp",
     system="BP-Transformer",
     source="Ye et al. 2019, sections 3 and 4.2, table 3",
     text="Attention to near tokens individually and to far ones as increasingly coarse spans costs n log n and models "
     "text as well as dense attention.",
-    parallel=measure,
+    parallel=measure_with(comparison),
     minutes={"tiny": 0.3, "small": 4, "full": 80},
     plans=PLANS,
 )

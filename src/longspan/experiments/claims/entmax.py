@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.base import Claim, Figure, Say
 from longspan.experiments.claims.continued import (
     Comparison,
     Criterion,
@@ -22,6 +21,7 @@ from longspan.experiments.claims.continued import (
     criteria_text,
     grade,
     if_flat,
+    measure_with,
     plans,
 )
 from longspan.experiments.claims.growth import time_alternately
@@ -178,18 +178,13 @@ def comparison(plan: EntmaxPlan) -> Comparison:
     )
 
 
-def measure(folder: Path, plan: EntmaxPlan, say: Say, jobs: int = 1) -> Outcome:
-    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
-    return comparison(plan).measure(folder, plan, say, jobs)
-
-
 ENTMAX = Claim(
     name="entmax",
     system="Adaptively Sparse Transformer",
     source="Correia et al. 2019, sections 4 and 5, table 1 and figures 2 and 3",
     text="Every head learns its own alpha between softmax and sparsemax and gives most keys zero weight, and the model "
     "matches softmax attention.",
-    parallel=measure,
+    parallel=measure_with(comparison),
     minutes={"tiny": 0.2, "small": 4, "full": 100},
     plans=PLANS,
 )

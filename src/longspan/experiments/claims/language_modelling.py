@@ -15,6 +15,7 @@ from longspan.experiments.claims.continued import (
     Results,
     from_recipe,
     leads,
+    plans,
     verdict_of,
 )
 from longspan.train import recipe_names
@@ -35,38 +36,19 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 MODELS = tuple(from_recipe(name, **_OPTIONS.get(name, {})) for name in NAMES if name not in (FLOOR, CEILING))
 
 _XL = ("transformer_xl", "segments_relative")
-PLANS: dict[str, Plan] = {
-    "tiny": Plan(
-        corpus="speeches",
-        start="tiny",
-        models=_XL,
-        length=512,
-        rows=2,
-        steps=20,
-        floor_window=64,
-        seeds=1,
-        documents=4,
-        reach=1024,
-        curve_documents=4,
-        curve_reach=512,
-        train={"lr": 2e-3, "warmup": 5},
-    ),
-    "small": Plan(
-        corpus="code",
-        start="code",
-        models=_XL,
-        length=2048,
-        rows=2,
-        steps=60,
-        seeds=1,
-        documents=8,
-        reach=16_384,
-        curve_documents=6,
-        curve_reach=4096,
-        train={"lr": 1e-3, "warmup": 10},
-    ),
-    "full": Plan(corpus="code", start="code", length=4096, rows=1, steps=1000),
-}
+PLANS = plans(
+    Plan,
+    tiny={
+        "models": _XL,
+        "length": 512,
+        "steps": 20,
+        "reach": 1024,
+        "curve_documents": 4,
+        "curve_reach": 512,
+        "train": {"lr": 2e-3, "warmup": 5},
+    },
+    small={"models": _XL},
+)
 
 
 def judge(results: Results) -> Judgment:

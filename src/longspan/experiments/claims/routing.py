@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from longspan.contract.replay import Choices
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.base import Claim, Figure, Say
 from longspan.experiments.claims.continued import (
     CEILING,
     Comparison,
@@ -22,6 +21,7 @@ from longspan.experiments.claims.continued import (
     bit_figures,
     criteria_text,
     grade,
+    measure_with,
     plans,
 )
 from longspan.experiments.claims.continued.plan import start_model
@@ -204,17 +204,16 @@ def _picture(shares: Sequence[Sequence[float]]) -> Picture:
     )
 
 
-def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
-    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
+def comparison(plan: Plan) -> Comparison:
+    """Return the comparison at a size."""
     specs = models(plan)
-    comparison = Comparison(
+    return Comparison(
         name="routing",
         models=specs,
         pairs=[(ROUTED, LOCAL)],
         judge=judge,
         inspect=lambda runs, say: inspect(runs, say, plan, specs),
     )
-    return comparison.measure(folder, plan, say, jobs)
 
 
 ROUTING = Claim(
@@ -222,7 +221,7 @@ ROUTING = Claim(
     system="Routing Transformer",
     source="Roy et al. 2021, sections 5.2 to 5.5, tables 2 to 5",
     text="Routed and local heads together are better than local heads alone at the same cost.",
-    parallel=measure,
+    parallel=measure_with(comparison),
     minutes={"tiny": 0.3, "small": 4, "full": 100},
     plans=PLANS,
 )

@@ -4,7 +4,6 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan import mixers, ops, reference, tasks
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Say, signed
 from longspan.experiments.claims.contest import INTERVALS, Contest, bit_figures, contest, difference
 from longspan.experiments.claims.continued import (
     CEILING,
@@ -26,6 +25,7 @@ from longspan.experiments.claims.continued import (
     as_good,
     criteria_text,
     grade,
+    measure_with,
     plans,
 )
 from longspan.experiments.claims.continued import bit_figures as text_figures
@@ -318,18 +318,13 @@ def comparison(plan: SparsePlan) -> Comparison:
     )
 
 
-def measure(folder: Path, plan: SparsePlan, say: Say, jobs: int = 1) -> Outcome:
-    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
-    return comparison(plan).measure(folder, plan, say, jobs)
-
-
 SPARSE = Claim(
     name="sparse",
     system="Sparse Transformer",
     source="Child et al. 2019, sections 4.3, 5.1 and 7, tables 1 and 2",
     text="Factorized patterns need time and memory of n sqrt n without loss of quality: fixed ones on text, strided "
     "ones on images.",
-    parallel=measure,
+    parallel=measure_with(comparison),
     minutes={"tiny": 0.3, "small": 4, "full": 90},
     plans=PLANS,
 )

@@ -6,13 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Say, signed
 from longspan.experiments.claims.continued import (
     Comparison,
     Criterion,
@@ -26,6 +25,7 @@ from longspan.experiments.claims.continued import (
     from_recipe,
     grade,
     if_flat,
+    measure_with,
     plans,
 )
 from longspan.experiments.figures import picture_of
@@ -242,18 +242,13 @@ def comparison(plan: XlPlan) -> Comparison:
     )
 
 
-def measure(folder: Path, plan: XlPlan, say: Say, jobs: int = 1) -> Outcome:
-    """Train, measure and judge; a second call resumes from the folder. See `Comparison.measure`."""
-    return comparison(plan).measure(folder, plan, say, jobs)
-
-
 XL = Claim(
     name="xl",
     system="Transformer-XL",
     source="Dai et al. 2019, sections 4.1, 4.3 and 4.4, tables 1, 8 and 9",
     text="Memory is better than none, also longer than in training and beyond the segment, and streaming reads nothing "
     "twice.",
-    parallel=measure,
+    parallel=measure_with(comparison),
     minutes={"tiny": 0.2, "small": 4, "full": 80},
     plans=PLANS,
 )

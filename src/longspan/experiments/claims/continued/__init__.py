@@ -5,7 +5,7 @@ everything else is shared: training in worker processes, curves, shares of the w
 attention, losses by position and by distance, tables and figures.
 """
 
-from longspan.experiments.claims.continued.comparison import Comparison, Judgment
+from longspan.experiments.claims.continued.comparison import Comparison, Judgment, measure_with
 from longspan.experiments.claims.continued.criteria import (
     EQUAL,
     Criterion,
@@ -42,6 +42,7 @@ __all__ = [
     "grade",
     "if_flat",
     "leads",
+    "measure_with",
     "plans",
     "verdict_of",
 ]

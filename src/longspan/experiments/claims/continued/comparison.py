@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from longspan.config import nearest
 from longspan.errors import ConfigError, LongspanError
@@ -16,6 +16,8 @@ from longspan.experiments.claims.continued.trained import TrainedRuns
 from longspan.experiments.workers import Done, run_jobs
 from longspan.report import Picture
 from longspan.train.starts import start_folder
+
+P = TypeVar("P", bound=Plan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,20 @@ class Comparison:
             if name not in known:
                 raise ConfigError(f"{self.name}: unknown model {name!r}{nearest(name, known)}")
         return [known[name] for name in plan.models or known]
+
+
+def measure_with(comparison: Callable[[P], Comparison]) -> Callable[[Path, P, Say, int], Outcome]:
+    """Return the function `Claim.parallel` of a claim whose models or judge depend on its plan.
+
+    Args:
+        comparison: returns the comparison of a plan.
+    """
+
+    def measure(folder: Path, plan: P, say: Say, jobs: int = 1) -> Outcome:
+        """Train, measure and judge; see `Comparison.measure`."""
+        return comparison(plan).measure(folder, plan, say, jobs)
+
+    return measure
 
 
 def _train(jobs: Sequence[Job], workers: int, say: Say) -> list[tuple[Job, Done]]:
