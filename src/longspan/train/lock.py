@@ -66,6 +66,17 @@ def reserved(folder: Path, *, resume: bool) -> Iterator[Start]:
                 os.close(descriptor)
 
 
+@contextlib.contextmanager
+def waiting_for_others(path: Path) -> Iterator[None]:
+    """Context that one process at a time is in: the others wait. The lock is on the file `path`, which is created."""
+    with open(path, "w") as file:
+        # without locks of the file system nobody waits
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _lock(folder: Path) -> int:
     """Lock a folder and return the file descriptor that holds the lock.
 

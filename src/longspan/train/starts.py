@@ -5,7 +5,6 @@
 when it is first used.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,19 +12,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from longspan.config import read_toml
 from longspan.errors import CheckpointError
+from longspan.train.lock import waiting_for_others
 from longspan.train.recipes import find_recipe
 from longspan.version import __version__
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows
-    fcntl = None  # type: ignore[assignment]
 
 SHIPPED = ("speeches", "code")
 """names of the starts that are part of the package"""
@@ -76,7 +70,7 @@ def _trained(name: str) -> Path:
     folder = cache_folder() / "starts" / f"{name}-{__version__.replace('.', '-')}-{recipe_hash(read_toml(recipe))}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(folder.with_suffix(".lock")):
+        with waiting_for_others(folder.with_suffix(".lock")):
             if not (folder / "model").is_dir():
                 with tempfile.TemporaryDirectory(dir=folder.parent) as work:
                     _train(recipe, Path(work) / "run")
@@ -87,15 +81,6 @@ def _trained(name: str) -> Path:
             "to a folder that can be written"
         ) from None
     return folder
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(path: Path) -> Iterator[None]:
-    """Wait for a lock on a file, which ends with the process; without `flock` there is no lock."""
-    with open(path, "w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _train(recipe: Path, folder: Path) -> None:
