@@ -214,7 +214,7 @@ def calibrate_gates(
         progress: called with the share of the work that is done, 0 to 1.
 
     Raises:
-        ConfigError: the memory of the model has no gates, or `silent` is too small for two batches.
+        ConfigError: the memory of the model has no gates, or `silent` is too small for four samples.
     """
     count = -(-silent // (segments - 1))
     half = count // 2
@@ -239,16 +239,18 @@ def calibrate_gates(
                 progress(chosen.stop / count)
         return join(parts)
 
+    def lower_bias(logits: GateLogits) -> float:
+        """Shift the gates as far as these logits ask for, and return how far."""
+        shift = choose_shift(logits, false_writes=false_writes, recall=recall)
+        shift_gates(model, shift)
+        return shift
+
     quarter = half // 2
-    before, shift = read(0, quarter), 0.0
-    chosen_by = before
-    for last in (half, count):
-        more = choose_shift(chosen_by, false_writes=false_writes, recall=recall)
-        shift_gates(model, more)
-        shift += more
-        # with fewer writes the memory that the gates read is another one, so the shift is chosen twice
-        chosen_by = read(quarter if last == half else half, last)
-    return summarize(shift, before, chosen_by)
+    before = read(0, quarter)
+    shift = lower_bias(before)
+    # with fewer writes the gates read another memory, so the shift is corrected once
+    shift += lower_bias(read(quarter, half))
+    return summarize(shift, before, read(half, count))
 
 
 def _saver(part: GateLogits) -> Callable[[Path], None]:
