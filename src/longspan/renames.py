@@ -262,8 +262,8 @@ def keywords(where: str, call: Mapping[str, Any], old: Mapping[str, Any]) -> dic
     """
     if unknown := old.keys() - KEYWORDS[where]:
         raise TypeError(f"{where}() got an unexpected keyword argument {min(unknown)!r}")
-    given = {key: item for key, item in call.items() if item is not None}
-    return renamed(KEYWORDS[where], {**given, **old}, where)
+    present = {key: item for key, item in call.items() if item is not None}
+    return renamed(KEYWORDS[where], {**present, **old}, where)
 
 
 def _old_attribute(owner: str, old: str, new: str) -> property:

@@ -61,7 +61,7 @@ def test_the_larger_run_is_predicted_before_it_is_made(monkeypatch: pytest.Monke
     judged = scaling.measure(tmp_path, PLAN, lambda line: None)
     assert predictions == [judged.data["predicted"]["loss"]]
     assert [run["D"] for run in judged.data["runs"]] == [tokens for tokens in PLAN.tokens for _ in PLAN.shapes]
-    # without bootstrap samples there are no intervals, so the exponents are not shown to be above zero
+    # without bootstrap samples the exponents have no intervals, so that criterion is not met
     assert judged.verdict == "holds in part"
 
 

@@ -45,7 +45,7 @@ def test_flat_is_a_fall_below_a_hundredth_in_the_last_quarter_before_the_decay()
     falling = curve_of([*level, 2.012, 2.010, 2.004, 2.000, 2.0])
     assert falling.fall == pytest.approx(2.011 - 2.000)
     assert not falling.is_flat
-    assert curve_of([*level, 2.0, 2.0, 2.0, 2.1, 2.0]).is_flat, "a rise is no fall"
+    assert curve_of([*level, 2.0, 2.0, 2.0, 2.1, 2.0]).is_flat, "a rising loss counts as flat"
 
 
 def test_losses_are_read_off_the_curve_at_equal_tokens_and_equal_time() -> None:
@@ -266,7 +266,7 @@ def test_the_verdict_of_criteria(met: list[bool | None], verdict: str) -> None:
     parts = [Criterion(what="a", met=value, measured="b") for value in met]
     assert grade(parts) == verdict
     computed = Criterion(what="computed", met=True, measured="1", suffices=False)
-    assert grade([*parts, computed]) == verdict, "what is computed alone is no part of the claim"
+    assert grade([*parts, computed]) == verdict, "a computed criterion alone does not make the claim hold in part"
     assert criteria_text([parts[0], computed]).endswith("computed: yes, 1.")
 
 

@@ -92,7 +92,7 @@ def _size(size: str | None, full: bool) -> "claims.Size":
     """Return the size that the options name.
 
     Raises:
-        ConfigError: there is no such size, or the options contradict each other.
+        ConfigError: an unknown size, or both --full and another --size.
     """
     from longspan.experiments import claims
 

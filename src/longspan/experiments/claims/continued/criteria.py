@@ -56,7 +56,7 @@ def as_good(results: Results, name: str, base: str) -> Criterion:
     """Ask whether a model is as good as one that sees at least as much: both are flat, and the interval ends at `EQUAL`
     or below.
 
-    An interval on both sides of `EQUAL`, or a lead of more than `LEAD`, decides nothing.
+    It is undecided if the interval contains `EQUAL`, or if the lead is larger than `LEAD`.
     """
     lead = _compared(results, name, base)
     met, measured = None, _difference(lead, results)

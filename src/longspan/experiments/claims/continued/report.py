@@ -128,7 +128,7 @@ def context_text(results: Results) -> str:
     """Say whether the corpus needs long context, by the difference of floor and ceiling."""
     gap = results.needed
     if gap is None:
-        return f"{FLOOR} or {CEILING} failed, so there is no share of the way between them."
+        return f"{FLOOR} or {CEILING} failed, so shares of the way between them are not computed."
     measured = f"{CEILING} leads {FLOOR} by {gap.value:.4f} [{gap.low:.4f}, {gap.high:.4f}] bits".replace("-", "−")
     if results.needs_long_context:
         return f"The corpus needs long context: {measured}. Shares are of this way, from {FLOOR} to {CEILING}."
