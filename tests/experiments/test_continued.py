@@ -19,10 +19,8 @@ from longspan.experiments.claims.continued import (
     from_recipe,
     grade,
     if_flat,
-    leads,
     plans,
     recurrence,
-    verdict_of,
 )
 from longspan.experiments.claims.continued.curves import Curve, Point, equal_seconds
 from longspan.experiments.claims.continued.plan import ModelSpec, recipe_of
@@ -134,18 +132,18 @@ def test_what_still_falls_decides_no_verdict(
     runs = {"base": [run_of(losses(2.0))]}
     for name, (bits, falls) in (("first", first), ("second", second)):
         runs[name] = [run_of(losses(bits, 3), falls=falls)]
-    compared = leads(Results(PLAN, runs), [("first", "base"), ("second", "base"), ("absent", "base")])
-    assert [lead.pair[0] for lead in compared] == ["first", "second"]
-    assert verdict_of(compared) == verdict
+    results = Results(PLAN, runs)
+    assert grade([ahead(results, "first", "base"), ahead(results, "second", "base")]) == verdict
 
 
 def test_a_failed_model_leaves_its_pair_undecided() -> None:
     runs = {"base": [run_of(losses(2.0))], "first": [run_of(losses(1.8, 3))]}
     results = Results(PLAN, runs, {"second": "the loss is not finite"})
-    compared = leads(results, [("first", "base"), ("second", "base")])
-    assert [lead.ahead for lead in compared] == [True, None]
-    assert verdict_of(compared) == "holds in part"
-    assert verdict_of(compared[1:]) == "undecided"
+    criteria = [ahead(results, "first", "base"), ahead(results, "second", "base")]
+    assert [criterion.met for criterion in criteria] == [True, None]
+    assert criteria[1].measured == "second failed: the loss is not finite"
+    assert grade(criteria) == "holds in part"
+    assert grade(criteria[1:]) == "undecided"
 
 
 def slow_distances(text: bytes) -> list[int]:
@@ -242,7 +240,8 @@ def test_as_good_means_an_interval_that_ends_at_a_fiftieth_of_a_bit() -> None:
     assert met == {"base": True, "near": True, "far": False, **undecided}
     assert as_good(results, "falling", "base").measured.endswith("falling still falling")
     assert "base has not learned to use what it sees" in as_good(results, "best", "base").measured
-    assert as_good(results, "broken", "base").measured == "broken failed"
+    assert as_good(results, "broken", "base").measured == "broken failed: the loss is not finite"
+    assert as_good(results, "absent", "base").measured == "not trained at this size"
     assert ahead(results, "near", "base").met is False
     assert ahead(results, "base", "far").met is True
     assert [if_flat(results, names, True) for names in (["near"], ["near", "falling"], ["broken"])] == [
@@ -260,6 +259,7 @@ def test_as_good_means_an_interval_that_ends_at_a_fiftieth_of_a_bit() -> None:
         ([True, False], "holds in part"),
         ([False, None], "undecided"),
         ([False, False], "does not hold"),
+        ([], "undecided"),
     ],
 )
 def test_the_verdict_of_criteria(met: list[bool | None], verdict: str) -> None:
@@ -267,7 +267,7 @@ def test_the_verdict_of_criteria(met: list[bool | None], verdict: str) -> None:
     assert grade(parts) == verdict
     computed = Criterion(what="computed", met=True, measured="1", suffices=False)
     assert grade([*parts, computed]) == verdict, "a computed criterion alone does not make the claim hold in part"
-    assert criteria_text([parts[0], computed]).endswith("computed: yes, 1.")
+    assert criteria_text([*parts, computed]).endswith("computed: yes, 1.")
 
 
 def test_sizes_take_the_fields_of_a_claim() -> None:

@@ -3,20 +3,19 @@
 from typing import Any
 
 from longspan import mixers
-from longspan.experiments.claims.base import Claim, Figure, signed
+from longspan.experiments.claims.base import Claim, Figure
 from longspan.experiments.claims.continued import (
     CEILING,
     FLOOR,
     Comparison,
     Judgment,
-    Lead,
     Pair,
     Plan,
     Results,
+    ahead,
     from_recipe,
-    leads,
+    grade,
     plans,
-    verdict_of,
 )
 from longspan.train import recipe_names
 
@@ -53,29 +52,19 @@ PLANS = plans(
 
 def judge(results: Results) -> Judgment:
     """Judge the claim: models with memory beat the same models without it, where both are flat."""
-    compared = leads(results, PAIRS)
+    known = {*results.runs, *results.failures}
+    pairs = [pair for pair in PAIRS if set(pair) <= known]
+    criteria = [ahead(results, *pair) for pair in pairs]
     return Judgment(
-        verdict=verdict_of(compared),
+        verdict=grade(criteria),
         figures=[
-            Figure(
-                f"{lead.pair[0]}, relative to {lead.pair[1]}, the same without memory", "better", _text(lead, results)
-            )
-            for lead in compared
+            Figure(f"{name}, bits per byte relative to {base}, the same without memory", "better", criterion.measured)
+            for (name, base), criterion in zip(pairs, criteria, strict=True)
         ],
         note="It holds if models with memory are better than the same models without it, with an interval below zero "
         f"and flat runs of both, for {', '.join(WITHOUT)}; in part if this is true for some of them. If none is "
         "better, it does not hold where all runs are flat, and is undecided where some are not.",
     )
-
-
-def _text(lead: Lead, results: Results) -> str:
-    """Describe how a model compares with the same model without memory."""
-    if lead.difference is None:
-        failed = next(name for name in lead.pair if name in results.failures)
-        return f"{failed} failed: {results.failures[failed]}"
-    falling = [name for name in lead.pair if not results.is_flat(name)]
-    bits = f"{results.bits(lead.pair[0]).value:.4f}, {signed(lead.difference)} bits per byte"
-    return bits + (f"; {' and '.join(falling)} still falling, so undecided" if falling else "; both flat")
 
 
 COMPARISON = Comparison(name="language-modelling", models=MODELS, pairs=PAIRS, judge=judge)

@@ -17,7 +17,7 @@ from longspan.experiments.claims.continued.criteria import (
 )
 from longspan.experiments.claims.continued.plan import CEILING, FLOOR, ModelSpec, Plan, from_recipe
 from longspan.experiments.claims.continued.report import bit_figures
-from longspan.experiments.claims.continued.results import Lead, Pair, Results, leads, verdict_of
+from longspan.experiments.claims.continued.results import Pair, Results
 from longspan.experiments.claims.continued.sizes import plans
 from longspan.experiments.claims.continued.trained import TrainedRuns
 
@@ -28,7 +28,6 @@ __all__ = [
     "Comparison",
     "Criterion",
     "Judgment",
-    "Lead",
     "ModelSpec",
     "Pair",
     "Plan",
@@ -41,8 +40,6 @@ __all__ = [
     "from_recipe",
     "grade",
     "if_flat",
-    "leads",
     "measure_with",
     "plans",
-    "verdict_of",
 ]

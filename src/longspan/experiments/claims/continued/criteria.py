@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from longspan.experiments.claims.base import Verdict, signed
-from longspan.experiments.claims.continued.results import Lead, Results, leads
+from longspan.experiments.claims.continued.results import Results
+from longspan.train import Interval
 
 EQUAL = 0.02
 """bits per byte: a model is as good as another if the upper end of the interval of their difference is at most this.
@@ -27,10 +28,15 @@ class Criterion:
 
 
 def grade(criteria: Sequence[Criterion]) -> Verdict:
-    """Return the verdict: all criteria are met, some that suffice are, or none is; None of them undecided."""
+    """Return the verdict: it holds if all criteria are met, in part if some that suffice are.
+
+    Otherwise it does not hold, or is undecided if one that would suffice is, or if there is none.
+    """
+    decisive = [criterion.met for criterion in criteria if criterion.suffices]
+    if not decisive:
+        return "undecided"
     if all(criterion.met for criterion in criteria):
         return "holds"
-    decisive = [criterion.met for criterion in criteria if criterion.suffices]
     if any(decisive):
         return "holds in part"
     return "undecided" if None in decisive else "does not hold"
@@ -44,11 +50,12 @@ def criteria_text(criteria: Iterable[Criterion]) -> str:
 
 def ahead(results: Results, name: str, base: str) -> Criterion:
     """Ask whether a model is better than another: both are flat, and the interval of the difference is below zero."""
-    lead = _compared(results, name, base)
+    difference = _difference(results, name, base)
+    decided = difference is not None and results.is_flat(name) and results.is_flat(base)
     return Criterion(
         what=f"{name} is better than {base}, with an interval below zero",
-        met=None if lead is None else lead.ahead,
-        measured=_difference(lead, results),
+        met=difference.high < 0 if difference is not None and decided else None,
+        measured=_measured(difference, results, name, base),
     )
 
 
@@ -58,10 +65,9 @@ def as_good(results: Results, name: str, base: str) -> Criterion:
 
     It is undecided if the interval contains `EQUAL`, or if the lead is larger than `LEAD`.
     """
-    lead = _compared(results, name, base)
-    met, measured = None, _difference(lead, results)
-    if lead is not None and lead.difference is not None and lead.is_flat:
-        difference = lead.difference
+    difference = _difference(results, name, base)
+    met, measured = None, _measured(difference, results, name, base)
+    if difference is not None and results.is_flat(name) and results.is_flat(base):
         if difference.high < -LEAD:
             measured += f"; a lead of more than {LEAD} shows that {base} has not learned to use what it sees"
         else:
@@ -78,18 +84,19 @@ def if_flat(results: Results, names: Iterable[str], met: bool) -> bool | None:
     return met if all(map(results.is_flat, names)) else None
 
 
-def _compared(results: Results, name: str, base: str) -> Lead | None:
-    """Return how two models compare; None if one of them was not to be trained."""
-    return next(iter(leads(results, [(name, base)])), None)
+def _difference(results: Results, name: str, base: str) -> Interval | None:
+    """Return bits per byte of a model minus those of another; None if one of them has no run."""
+    return results.difference(name, base) if {name, base} <= set(results.runs) else None
 
 
-def _difference(lead: Lead | None, results: Results) -> str:
-    """Describe the difference of two models, and which of them is still falling or failed."""
-    if lead is None:
-        return "not trained at this size"
-    if lead.difference is None:
-        failed = next(name for name in lead.pair if name in results.failures)
-        return f"{failed} failed"
-    falling = [name for name in lead.pair if not results.is_flat(name)]
-    state = f"{' and '.join(falling)} still falling" if falling else "both flat"
-    return f"{signed(lead.difference)}, {state}"
+def _measured(difference: Interval | None, results: Results, name: str, base: str) -> str:
+    """Describe the difference of two models, and which of them is still falling, failed, or was not trained."""
+    if difference is None:
+        failed = [model for model in (name, base) if model in results.failures]
+        return f"{failed[0]} failed: {results.failures[failed[0]]}" if failed else "not trained at this size"
+    falling = [model for model in (name, base) if not results.is_flat(model)]
+    return (
+        f"{signed(difference)}, {' and '.join(falling)} still falling"
+        if falling
+        else f"{signed(difference)}, both flat"
+    )

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from longspan.experiments.claims.base import Verdict
 from longspan.experiments.claims.continued.curves import FLAT, Curve, equal_seconds
 from longspan.experiments.claims.continued.plan import CEILING, FLOOR, Plan
 from longspan.tasks.base import Array
@@ -146,45 +145,3 @@ def needs_seeds(bits: Mapping[str, float], pairs: Iterable[Pair]) -> list[str]:
     """
     close = [pair for pair in pairs if set(pair) <= set(bits) and abs(bits[pair[0]] - bits[pair[1]]) < CLOSE]
     return list(dict.fromkeys(name for pair in close for name in pair))
-
-
-@dataclass(frozen=True)
-class Lead:
-    """How a model compares with another on whose order a verdict hangs."""
-
-    pair: Pair
-    difference: Interval | None
-    """bits per byte of the first minus those of the second; None if one of them has no run"""
-    is_flat: bool
-    """both runs are flat; otherwise the pair decides nothing"""
-
-    @property
-    def ahead(self) -> bool | None:
-        """Whether the first is better, with an interval below zero; None: undecided."""
-        return self.difference.high < 0 if self.difference is not None and self.is_flat else None
-
-
-def leads(results: Results, pairs: Iterable[Pair]) -> list[Lead]:
-    """Compare the models of every pair of which a model was trained or failed."""
-    known = {*results.runs, *results.failures}
-    compared = []
-    for pair in pairs:
-        if set(pair) <= known:
-            have_runs = set(pair) <= set(results.runs)
-            difference = results.difference(*pair) if have_runs else None
-            compared.append(Lead(pair, difference, have_runs and all(map(results.is_flat, pair))))
-    return compared
-
-
-def verdict_of(compared: Sequence[Lead]) -> Verdict:
-    """Return the verdict on a claim that the first model of every pair is ahead of the second.
-
-    It holds if all are, on flat runs; in part if some are. It does not hold if all pairs are decided and none is ahead;
-    otherwise the runs that are not flat, or failed, leave it undecided.
-    """
-    ahead = [lead.ahead for lead in compared]
-    if ahead and all(ahead):
-        return "holds"
-    if any(ahead):
-        return "holds in part"
-    return "undecided" if not ahead or None in ahead else "does not hold"
