@@ -25,6 +25,9 @@ def test_both_models_continue_and_memories_are_compared(tmp_path: Path) -> None:
     # two layers: the segment, and 128 per layer
     assert inspected["reach"]["tokens"] == 127 + 2 * 128
     assert "still falling" in outcome.note or "both flat" in outcome.note
+    assert set(inspected["speed"]) == {"64", "128"}
+    assert all(times["rereading"] > times["streaming"] > 0 for times in inspected["speed"].values())
+    assert sum("computed from FLOPs, not measured" in figure.what for figure in outcome.figures) == 1
 
 
 def inspected(none: list[float], memory: list[float], reach: int = 500) -> dict[str, Any]:
@@ -32,7 +35,9 @@ def inspected(none: list[float], memory: list[float], reach: int = 500) -> dict[
     losses = {str(length): {"nats": nats, **columns} for length, nats in ((0, none), (128, memory))}
     return {
         "losses": {"names": ["a", "b"], **losses},
-        "speed": {"streaming": 1.0, "reading anew": 50.0},
+        "speed": {"800": {"streaming": 1.0, "rereading": 50.0}},
+        "flops": {"800": 600.0},
+        "needed": 2400,
         "reach": {"tokens": reach},
         "layers": 4,
     }
@@ -76,3 +81,28 @@ def test_reach_is_the_sum_over_layers() -> None:
     # 63 is the last of its segment: 7 there, 8 of memory, and 8 more from the layer below
     assert claim.reach(model, 8, tokens) == 23
     assert claim.reach(claim.with_memory(model, 0), 8, tokens) == 7
+
+
+def test_the_rate_counts_a_token_against_all_that_are_reread() -> None:
+    mixer = {"name": "transformer_xl", "segment": 8, "mem_len": 8}
+    config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=2, positions="none", mixers=(mixer,))
+    model = ls.Decoder(config)
+    # without attention it would be as many times as there are tokens, with attention alone half as many
+    assert 150 < claim.flops_rate(model, 300) < 300
+    rates = [claim.flops_rate(model, length) for length in (100, 200, 400)]
+    assert rates == sorted(rates)
+    needed = claim.length_for(model, 250)
+    assert needed % 100 == 0
+    assert claim.flops_rate(model, needed - 100) < 250 <= claim.flops_rate(model, needed)
+
+
+def test_a_streamed_token_is_predicted_like_one_that_is_reread_in_one_layer() -> None:
+    """Timed are two ways to one prediction; with more layers the memory knows more than what is reread."""
+    mixer = {"name": "transformer_xl", "segment": 8, "mem_len": 8}
+    torch.manual_seed(0)
+    config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=1, num_heads=2, positions="none", mixers=(mixer,))
+    model = ls.Decoder(config).eval()
+    tokens = torch.randint(11, (1, 21))
+    streamed = claim.with_memory(model, 20, 1)(tokens)[0][:, -1]
+    reread = claim.with_memory(model, 0, 21)(tokens)[0][:, -1]
+    torch.testing.assert_close(streamed, reread, atol=1e-5, rtol=1e-5)

@@ -224,6 +224,10 @@ def test_models_take_the_sizes_of_the_start_and_read_as_many_bytes(tmp_path: Pat
     lsh = recipe_of(from_recipe("lsh", changes={"num_buckets": 64}), plan, seed=0)
     assert (lsh["train"]["lanes"], lsh["train"]["segment_length"], lsh["train"]["sampling"]) == (2, 64, "pieces")
     assert lsh["model"]["mixers"][0]["num_buckets"] == 64
+    other = dataclasses.replace(plan, start="code", relative_start=str(tmp_path))
+    starts = {name: recipe_of(from_recipe(name), other, 0)["train"]["init"] for name in ("rmt", "compressive")}
+    assert starts == {"rmt": "code", "compressive": str(tmp_path)}
+    assert plan.start_of(from_recipe("compressive")) == plan.start
     with pytest.raises(ConfigError, match="split = 7"):
         recipe_of(ModelSpec(name="odd", model={}, split=7), plan, seed=0)
 

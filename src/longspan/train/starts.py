@@ -1,8 +1,9 @@
 """Named starts: trained models that `train.init` takes by name, so that comparisons begin from the same weights.
 
 `speeches` and `code` are in the package: dense models of 0.8 M parameters on bytes, trained by the recipe
-`recipes/start/NAME.toml` and stored in bfloat16 with their scores in `start.json`. `tiny` is for tests: it is trained
-when it is first used.
+`recipes/start/NAME.toml` and stored in bfloat16 with their scores in `start.json`. Others are trained when they are
+first used: `tiny`, for tests, in 20 s; `relative`, which is `code` continued with the relative positions of
+Transformer-XL, in 20 minutes.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from longspan.version import __version__
 
 SHIPPED = ("speeches", "code")
 """names of the starts that are part of the package"""
-TRAINED = ("tiny",)
+TRAINED = ("tiny", "relative")
 """names of the starts that are trained when they are first used"""
 SUMMARY = "start.json"
 
@@ -34,7 +35,7 @@ def start_folder(init: str) -> Path:
     A folder that has the name of a start is given as `./speeches`.
 
     Args:
-        init: as `train.init` names it: `"speeches"`, `"code"`, `"tiny"`, or the folder of a run or of a saved model.
+        init: as `train.init` names it: one of `SHIPPED` or `TRAINED`, or the folder of a run or of a saved model.
 
     Raises:
         CheckpointError: the start is not part of this installation, or could not be trained.

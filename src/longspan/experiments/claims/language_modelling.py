@@ -31,6 +31,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"split": 4} for name in ("rmt", "rmt_overwrite", "accumulate", "per_layer", "associative")},
     # pieces of 4,096 are twice as long as those of the recipe
     "lsh": {"changes": {"num_buckets": 64}},
+    # at the rate of a comparison gates move by less than 0.2, so that they would stay closed where the recipe has them
+    "infini": {"changes": {"gate_init": -1.0}},
 }
 MODELS = tuple(from_recipe(name, **_OPTIONS.get(name, {})) for name in NAMES if name not in (FLOOR, CEILING))
 

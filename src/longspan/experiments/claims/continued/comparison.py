@@ -76,8 +76,9 @@ class Comparison:
     def results(self, folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Results:
         """Train and measure every model with one seed, and those of close pairs with all seeds of the plan."""
         specs = (*floor_and_ceiling(plan), *self._chosen(plan))
-        # workers that start at the same time would each train a start that is trained at its first use
-        start_folder(plan.start)
+        # a start that is trained at its first use would keep all workers but one waiting
+        for start in dict.fromkeys(plan.start_of(spec) for spec in specs):
+            start_folder(start)
         first = [Job(spec=spec, plan=plan, seed=0, folder=folder, quiet=jobs > 1) for spec in specs]
         ended = _train(first, jobs, say)
         bits = {job.spec.name: bits_per_byte(done.value) for job, done in ended if not done.failure}

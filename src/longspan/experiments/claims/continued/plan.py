@@ -53,6 +53,9 @@ class Plan:
     """one of `CORPORA`, to train on and to evaluate"""
     start: str
     """`train.init`: a named start, or a folder"""
+    relative_start: str = ""
+    """`train.init` of models with relative positions, which a start with rotary positions sets back by several bits;
+    empty: `start`"""
     length: int
     """bytes of a piece, or of a row in one step of lanes"""
     rows: int
@@ -83,6 +86,10 @@ class Plan:
             raise ConfigError(f"corpus = {self.corpus!r}: must be one of {', '.join(CORPORA)}")
         if self.steps < TENTHS or self.steps % TENTHS:
             raise ConfigError(f"steps = {self.steps}: must be a multiple of {TENTHS}, to measure every tenth")
+
+    def start_of(self, spec: "ModelSpec") -> str:
+        """Return `train.init` of a model."""
+        return self.relative_start if self.relative_start and spec.model.get("positions") == "none" else self.start
 
     @property
     def tokens_per_step(self) -> int:
@@ -147,12 +154,13 @@ def recipe_of(spec: ModelSpec, plan: Plan, seed: int) -> dict[str, Any]:
     """
     if plan.length % spec.split:
         raise ConfigError(f"{spec.name}: split = {spec.split} does not divide the length {plan.length}; change either")
-    sizes = {name: value for name, value in start_model(plan.start).items() if name not in ("mixers", "vocab_size")}
+    start = plan.start_of(spec)
+    sizes = {name: value for name, value in start_model(start).items() if name not in ("mixers", "vocab_size")}
     return {
         "model": {**sizes, **spec.model},
         "task": CORPORA[plan.corpus],
         "train": {
-            "init": plan.start,
+            "init": start,
             "seed": seed,
             "steps": plan.steps,
             "minutes": plan.minutes,

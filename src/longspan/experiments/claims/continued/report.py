@@ -143,13 +143,14 @@ def size_text(results: Results) -> str:
     plan, sizes = results.plan, start_model(results.plan.start)
     some = next(iter(results.runs.values()))[0]
     seeds = "one seed" + (f", {plan.seeds} where close models decide the verdict" if plan.seeds > 1 else "")
+    relative = f", with relative positions from `{plan.relative_start}`" if plan.relative_start else ""
     return (
-        f"{sizes['num_layers']} layers of {sizes['dim']}, all continued from the start `{plan.start}`: {plan.steps:,} "
-        f"steps of {plan.tokens_per_step:,} bytes of {plan.corpus}, at a constant rate until the last tenth, in which "
-        f"it falls to zero linearly; pieces of {plan.length:,} bytes, or lanes if the state is carried; one thread; "
-        f"{seeds}; {FLOOR}: a window of {plan.floor_window}, {CEILING}: dense attention over the pieces; held-out "
-        f"text: up to {plan.reach:,} bytes of {len(some['documents'])} documents; 95 % intervals by bootstrap over "
-        "documents"
+        f"{sizes['num_layers']} layers of {sizes['dim']}, all continued from the start `{plan.start}`{relative}: "
+        f"{plan.steps:,} steps of {plan.tokens_per_step:,} bytes of {plan.corpus}, at a constant rate until the last "
+        f"tenth, in which it falls to zero linearly; pieces of {plan.length:,} bytes, or lanes if the state is "
+        f"carried; one thread; {seeds}; {FLOOR}: a window of {plan.floor_window}, {CEILING}: dense attention over the "
+        f"pieces; held-out text: up to {plan.reach:,} bytes of {len(some['documents'])} documents; 95 % intervals by "
+        "bootstrap over documents"
     )
 
 

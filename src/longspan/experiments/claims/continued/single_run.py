@@ -144,7 +144,7 @@ def _initial_model(recipe: Mapping[str, Any], job: Job) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         model = build_model({**recipe["model"], "vocab_size": task.vocab_size})
-        start_from(model, job.plan.start, task, Group(device=torch.device("cpu")))
+        start_from(model, job.plan.start_of(job.spec), task, Group(device=torch.device("cpu")))
     return model.eval()
 
 
