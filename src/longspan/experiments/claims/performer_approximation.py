@@ -7,6 +7,8 @@ import torch
 
 from longspan import ops
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.performer_remedies import measure_remedies, remedies_table
+from longspan.experiments.claims.runs import measure_once
 from longspan.experiments.figures import picture_of
 from longspan.report.figures import Series, line_figure
 
@@ -60,6 +62,10 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     small = errors_by_input["positive, inputs of scale 0.25"]
     expected_ratio = (counts[-1] / counts[0]) ** 0.5
     falls = small[0] / small[-1] > 0.5 * expected_ratio
+    remedies = measure_once(
+        folder / f"remedies-{'-'.join(map(str, counts))}x{draws}.json", lambda: measure_remedies(counts, draws)
+    )
+    say("measured remedies on a trained model")
     shown = {name: errors for name, errors in errors_by_input.items() if name.startswith("positive")}
     drawn = picture_of(
         line_figure,
@@ -78,9 +84,12 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
         size=f"{_LENGTH} queries and keys of dim {_DIM}, normal random numbers times the scale, mean of {draws} random "
         "inputs and projections, bidirectional",
         note="The error falls with the square root of the number of features for small inputs; at unit variance, which "
-        "trained models exceed, no practical number of features approximates softmax attention well.",
-        data={"features": list(counts), "errors": errors_by_input},
+        "trained models exceed, no practical number of features approximates softmax attention well. On a trained "
+        "model the common offset of the keys and the few keys with most of the weight are larger causes than the "
+        "kind of features.",
+        data={"features": list(counts), "errors": errors_by_input, "remedies": remedies},
         pictures=[drawn],
+        tables=[remedies_table(counts, remedies)],
     )
 
 

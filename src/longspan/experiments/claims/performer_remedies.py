@@ -141,7 +141,7 @@ def remedies_table(counts: Sequence[int], errors: dict[str, list[float]]) -> Tab
     return Table(
         columns=["remedy", "for", *(f"{count:,} features" for count in counts)],
         rows=rows,
-        right=range(2, 2 + len(counts)),
+        right=list(range(2, 2 + len(counts))),
         caption=f"Tries: relative error on queries and keys of the start `{START}`, {LENGTH} bytes, bidirectional, the "
         "mean over its layers. Remedies that change queries or keys leave softmax attention as it is.",
     )
