@@ -12,7 +12,8 @@ import torch
 from longspan.contract import registry
 from longspan.experiments.claims import language_modelling as claim
 from longspan.experiments.claims.base import Outcome
-from longspan.experiments.claims.continued import CEILING, FLOOR, ModelSpec
+from longspan.experiments.claims.continued import CEILING, FLOOR, ModelSpec, single_run
+from longspan.experiments.claims.continued.plan import floor_and_ceiling
 from longspan.experiments.claims.runs import evenly, read_recipe
 from longspan.models import build_model
 from longspan.tasks.base import heads
@@ -109,6 +110,23 @@ def test_three_models_continue_from_the_start(measured: tuple[Outcome, list[str]
     assert dense["curve"][-1][3] < dense["curve"][0][3] - 0.02
     assert xl["state"]["512"] == xl["state"]["1024"]
     assert dense["state"]["512"] < dense["state"]["1024"]
+
+
+@needs_text
+def test_a_run_of_the_same_recipe_is_copied_from_another_claim(
+    measured: tuple[Outcome, list[str], Path], start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, _, folder = measured
+    plan = dataclasses.replace(claim.PLANS["tiny"], start=start, documents=3, curve_documents=2)
+    (floor, _) = floor_and_ceiling(plan)
+    job = single_run.Job(spec=floor, plan=plan, seed=0, folder=folder.parent / "other", quiet=True)
+    monkeypatch.setattr(single_run, "train_or_resume", None)
+    assert single_run.train_and_measure(job) == outcome.data["models"][FLOOR][0]
+    assert single_run.saved_losses(job.run, plan)[0].shape == (1024,)
+    assert not list(job.folder.rglob("checkpoints"))
+    faster = dataclasses.replace(plan, train={**plan.train, "lr": 0.5})
+    with pytest.raises(TypeError, match="NoneType"):
+        single_run.train_and_measure(dataclasses.replace(job, plan=faster, folder=folder.parent / "faster"))
 
 
 @needs_text

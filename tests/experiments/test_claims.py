@@ -74,7 +74,13 @@ def test_rmt_maps(tmp_path: Any) -> None:
 
 
 def test_claims_that_are_computed_or_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    from longspan.experiments.claims import find, infini_memory, performer_approximation, performer_speed
+    from longspan.experiments.claims import (
+        find,
+        infini_memory,
+        performer_approximation,
+        performer_layers,
+        performer_speed,
+    )
 
     numbers = infini_memory.INFINI_MEMORY.run(tmp_path, "small", print)
     assert numbers.verdict == "holds"
@@ -85,13 +91,16 @@ def test_claims_that_are_computed_or_timed(monkeypatch: pytest.MonkeyPatch, tmp_
     assert errors["positive, inputs of scale 1"][1] > 1, "no number of features helps at unit variance"
     monkeypatch.setitem(performer_speed.PLANS, "small", (64, 128))
     timed = performer_speed.PERFORMER_SPEED.run(tmp_path, "small", print)
+    assert [row[0] for row in timed.tables[0].rows] == ["none: performer", *performer_layers.REMEDIES]
+    assert set(timed.data.pop("layers")) == {64, 128}
     assert set(timed.data["seconds"]) == set(timed.data["bytes"]) == set(performer_speed.LAYERS)
     assert all(set(values) == {64, 128} for values in timed.data["bytes"].values())
-    for power, verdict in ((1.0, "holds"), (2.0, "does not hold")):
+    for power, times, verdict in ((1.0, 1.9, "holds"), (1.0, 2.1, "holds in part"), (2.0, 1.9, "does not hold")):
         measurements = {what: {name: {64: 1.0, 128: 2.0} for name in performer_speed.LAYERS} for what in timed.data}
         measurements["seconds"]["dense"] = {64: 1.0, 128: 4.0}
         measurements["bytes"]["performer"] = {64: 1.0, 128: 2.0**power}
-        assert performer_speed.outcome(measurements).verdict == verdict
+        layers = {128: dict.fromkeys(performer_layers.ATTENTION, times) | {performer_layers.NONE: 1.0}}
+        assert performer_speed.outcome(measurements, layers).verdict == verdict
     assert find("performer-speed").system == "Performer"
 
 

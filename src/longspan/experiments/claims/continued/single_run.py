@@ -21,6 +21,7 @@ from longspan.train import checkpoint as checkpoints
 from longspan.train import evaluate_text, lm_evaluation, load_run
 from longspan.train.distributed import Group
 from longspan.train.init import SUMMARY, start_from
+from longspan.train.starts import recipe_hash
 
 # tokens per call of a model that carries its state; does not change losses
 CHUNK, ROWS = 512, 16
@@ -57,12 +58,26 @@ def record_file(run: Path, plan: Plan) -> Path:
 def train_and_measure(job: Job) -> dict[str, Any]:
     """Train a run and measure it; a second call resumes, and a measured run is read from its files.
 
+    A run that another claim in the same output folder made by the same recipe is copied.
+
     Returns:
-        Plain data: `parameters`, `taken_parameters`, `new`, `steps`, `tokens`, `seconds`, `curve` (see `Curve`),
-        `documents`, `nats` and `units` per document, `positions` and `distances` (see `_places`), `flops` of a forward
-        pass per byte, `state` (bytes at two lengths; None: the model does not stream).
+        Plain data: `recipe` (its digest), `parameters`, `taken_parameters`, `new`, `steps`, `tokens`, `seconds`,
+        `curve` (see `Curve`), `documents`, `nats` and `units` per document, `positions` and `distances` (see
+        `_places`), `flops` of a forward pass per byte, `state` (bytes at two lengths; None: the model does not stream).
     """
+    if not job.record.is_file() and (same := _same_run(job)) is not None:
+        shutil.copytree(same, job.run, dirs_exist_ok=True)
     return measure_once(job.record, lambda: _trained_and_measured(job))
+
+
+def _same_run(job: Job) -> Path | None:
+    """Return the folder of a measured run of another claim with the same recipe and measurements, if there is one."""
+    digest = recipe_hash(recipe_of(job.spec, job.plan, job.seed))
+    for run in sorted(job.folder.parent.glob(f"*/{job.run.relative_to(job.folder)}")):
+        record = record_file(run, job.plan)
+        if record.is_file() and read_json(record).get("recipe") == digest:
+            return run
+    return None
 
 
 def _trained_and_measured(job: Job) -> dict[str, Any]:
@@ -76,6 +91,7 @@ def _trained_and_measured(job: Job) -> dict[str, Any]:
     nats = _losses(job, model, documents)
     start = read_json(job.run / SUMMARY)
     record = {
+        "recipe": recipe_hash(recipe),
         "parameters": model.num_parameters(),
         "taken_parameters": start["taken_parameters"],
         "new": start["new"],
