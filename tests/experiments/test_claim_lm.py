@@ -119,6 +119,7 @@ def test_a_run_of_the_same_recipe_is_copied_from_another_claim(
     outcome, _, folder = measured
     plan = dataclasses.replace(claim.PLANS["tiny"], start=start, documents=3, curve_documents=2)
     (floor, _) = floor_and_ceiling(plan)
+    floor = dataclasses.replace(floor, name="local")
     job = single_run.Job(spec=floor, plan=plan, seed=0, folder=folder.parent / "other", quiet=True)
     monkeypatch.setattr(single_run, "train_or_resume", None)
     assert single_run.train_and_measure(job) == outcome.data["models"][FLOOR][0]

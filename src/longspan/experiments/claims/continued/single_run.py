@@ -73,7 +73,8 @@ def train_and_measure(job: Job) -> dict[str, Any]:
 def _same_run(job: Job) -> Path | None:
     """Return the folder of a measured run of another claim with the same recipe and measurements, if there is one."""
     digest = recipe_hash(recipe_of(job.spec, job.plan, job.seed))
-    for run in sorted(job.folder.parent.glob(f"*/{job.run.relative_to(job.folder)}")):
+    # claims may give the same model different names
+    for run in sorted(job.folder.parent.glob(f"*/*/{job.run.name}")):
         record = record_file(run, job.plan)
         if record.is_file() and read_json(record).get("recipe") == digest:
             return run
