@@ -23,7 +23,7 @@ from longspan.experiments.claims.continued import (
     recurrence,
 )
 from longspan.experiments.claims.continued.curves import Curve, Point, equal_seconds
-from longspan.experiments.claims.continued.plan import ModelSpec, recipe_of
+from longspan.experiments.claims.continued.plan import recipe_of
 from longspan.experiments.claims.continued.results import needs_seeds
 
 PLAN = Plan(corpus="speeches", start="none", length=64, rows=2, steps=20)
@@ -213,8 +213,8 @@ def test_a_plan_measures_every_tenth_and_the_first_steps() -> None:
 
 def test_models_take_the_sizes_of_the_start_and_read_as_many_bytes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"kind": "decoder", "vocab_size": 256, "dim": 16, "num_layers": 2}')
-    plan = dataclasses.replace(PLAN, start=str(tmp_path), train={"lr": 0.5})
-    rmt = recipe_of(from_recipe("rmt", split=4, train={"lr": 0.25}), plan, seed=3)
+    plan = dataclasses.replace(PLAN, start=str(tmp_path), lanes=8, train={"lr": 0.5})
+    rmt = recipe_of(from_recipe("rmt", train={"lr": 0.25}), plan, seed=3)
     assert rmt["model"]["dim"] == 16
     assert "vocab_size" not in rmt["model"]
     assert "ffn_dim" not in rmt["model"]
@@ -228,8 +228,8 @@ def test_models_take_the_sizes_of_the_start_and_read_as_many_bytes(tmp_path: Pat
     starts = {name: recipe_of(from_recipe(name), other, 0)["train"]["init"] for name in ("rmt", "compressive")}
     assert starts == {"rmt": "code", "compressive": str(tmp_path)}
     assert plan.start_of(from_recipe("compressive")) == plan.start
-    with pytest.raises(ConfigError, match="split = 7"):
-        recipe_of(ModelSpec(name="odd", model={}, split=7), plan, seed=0)
+    with pytest.raises(ConfigError, match="lanes = 7"):
+        dataclasses.replace(plan, lanes=7)
 
 
 def test_as_good_means_an_interval_that_ends_at_a_fiftieth_of_a_bit() -> None:

@@ -27,8 +27,6 @@ WITHOUT = {"transformer_xl": "segments_relative", "compressive": "segments_relat
 bytes in the same order, every segment alone."""
 PAIRS: tuple[Pair, ...] = tuple(WITHOUT.items())
 _OPTIONS: dict[str, dict[str, Any]] = {
-    # segment by segment, short calls of four rows are faster than long ones of one row
-    **{name: {"split": 4} for name in ("rmt", "rmt_overwrite", "accumulate", "per_layer", "associative")},
     # pieces of 4,096 are twice as long as those of the recipe
     "lsh": {"changes": {"num_buckets": 64}},
     # at the rate of a comparison gates move by less than 0.2, so that they would stay closed where the recipe has them

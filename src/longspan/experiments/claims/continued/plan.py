@@ -37,10 +37,6 @@ class ModelSpec:
     """fields of `[model]` that replace those of the start: `mixers`, `memory`, `positions`"""
     carries: bool = True
     """reads lanes and carries its state, in training and at evaluation; False: reads pieces, without a state"""
-    split: int = 1
-    """calls per piece length: the batch has so many times the rows, and calls are so much shorter. Models that go
-    through a text segment by segment are faster with short calls of many rows; they carry their state, so they lose
-    gradients between calls only"""
     train: Mapping[str, Any] = field(default_factory=dict)
     """fields of `[train]` that replace those of the plan"""
 
@@ -57,9 +53,13 @@ class Plan:
     """`train.init` of models with relative positions, which a start with rotary positions sets back by several bits;
     empty: `start`"""
     length: int
-    """bytes of a piece, or of a row in one step of lanes"""
+    """bytes of a piece"""
     rows: int
     """pieces per step"""
+    lanes: int = 2
+    """documents that models which carry their state read side by side, whole documents one after another; a step has as
+    many bytes as all pieces. With one lane, hundreds of steps would read one document, and the model would forget the
+    others"""
     steps: int
     """optimizer steps, a multiple of ten"""
     models: tuple[str, ...] = ()
@@ -86,6 +86,10 @@ class Plan:
             raise ConfigError(f"corpus = {self.corpus!r}: must be one of {', '.join(CORPORA)}")
         if self.steps < TENTHS or self.steps % TENTHS:
             raise ConfigError(f"steps = {self.steps}: must be a multiple of {TENTHS}, to measure every tenth")
+        if self.tokens_per_step % self.lanes:
+            raise ConfigError(
+                f"lanes = {self.lanes}: must divide the {self.tokens_per_step:,} bytes of a step (rows x length)"
+            )
 
     def start_of(self, spec: "ModelSpec") -> str:
         """Return `train.init` of a model."""
@@ -147,13 +151,7 @@ def start_model(start: str) -> dict[str, Any]:
 
 
 def recipe_of(spec: ModelSpec, plan: Plan, seed: int) -> dict[str, Any]:
-    """Return the recipe of a run: the sizes of the start, the model's own fields, and the plan's training.
-
-    Raises:
-        ConfigError: the piece length cannot be split as the model asks.
-    """
-    if plan.length % spec.split:
-        raise ConfigError(f"{spec.name}: split = {spec.split} does not divide the length {plan.length}; change either")
+    """Return the recipe of a run: the sizes of the start, the model's own fields, and the plan's training."""
     start = plan.start_of(spec)
     sizes = {name: value for name, value in start_model(start).items() if name not in ("mixers", "vocab_size")}
     return {
@@ -167,8 +165,8 @@ def recipe_of(spec: ModelSpec, plan: Plan, seed: int) -> dict[str, Any]:
             "constant": CONSTANT,
             "min_lr_ratio": 0.0,
             "sampling": "lanes" if spec.carries else "pieces",
-            "lanes": plan.rows * spec.split,
-            "segment_length": plan.length // spec.split,
+            "lanes": plan.lanes if spec.carries else plan.rows,
+            "segment_length": plan.tokens_per_step // plan.lanes if spec.carries else plan.length,
             "checkpoint_every": plan.checkpoint_every,
             "keep": plan.steps // plan.checkpoint_every + 2,
             # held-out losses are measured from the checkpoints, per document

@@ -147,9 +147,10 @@ def size_text(results: Results) -> str:
     return (
         f"{sizes['num_layers']} layers of {sizes['dim']}, all continued from the start `{plan.start}`{relative}: "
         f"{plan.steps:,} steps of {plan.tokens_per_step:,} bytes of {plan.corpus}, at a constant rate until the last "
-        f"tenth, in which it falls to zero linearly; pieces of {plan.length:,} bytes, or lanes if the state is "
-        f"carried; one thread; {seeds}; {FLOOR}: a window of {plan.floor_window}, {CEILING}: dense attention over the "
-        f"pieces; held-out text: up to {plan.reach:,} bytes of {len(some['documents'])} documents; 95 % intervals by "
+        f"tenth, in which it falls to zero linearly; pieces of {plan.length:,} bytes, or {plan.lanes} documents side "
+        f"by side if the state is carried; one thread; {seeds}; {FLOOR}: a window of {plan.floor_window}, {CEILING}: "
+        f"dense attention over the pieces; held-out text: up to {plan.reach:,} bytes of {len(some['documents'])} "
+        "documents; 95 % intervals by "
         "bootstrap over documents"
     )
 

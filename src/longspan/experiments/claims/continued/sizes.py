@@ -28,6 +28,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "start": "code",
         "length": 2048,
         "rows": 2,
+        "lanes": 4,
         "steps": 60,
         "seeds": 1,
         "documents": 8,
@@ -42,6 +43,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "relative_start": "relative",
         "length": 4096,
         "rows": 1,
+        "lanes": 8,
         "steps": 600,
         # at 1e-3 the start loses 0.1 bits, which the decay does not bring back; at 3e-4 it loses 0.01
         "train": {"lr": 3e-4, "warmup": 50},
