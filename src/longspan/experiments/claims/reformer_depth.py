@@ -118,7 +118,8 @@ def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
         figures=figures,
         size=f"a forward and backward pass on one text of {plan.length:,} tokens, dim {plan.dim}, 4 heads, local "
         "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) alternating, dropout 0.1, fp32, 1 thread; "
-        f"{'each in its own process' if plan.alone else 'all in one process'}: peak resident memory minus that before the pass and minus gradients of the parameters",
+        f"{'each in its own process' if plan.alone else 'all in one process'}: peak resident memory minus that before "
+        "the pass and minus gradients of the parameters",
         note="Only small parts grow with the depth: the buckets of LSH layers, which are stored for the backward pass "
         "(one byte per token, head and round), and states of random generators. Whether reversibility costs quality is "
         "not measured here.",
