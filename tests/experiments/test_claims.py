@@ -127,7 +127,7 @@ def test_claims_are_listed_with_the_minutes_of_every_size(longspan: Callable[...
 
 
 def test_a_size_that_a_claim_does_not_have_is_named(tmp_path: Any) -> None:
-    claim = Claim(name="some", system="x", source="y", text="z", minutes={"small": 1}, measure=lambda *_: None)  # type: ignore[arg-type, return-value]
+    claim = Claim(name="some", system="x", source="y", text="z", minutes={"small": 1}, measure=lambda *_: None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="some: has no size 'tiny'; known: small"):
         claim.run(tmp_path, "tiny", print)
 

@@ -13,7 +13,7 @@ from longspan.hf.decoder import ModelAndTokenizer, open_pretrained
 from longspan.tasks.text import TextTask
 
 STEPS, ROWS, LENGTH = 40, 8, 64
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 BEGIN, END, MASK = "<begin>", "<end>", "<mask>"
 MASKED = 0.15
 ABOUT = f"2 layers of 32 on bytes, trained from nothing for {STEPS} steps of {ROWS * LENGTH} bytes of speeches"
@@ -29,7 +29,8 @@ def byte_tokenizer() -> Any:
     engine: Any = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast
+    return fast(
         tokenizer_object=engine, bos_token=BEGIN, cls_token=BEGIN, sep_token=END, pad_token=END, mask_token=MASK
     )
 

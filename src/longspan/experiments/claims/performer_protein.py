@@ -68,9 +68,10 @@ PLANS: dict[str, Plan] = {
     "tiny": Plan(
         steps=3,
         scored=6,
-        mapped=6,
-        recipe=(("train", "lanes", 2), ("train", "segment_length", 64)),
-        sequences=150,
+        # every pair of amino acids must occur in one of them
+        mapped=8,
+        recipe=(("train", "lanes", 2), ("train", "segment_length", 64), ("task", "validation_fraction", 0.2)),
+        sequences=300,
         relabelings=100,
     ),
     "small": Plan(steps=250, scored=400, mapped=40),
