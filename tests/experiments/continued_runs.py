@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.experiments.tiny_runs import shared_folder, tiny_outcome
 
 from longspan.experiments.claims.base import Claim, Outcome
 from longspan.experiments.claims.continued import FLOOR, Plan, Results
@@ -42,12 +43,18 @@ def results_of(
 
 
 def measured_twice(claim: Claim, folder: Path, **changes: Any) -> Outcome:
-    """The outcome of a claim at the tiny size, after a second call that must not measure again."""
+    """The outcome of a claim at the tiny size, after a second call that must not measure again.
+
+    With `changes` to the plan it is measured in `folder`, else in the folder that all tests share.
+    """
     plan = dataclasses.replace(claim.plans["tiny"], **changes)
     assert claim.parallel is not None
     lines: list[str] = []
+    if not changes:
+        tiny_outcome(claim.name, folder)
+        folder = shared_folder(folder, claim.name)
     outcome = claim.parallel(folder, plan, lines.append, 1)
-    assert lines[0].startswith(f"{FLOOR}, seed 0: ")
+    assert not changes or lines[0].startswith(f"{FLOOR}, seed 0: ")
     assert not outcome.data["failures"], outcome.data["failures"]
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
     again = claim.parallel(folder, plan, lines.append, 1)

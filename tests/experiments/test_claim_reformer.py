@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.experiments.tiny_runs import shared_folder, tiny_outcome
 
 import longspan as ls
 from longspan.config import read_toml
 from longspan.experiments.claims import activations, reformer_copy, reformer_depth
 from longspan.models import build_model
 from longspan.train import find_recipe
-
-TINY = reformer_copy.Plan(word=31, steps=2, selections=("strict", "sorted"), rounds=(0, 2), samples=2, draws=2)
 
 
 def test_the_recipe_is_the_claims_middle() -> None:
@@ -21,24 +20,14 @@ def test_the_recipe_is_the_claims_middle() -> None:
 
 
 def test_copy_trains_asks_and_a_second_call_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"dim": 16, "num_heads": 2, "max_positions": 64}
-    plain = reformer_copy.recipe_of
-
-    def recipe_of(*arguments: Any) -> dict[str, Any]:
-        recipe = plain(*arguments)
-        recipe["model"] |= small
-        recipe["train"] |= {"rows": 2}
-        return recipe
-
-    monkeypatch.setattr(reformer_copy, "recipe_of", recipe_of)
-    lines: list[str] = []
-    outcome = reformer_copy.measure(tmp_path, TINY, lines.append)
-    assert len(lines) == len(outcome.figures) == 4
-    assert {path.name for path in tmp_path.iterdir()} == {"full", "strict-2", "sorted-2", "asked"}
-    assert set(outcome.data["sorted"]["2"]) == {"full", "8", "4", "2", "1"}
-    assert outcome.verdict == "does not hold"
+    outcome = tiny_outcome("reformer-copy", tmp_path)
+    assert len(outcome.figures) == 4
+    names = {path.name for path in shared_folder(tmp_path, "reformer-copy").iterdir()}
+    assert names == {"full", "strict-4", "sorted-4", "asked"}
+    assert set(outcome.data["sorted"]["4"]) == {"full", "8", "4", "2", "1"}
+    assert reformer_copy.outcome(outcome.data, reformer_copy.PLANS["tiny"], 1.0).verdict == "does not hold"
     monkeypatch.setattr(reformer_copy, "ask", None)
-    assert reformer_copy.measure(tmp_path, TINY, lines.append).data == outcome.data, "a second call measures nothing"
+    assert tiny_outcome("reformer-copy", tmp_path).data == outcome.data, "a second call measures nothing"
 
 
 def test_without_hashing_everything_is_seen() -> None:

@@ -57,7 +57,7 @@ def test_the_larger_run_is_predicted_before_it_is_made(monkeypatch: pytest.Monke
         return record_of(job.shape, job.tokens)
 
     monkeypatch.setattr(scaling, "train_and_score", train_and_score)
-    monkeypatch.setattr(scaling, "fit_laws", lambda records, draws: fit_laws(records, 0))
+    monkeypatch.setattr(scaling, "fit_laws", lambda records, draws, forms: fit_laws(records, 0, forms))
     judged = scaling.measure(tmp_path, PLAN, lambda line: None)
     assert predictions == [judged.data["predicted"]["loss"]]
     assert [run["D"] for run in judged.data["runs"]] == [tokens for tokens in PLAN.tokens for _ in PLAN.shapes]

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 from tests.cli.command import Outcome
+from tests.experiments.tiny_runs import shared_folder, tiny_outcome
 
+from longspan.errors import ConfigError
 from longspan.experiments import claims
-from longspan.experiments.claims import grid, maps, rmt
-from longspan.experiments.claims.base import Claim, Figure
+from longspan.experiments.claims import grid, rmt
+from longspan.experiments.claims.base import TOO_SMALL, Claim, Figure
 from longspan.experiments.claims.base import Outcome as Measured
 from longspan.files import read_json
 from longspan.report import Table
@@ -19,18 +21,18 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = rmt.train_once
 
     def train(folder: Any, kind: Any, seed: int, steps: int, *more: str) -> None:
         plain(folder, kind, seed, 3, *more, *SMALL)
 
-    for module in (rmt, grid, maps):
-        monkeypatch.setattr(module, "train_once", train)
+    monkeypatch.setattr(rmt, "train_once", train)
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("_small")
 def test_rmt_counts_every_seed_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     plan = rmt.Plan(
         seeds=2,
@@ -54,20 +56,20 @@ def test_rmt_counts_every_seed_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_
     assert rmt.RMT.run(tmp_path, "small", lines.append).data == outcome.data, "a second call measures nothing"
 
 
-def test_rmt_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setitem(grid.PLANS, "small", grid.Plan(3, (1, 2), ((1, 3), (2, 3)), silent=256, mining=rmt.MINING))
-    outcome = grid.RMT_GRID.run(tmp_path, "small", print)
+def test_rmt_grid(tmp_path: Any) -> None:
+    outcome = tiny_outcome("rmt-grid", tmp_path)
+    folder = shared_folder(tmp_path, "rmt-grid")
     assert [len(records) for records in outcome.data.values()] == [2, 2]
     for most in (1, 2):
-        run = tmp_path / f"detect-up-to-{most}"
-        assert (run / "calibrated" / "answers-2x3.json").is_file(), "models are evaluated after their calibration"
-        assert read_json(run / "recipe.json")["train"]["mine_every"] == 50
+        run = folder / f"detect-up-to-{most}"
+        assert (run / "calibrated" / "answers-4x2.json").is_file(), "models are evaluated after their calibration"
+        assert read_json(run / "recipe.json")["train"]["max_segments"] == most
+    assert "train.mine_every=50" in grid.PLANS["full"].mining
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
 
 
-@pytest.mark.long
 def test_rmt_maps(tmp_path: Any) -> None:
-    outcome = maps.RMT_MAPS.run(tmp_path, "small", print)
+    outcome = tiny_outcome("rmt-maps", tmp_path)
     assert all(0 <= value <= 1.0001 for values in outcome.data.values() for value in values)
     assert len(outcome.data["on_fact"]) > 3
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
@@ -107,30 +109,48 @@ def test_claims_that_are_computed_or_timed(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_infini_passkey_counts_by_depth_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     from longspan.experiments.claims import infini_passkey
 
-    small = ("model.dim=16", "model.num_heads=2", "task.length=600", "train.tokens=600")
-    variants = {name: (*set_, *small) for name, set_ in list(infini_passkey.VARIANTS.items())[:2]}
-    monkeypatch.setattr(infini_passkey, "VARIANTS", variants)
-    plan = infini_passkey.Plan(variants=2, steps=2, evaluations=((600, (0, 100), 2), (1_000, (50,), 1)))
-    monkeypatch.setitem(infini_passkey.PLANS, "small", plan)
-    outcome = infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print)
+    outcome = tiny_outcome("infini-passkey", tmp_path)
     assert len(outcome.figures) == 5
     assert [[record["n"] for record in records] for records in outcome.data.values()] == [[4, 1], [4, 1]]
+    assert "2 layers of 16 " in outcome.size
+    assert "texts of at most 600 tokens, 3 steps of 600 tokens" in outcome.size
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
     monkeypatch.setattr(infini_passkey, "evaluate_passkey", None)
-    assert infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print).data == outcome.data, (
-        "a second call measures nothing"
-    )
+    assert tiny_outcome("infini-passkey", tmp_path).data == outcome.data, "a second call measures nothing"
 
 
 def test_sizes_and_jobs_that_a_claim_does_not_have_are_named(longspan: Callable[..., Outcome]) -> None:
     for options, message in (
-        (("rmt-flops", "--size", "tiny"), "rmt-flops: has no size 'tiny'; known: full, small"),
         (("rmt-flops", "--size", "large"), "--size large: must be one of tiny, small, full"),
         (("rmt-flops", "--size", "small", "--full"), "--full and --size small contradict each other"),
         (("rmt-flops", "--jobs", "2"), "--jobs 2: the runs of rmt-flops are not trained in parallel"),
         (("language-modelling", "--jobs", "0"), "--jobs 0: must be at least 1"),
     ):
         assert message in longspan("reproduce", *options).error
+
+
+def test_claims_are_listed_with_the_minutes_of_every_size(longspan: Callable[..., Outcome]) -> None:
+    lines = longspan("reproduce").out.splitlines()
+    assert lines[1].split() == ["claim", "system", "tiny", "small", "full"]
+    assert [line.split()[0] for line in lines[3:] if line.strip()] == claims.names()
+
+
+def test_a_size_that_a_claim_does_not_have_is_named(tmp_path: Any) -> None:
+    claim = Claim(name="some", system="x", source="y", text="z", minutes={"small": 1}, measure=lambda *_: None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="some: has no size 'tiny'; known: small"):
+        claim.run(tmp_path, "tiny", print)
+
+
+def test_a_claim_with_plans_is_undecided_at_the_size_tiny(tmp_path: Any) -> None:
+    def measure(folder: Any, plan: Any, say: Any) -> Measured:
+        return Measured(verdict="holds", figures=[Figure("a", "", "b")], size="some", note="All are.")
+
+    fields: Any = {"name": "some", "system": "x", "source": "y", "text": "z", "minutes": {"tiny": 0.1, "small": 1}}
+    planned = Claim(**fields, measure=measure, plans={"tiny": 1, "small": 2})
+    tiny = planned.run(tmp_path, "tiny", print)
+    assert (tiny.verdict, tiny.note) == ("undecided", f"{TOO_SMALL} All are.")
+    assert planned.run(tmp_path, "small", print).verdict == "holds"
+    assert Claim(**fields, measure=measure).run(tmp_path, "tiny", print).verdict == "holds", "computed"
 
 
 def test_jobs_and_size_reach_the_claim_and_tables_the_page(tmp_path: Any) -> None:

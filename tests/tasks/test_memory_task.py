@@ -112,3 +112,20 @@ def test_as_documents_only_the_answer_is_graded(task: MemoryTask, tmp_path: Path
 def test_impossible_settings_are_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         MemoryConfig(**fields)
+
+
+def test_noise_documents_are_the_first_speeches_of_each_split(task: MemoryTask) -> None:
+    few = MemoryTask(MemoryConfig(vocab_size=512, segment_length=100, noise_documents=2))
+    for split in ("train", "validation", "test"):
+        assert few.texts(split) == task.texts(split)[:2]
+    assert few.tokenizer.vocab_size == 512
+    assert len(task.texts("test")) > 2, "the book is the last"
+    with pytest.raises(ConfigError, match="noise_documents"):
+        MemoryConfig(noise_documents=-1)
+
+
+def test_a_field_at_its_default_changes_no_fingerprint(task: MemoryTask) -> None:
+    """Checkpoints of versions without the field can be resumed."""
+    assert "noise_documents" not in task.documents("validation").fingerprint
+    few = MemoryTask(MemoryConfig(vocab_size=512, segment_length=100, noise_documents=2))
+    assert "'noise_documents': 2" in few.documents("validation").fingerprint

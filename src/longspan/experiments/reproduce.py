@@ -27,8 +27,8 @@ def reproduce(
         typer.Option(
             "--size",
             metavar="tiny|small|full",
-            help="How much to train and to read; tiny, where a claim has it, takes seconds and shows nothing but that "
-            "the command works.",
+            help="How much to train and to read; tiny takes seconds and shows that the command works, so it has no "
+            "verdict.",
             show_default="small",
         ),
     ] = None,
@@ -65,10 +65,10 @@ def reproduce(
         if docs is not None:
             return _write_docs(docs)
         rows = [
-            (claim.name, claim.system, *(f"{claim.minutes[size]:g} min" for size in ("small", "full")))
+            (claim.name, claim.system, *(f"{claim.minutes[size]:g} min" for size in claims.SIZES))
             for claim in map(claims.find, claims.names())
         ]
-        print_table(Table(columns=("claim", "system", "small", "--full"), rows=rows, right=(2, 3)))
+        print_table(Table(columns=("claim", "system", *claims.SIZES), rows=rows, right=(2, 3, 4)))
         return 0
     claim, chosen = claims.find(name), _size(size, full)
     claim.check(chosen, jobs)

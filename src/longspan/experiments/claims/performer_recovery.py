@@ -1,6 +1,7 @@
 """`performer-recovery`: a pretrained encoder gets FAVOR+ instead of softmax and recovers in a short training."""
 
 import copy
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +35,29 @@ class Plan:
     lr: float = 2e-4
     tuned: int = 512
     """features of the trained model"""
+    speeches: int = 0
+    """speeches of each split to cut passages from, the first ones; 0: all"""
+    small_model: bool = False
+    """use an encoder that is trained from nothing in a second instead of all-MiniLM-L6-v2"""
 
 
 PLANS: dict[str, Plan] = {
+    "tiny": Plan(
+        features=(4, 32), steps=20, batch=4, length=24, held_out=12, lr=3e-3, tuned=16, speeches=2, small_model=True
+    ),
     "small": Plan(features=(64, 256), steps=40, batch=8, length=32, held_out=32),
     "full": Plan(features=(64, 128, 256, 512, 1024, 2048), steps=450, batch=16, length=64, held_out=200),
 }
 
 
-def passages(tokenizer: Any, split: str, count: int, length: int, seed: int) -> Tensor:
-    """Return (count, length) token ids of passages of State of the Union speeches, drawn without replacement."""
+def passages(tokenizer: Any, split: str, count: int, length: int, seed: int, speeches: int = 0) -> Tensor:
+    """Return (count, length) token ids of passages of State of the Union speeches, drawn without replacement.
+
+    `speeches` is the number of speeches to cut them from; 0: all.
+    """
     cut: list[list[int]] = []
-    for _, data in TextTask().texts("train" if split == "train" else "validation"):
+    texts = TextTask().texts("train" if split == "train" else "validation")
+    for _, data in itertools.islice(texts, speeches or None):
         ids = tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
         cut += [ids[first : first + length - 2] for first in range(0, len(ids) - length, length - 2)]
     order = np.random.default_rng(seed).permutation(len(cut))[:count]
@@ -121,7 +133,7 @@ def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Say) -> dict[str, Any
     """Convert the encoder, measure its agreement with the original, train it, and measure again."""
     torch.manual_seed(0)
     started = time.perf_counter()
-    held_out = passages(tokenizer, "validation", plan.held_out, plan.length, 1)
+    held_out = passages(tokenizer, "validation", plan.held_out, plan.length, 1, plan.speeches)
     original = embed_all(teacher, held_out)
     untrained: dict[str, list[dict[str, float]]] = {}
     for features in plan.features:
@@ -131,7 +143,8 @@ def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Say) -> dict[str, Any
         mean = np.mean([scores["cosine"] for scores in untrained[str(features)]])
         say(f"{features} features, untrained: cosine {mean:.3f}")
     model = converted(teacher, plan.tuned, 0)
-    curve = distill(model, teacher, passages(tokenizer, "train", plan.steps * plan.batch, plan.length, 2), plan, say)
+    texts = passages(tokenizer, "train", plan.steps * plan.batch, plan.length, 2, plan.speeches)
+    curve = distill(model, teacher, texts, plan, say)
     return {
         "untrained": untrained,
         "curve": curve,
@@ -150,11 +163,12 @@ def other_draw(tuned: Any, teacher: Any, plan: Plan, seed: int, held_out: Tensor
 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Measure the claim with all-MiniLM-L6-v2, or read the measurements of an earlier call."""
+    """Measure the claim with all-MiniLM-L6-v2 or a small encoder, or read the measurements of an earlier call."""
     from longspan.experiments.bundled_models import open_minilm
+    from longspan.experiments.small_models import train_small_bert
 
-    opened = open_minilm()
-    return outcome(measure_once(folder / "found.json", lambda: recover(plan, *opened, say)), plan)
+    open_teacher = train_small_bert if plan.small_model else open_minilm
+    return outcome(measure_once(folder / "found.json", lambda: recover(plan, *open_teacher(), say)), plan)
 
 
 def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
@@ -191,7 +205,7 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
     return Outcome(
         verdict=graded(tuned["cosine"] >= GOAL, tuned["cosine"] > before),
         figures=figures,
-        size=f"all-MiniLM-L6-v2 (BERT, 6 layers of 384, 12 heads of 32), passages of {plan.length} tokens of State of "
+        size=f"{_about(plan)}, passages of {plan.length} tokens of State of "
         f"the Union speeches, {plan.held_out} from held-out speeches; distilled on {plan.steps * plan.batch:,} "
         "passages, all weights, cosine of embeddings and of every layer's hidden states to the original's",
         note="The paper measures the accuracy of a pretrained language model; here the embeddings of an encoder are "
@@ -200,6 +214,13 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
         pictures=[_picture(measured, plan)],
         seconds=measured["seconds"],
     )
+
+
+def _about(plan: Plan) -> str:
+    """Describe the original encoder."""
+    from longspan.experiments.small_models import ABOUT
+
+    return f"a BERT of {ABOUT}" if plan.small_model else "all-MiniLM-L6-v2 (BERT, 6 layers of 384, 12 heads of 32)"
 
 
 def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
@@ -237,6 +258,6 @@ PERFORMER_RECOVERY = Claim(
     source="Choromanski et al. 2021, section 4.3 and figure 5",
     text="A Performer with the weights of a pretrained Transformer recovers after a short training.",
     measure=_measure,
-    minutes={"small": 2, "full": 35},
+    minutes={"tiny": 0.1, "small": 2, "full": 35},
     plans=PLANS,
 )

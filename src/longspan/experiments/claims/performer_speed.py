@@ -16,7 +16,7 @@ from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.growth import Step, growth_picture, peak_bytes, power, time_alternately
 from longspan.experiments.claims.runs import measure_once
 
-PLANS = {"small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
+PLANS = {"tiny": (64, 256), "small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
 _HEADS, _DIM, _FEATURES = 4, 64, 256
 _PAIRS = 3
 NEAR = 2.0
@@ -170,6 +170,6 @@ PERFORMER_SPEED = Claim(
     source="Choromanski et al. 2021, section 4.1 and figure 3",
     text="Time and memory grow linearly with the length and are close to those of a layer without attention.",
     measure=_measure,
-    minutes={"small": 0.5, "full": 12},
+    minutes={"tiny": 0.1, "small": 0.5, "full": 12},
     plans=PLANS,
 )

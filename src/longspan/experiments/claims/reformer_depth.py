@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longspan.experiments.claims.activations import blocks_alone
+from longspan.experiments.claims.activations import blocks_alone, blocks_in_process
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once
 from longspan.experiments.figures import picture_of
+from longspan.files import write_json
 from longspan.report import Picture
 from longspan.report.figures import Series, line_figure
 
@@ -34,9 +35,12 @@ class Plan:
     layers: tuple[int, ...]
     length: int
     dim: int
+    alone: bool = True
+    """every training step in a process of its own; False: all in one, which is faster and less exact"""
 
 
 PLANS: dict[str, Plan] = {
+    "tiny": Plan(layers=(2, 4), length=256, dim=32, alone=False),
     "small": Plan(layers=(2, 8), length=1024, dim=64),
     "full": Plan(layers=(2, 4, 8, 16, 32), length=2048, dim=128),
 }
@@ -45,13 +49,29 @@ PLANS: dict[str, Plan] = {
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Measure a training step of each kind of block at each depth; a second call resumes from the folder."""
     by_mode: dict[str, list[dict[str, float]]] = {}
+    if not plan.alone:
+        _measure_together(folder, plan)
     for mode in KINDS:
         for layers in plan.layers:
-            path = folder / f"{mode.replace(', ', '-')}-{layers}.json"
-            record = measure_once(path, lambda: _timed(mode, layers, plan))  # noqa: B023 - called at once
+            record = measure_once(_path(folder, mode, layers), lambda: _timed(mode, layers, plan))  # noqa: B023 - called at once
             by_mode.setdefault(mode, []).append(record)
             say(f"{KINDS[mode]}, {layers} layers: {record['peak'] / 1e6:.1f} MB")
     return outcome(by_mode, plan)
+
+
+def _path(folder: Path, mode: str, layers: int) -> Path:
+    """Return the file of a measurement."""
+    return folder / f"{mode.replace(', ', '-')}-{layers}.json"
+
+
+def _measure_together(folder: Path, plan: Plan) -> None:
+    """Measure what is not saved yet in one process, and save it."""
+    runs = [(mode, layers) for mode in KINDS for layers in plan.layers if not _path(folder, mode, layers).is_file()]
+    begin = time.perf_counter()
+    records = blocks_in_process([(*run, plan.length, plan.dim, MIXERS) for run in runs])
+    share = (time.perf_counter() - begin) / max(len(runs), 1)
+    for run, record in zip(runs, records, strict=True):
+        write_json(_path(folder, *run), {**record, "process": share})
 
 
 def _timed(mode: str, layers: int, plan: Plan) -> dict[str, float]:
@@ -97,8 +117,9 @@ def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
         verdict=graded(flat and less, less),
         figures=figures,
         size=f"a forward and backward pass on one text of {plan.length:,} tokens, dim {plan.dim}, 4 heads, local "
-        "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) alternating, dropout 0.1, fp32, 1 thread; each "
-        "in its own process: peak resident memory minus that before the pass and minus gradients of the parameters",
+        "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) alternating, dropout 0.1, fp32, 1 thread; "
+        f"{'each in its own process' if plan.alone else 'all in one process'}: peak resident memory minus that before "
+        "the pass and minus gradients of the parameters",
         note="Only small parts grow with the depth: the buckets of LSH layers, which are stored for the backward pass "
         "(one byte per token, head and round), and states of random generators. Whether reversibility costs quality is "
         "not measured here.",
@@ -138,6 +159,6 @@ REFORMER_DEPTH = Claim(
     source="Kitaev et al. 2020, section 3 and table 3",
     text="With reversible layers the memory of activations does not depend on the number of layers.",
     measure=_measure,
-    minutes={"small": 0.6, "full": 4},
+    minutes={"tiny": 0.1, "small": 0.6, "full": 4},
     plans=PLANS,
 )

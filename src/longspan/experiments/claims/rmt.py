@@ -30,6 +30,11 @@ BATCH = 32
 KINDS: tuple[Kind, ...] = ("memorize", "detect", "reasoning")
 MINING = ("train.mine_every=50", "train.mine_segments=2000")
 """assignments of the full size that mine hard negatives; a search reads a million tokens, forward only"""
+TINY_RECIPE = (
+    *("model.dim=16", "model.num_heads=2", "model.memory.segment_length=96"),
+    *("task.segment_length=96", "task.vocab_size=512", "task.noise_documents=2", "train.tokens=800"),
+)
+"""assignments of the size `tiny`: a narrower model, shorter segments, less text"""
 GOAL = {"memorize": 0.95, "detect": 0.95, "reasoning": 0.90}
 
 
@@ -47,9 +52,18 @@ class Plan:
     """segments without a fact on which gates are calibrated"""
     mining: tuple[str, ...] = ()
     """assignments that mine hard negatives in training"""
+    recipe: tuple[str, ...] = ()
+    """further assignments of all trainings"""
 
 
 PLANS: dict[str, Plan] = {
+    "tiny": Plan(
+        seeds=1,
+        steps={"memorize": 3, "detect": 3, "reasoning": 3},
+        evaluations=((1, 4, False), (2, 2, True)),
+        silent={"memorize": 252, "detect": 252, "reasoning": 252},
+        recipe=TINY_RECIPE,
+    ),
     "small": Plan(
         seeds=1,
         steps={"memorize": 450, "detect": 450, "reasoning": 1800},
@@ -115,7 +129,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     # long texts last, so that an interrupted call has all short ones
     for kind in KINDS:
         for seed in range(plan.seeds):
-            train_once(folder / f"{kind}-{seed}", kind, seed, plan.steps[kind], *plan.mining)
+            train_once(folder / f"{kind}-{seed}", kind, seed, plan.steps[kind], *plan.mining, *plan.recipe)
             say(f"{kind}, seed {seed}: trained")
             record = calibrate_once(folder / f"{kind}-{seed}", seed, plan.silent[kind])
             calibrations[kind].append(record)
@@ -128,7 +142,8 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
                 say(f"{kind}, seed {seed}: {record['k']} of {record['n']} at {segments:,} segments")
     runs = [folder / f"{kind}-{seed}" for kind in KINDS for seed in range(plan.seeds)]
     seconds = trained_seconds(runs)
-    return _outcome(by_kind, calibrations, plan, seconds, _gate_training(runs))
+    model = read_json(runs[0] / "recipe.json")["model"]
+    return _outcome(by_kind, calibrations, plan, seconds, _gate_training(runs), model)
 
 
 def _gate_training(runs: Sequence[Path]) -> str:
@@ -184,9 +199,10 @@ def _outcome(
     plan: Plan,
     seconds: float,
     gate_training: str,
+    model: Mapping[str, Any],
 ) -> Outcome:
     """Return the verdict and the numbers next to the paper's, from records by kind of task and segments."""
-    figures, reached = [], True
+    figures, reached, length = [], True, model["memory"]["segment_length"]
     for kind, lengths in by_kind.items():
         for segments, records in lengths.items():
             value = intervals(records)
@@ -194,7 +210,7 @@ def _outcome(
             reached = reached and value.value >= GOAL[kind]
             figures.append(
                 Figure(
-                    f"{kind}, {segments:,} segments ({segments * 499:,} tokens)",
+                    f"{kind}, {segments:,} segments ({segments * length:,} tokens)",
                     "near perfect" if kind != "reasoning" else "lower than the other kinds",
                     f"{k} of {n} ({value.value:.3f} [{value.low:.3f}, {value.high:.3f}]), "
                     f"{len(records)} seed{'s' if len(records) > 1 else ''}",
@@ -213,7 +229,8 @@ def _outcome(
     return Outcome(
         verdict="holds" if reached else "holds in part",
         figures=figures,
-        size="encoder of 2 layers of 64, 8 memory tokens, segments of 499, trained on at most 5 of them for "
+        size=f"encoder of {model['num_layers']} layers of {model['dim']}, {model['memory']['num_memory_tokens']} "
+        f"memory tokens, segments of {length}, trained on at most 5 of them for "
         f"{', '.join(f'{steps:,}' for steps in plan.steps.values())} steps ({gate_training}), {plan.seeds} seeds; "
         "intervals 95 %, bootstrap over seeds and samples (Wilson if all are correct)",
         note=note,
@@ -221,12 +238,12 @@ def _outcome(
             **{kind: {str(key): value for key, value in lengths.items()} for kind, lengths in by_kind.items()},
             "calibrations": dict(calibrations),
         },
-        pictures=[_picture(by_kind)],
+        pictures=[_picture(by_kind, length)],
         seconds=seconds + sum(record["seconds"] for record in records),
     )
 
 
-def _picture(by_kind: dict[str, dict[int, list[dict[str, Any]]]]) -> Picture:
+def _picture(by_kind: dict[str, dict[int, list[dict[str, Any]]]], length: int) -> Picture:
     """Plot accuracy with its intervals against the number of segments, one line per kind of task."""
     series = [
         interval_series(list(lengths), [intervals(records) for records in lengths.values()], label=kind)
@@ -236,7 +253,7 @@ def _picture(by_kind: dict[str, dict[int, list[dict[str, Any]]]]) -> Picture:
         line_figure,
         "rmt",
         series,
-        xlabel="segments of 499 tokens",
+        xlabel=f"segments of {length} tokens",
         ylabel="accuracy",
         marks=[Mark(5, "longest in training"), Mark(1 / 6, "chance", horizontal=True)],
         xscale="log2",
@@ -253,6 +270,6 @@ RMT = Claim(
     text="Trained on a few segments, the model answers after 4,096 segments, 2,043,904 tokens: memorize, detect and "
     "memorize, and reasoning over two facts.",
     measure=_measure,
-    minutes={"small": 20, "full": 150},
+    minutes={"tiny": 0.1, "small": 20, "full": 150},
     plans=PLANS,
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longspan.cost.scaling import Fit, fit, model_training_flops, non_embedding
 from longspan.errors import LongspanError
@@ -18,6 +18,7 @@ from longspan.train import evaluate_text, first_places, load_run, resolve
 
 LENGTH, LANES = 256, 8
 """bytes per piece, in training and in evaluation, and pieces per step"""
+Form = Literal["kaplan", "chinchilla"]
 RESIDUAL = 0.02
 """largest root mean square of log(predicted loss / loss) of a law that fits, and largest error of the prediction"""
 
@@ -48,6 +49,8 @@ class Plan:
     """held-out bytes that are scored"""
     draws: int
     """bootstrap samples of the runs"""
+    forms: tuple[Form, ...] = ("kaplan", "chinchilla")
+    """laws in N and D to fit; the first is judged"""
 
 
 _SHAPES = (
@@ -58,6 +61,16 @@ _SHAPES = (
     Shape(dim=160, layers=5, heads=5),
 )
 PLANS: dict[str, Plan] = {
+    "tiny": Plan(
+        shapes=(Shape(dim=8, layers=1, heads=1), Shape(dim=16, layers=1, heads=1), Shape(dim=24, layers=1, heads=1)),
+        tokens=(4_096, 8_192, 16_384),
+        larger=Shape(dim=32, layers=1, heads=1),
+        larger_tokens=16_384,
+        held_out=2_000,
+        draws=0,
+        # so few steps determine no floor, and its fit would take longer than all runs
+        forms=("kaplan",),
+    ),
     "small": Plan(
         shapes=(Shape(dim=16, layers=1, heads=1), *_SHAPES[:2]),
         tokens=(51_200, 102_400, 204_800),
@@ -138,12 +151,14 @@ def train_and_score(job: Job) -> dict[str, Any]:
     return measure_once(run / "score.json", score)
 
 
-def fit_laws(records: Sequence[Mapping[str, Any]], draws: int) -> dict[str, Fit]:
-    """Return the laws fitted to the runs: Kaplan's and Chinchilla's in N and D, and a power of C on its best runs."""
+def fit_laws(
+    records: Sequence[Mapping[str, Any]], draws: int, forms: Sequence[Form] = ("kaplan", "chinchilla")
+) -> dict[str, Fit]:
+    """Return the laws fitted to the runs: those of `forms` in N and D, and a power of C on its best runs."""
     columns = {key: [float(record[key]) for record in records] for key in ("N", "D", "C", "loss")}
     joint = {key: columns[key] for key in ("N", "D", "loss")}
     best = frontier(records)
-    laws = {"kaplan": fit("kaplan", joint, draws=draws), "chinchilla": fit("chinchilla", joint, draws=draws)}
+    laws: dict[str, Fit] = {form: fit(form, joint, draws=draws) for form in forms}
     if len(best) >= 3:
         compute = {"x": [float(record["C"]) for record in best], "loss": [float(record["loss"]) for record in best]}
         laws["compute"] = fit("power", compute, draws=draws)
@@ -183,7 +198,7 @@ def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
     # the longest first, so that no process waits for a long one at the end
     every = [job(shape, tokens) for tokens in plan.tokens[::-1] for shape in plan.shapes[::-1]]
     records = _scores(every, jobs, say)[::-1]
-    laws = fit_laws(records, plan.draws)
+    laws = fit_laws(records, plan.draws, plan.forms)
 
     def predict() -> dict[str, Any]:
         """Return what the law expects of the larger run."""
@@ -221,7 +236,11 @@ def outcome(
     figures = [
         *exponents,
         Figure("error of the law in log loss, root mean square", "", f"{kaplan.residual:.4f} over {kaplan.runs} runs"),
-        Figure("the same for Chinchilla's form, with a floor", "", f"{laws['chinchilla'].residual:.4f}"),
+        *(
+            Figure("the same for Chinchilla's form, with a floor", "", f"{laws[form].residual:.4f}")
+            for form in plan.forms
+            if form == "chinchilla"
+        ),
         Figure(
             f"loss of the larger run ({larger['N']:,} parameters, {larger['D']:,} bytes), predicted before it was made",
             "",
@@ -295,6 +314,6 @@ SCALING = Claim(
     source="Kaplan et al. 2020, section 1.2 and equation 1.5",
     text="The loss falls as a power law in parameters and in tokens, and the law predicts the loss of a larger run.",
     parallel=measure,
-    minutes={"small": 2, "full": 115},
+    minutes={"tiny": 0.1, "small": 2, "full": 115},
     plans=PLANS,
 )
