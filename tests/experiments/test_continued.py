@@ -9,22 +9,32 @@ import numpy as np
 import pytest
 
 from longspan.errors import ConfigError, DataError
+from longspan.experiments.claims.base import Say, Verdict
 from longspan.experiments.claims.continued import (
+    Comparison,
     Criterion,
+    Judgment,
+    ModelSpec,
     Plan,
+    Remedy,
     Results,
     ahead,
     as_good,
+    comparison,
     criteria_text,
     from_recipe,
     grade,
     if_flat,
     plans,
     recurrence,
+    report,
 )
 from longspan.experiments.claims.continued.curves import Curve, Point, equal_seconds
 from longspan.experiments.claims.continued.plan import recipe_of
+from longspan.experiments.claims.continued.remedies import remedies_table
 from longspan.experiments.claims.continued.results import needs_seeds
+from longspan.experiments.claims.continued.single_run import Job
+from longspan.experiments.workers import Done
 
 PLAN = Plan(corpus="speeches", start="none", length=64, rows=2, steps=20)
 
@@ -144,6 +154,61 @@ def test_a_failed_model_leaves_its_pair_undecided() -> None:
     assert criteria[1].measured == "second failed: the loss is not finite"
     assert grade(criteria) == "holds in part"
     assert grade(criteria[1:]) == "undecided"
+
+
+def test_tries_compare_pairs_with_and_without_remedies() -> None:
+    runs = {name: [run_of(losses(bits, 3))] for name, bits in (("base", 2.0), ("first", 2.1), ("first, fast", 1.9))}
+    runs["base, fast"] = [run_of(losses(2.0, 3), falls=0.1)]
+    results = Results(PLAN, runs, {"first, deep": "out of memory"})
+    fast = ModelSpec(name="first, fast", model={})
+    remedies = [
+        Remedy(what="fast", cause="optimizing", pair=("first, fast", "base"), models=[fast]),
+        Remedy(what="both fast", cause="optimizing", pair=("first, fast", "base, fast"), models=[fast]),
+        Remedy(what="deep", cause="storing", pair=("first, deep", "base"), models=[]),
+        Remedy(what="not made", cause="storing", pair=("absent", "base"), models=[]),
+    ]
+    rows = remedies_table(results, [("first", "base")], remedies).rows
+    assert [row[0] for row in rows] == ["none", "fast", "both fast", "deep"]
+    assert [row[3][:4] for row in rows[:3]] == ["+0.1", "−0.1", "−0.1"]
+    assert [row[4] for row in rows] == ["flat", "flat", "base, fast still falling", ""]
+    assert rows[3][3] == "first, deep failed: out of memory"
+
+
+@pytest.mark.parametrize(("verdict", "asked"), [("holds", False), ("does not hold", True)])
+def test_remedies_are_tried_where_a_claim_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verdict: Verdict, asked: bool
+) -> None:
+    names: list[str] = []
+
+    def train(jobs: list[Job], workers: int, say: Say) -> list[tuple[Job, Done]]:
+        names.extend(job.spec.name for job in jobs)
+        return [(job, Done(run_of(losses(2.0)))) for job in jobs]
+
+    monkeypatch.setattr(comparison, "_train", train)
+    monkeypatch.setattr(comparison, "start_folder", Path)
+    for name in ("tables", "pictures"):
+        monkeypatch.setattr(report, name, lambda *_: [])
+    for name in ("size_text", "context_text"):
+        monkeypatch.setattr(report, name, lambda *_: "")
+    remedy = Remedy(
+        what="slow",
+        cause="optimizing",
+        pair=("slow", "window"),
+        models=[ModelSpec(name="slow", model={}, carries=True)],
+    )
+    compared = Comparison(
+        name="claim",
+        models=[],
+        pairs=[("full", "window")],
+        judge=lambda results: Judgment(verdict=verdict, figures=[], note=""),
+        remedies=[remedy],
+    )
+    outcome = compared.measure(tmp_path, dataclasses.replace(PLAN, remedies=True, seeds=1), print)
+    assert names == ["window", "full", *(["slow"] if asked else [])]
+    assert [row[0] for table in outcome.tables for row in table.rows] == (["none", "slow"] if asked else [])
+    names.clear()
+    compared.measure(tmp_path, dataclasses.replace(PLAN, seeds=1), print)
+    assert "slow" not in names
 
 
 def slow_distances(text: bytes) -> list[int]:

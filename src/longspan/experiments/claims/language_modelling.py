@@ -29,8 +29,9 @@ PAIRS: tuple[Pair, ...] = tuple(WITHOUT.items())
 _OPTIONS: dict[str, dict[str, Any]] = {
     # pieces of 4,096 are twice as long as those of the recipe
     "lsh": {"changes": {"num_buckets": 64}},
-    # at the rate of a comparison gates move by less than 0.2, so that they would stay closed where the recipe has them
-    "infini": {"changes": {"gate_init": -1.0}},
+    # at the rate of the other models the memory is never used, and gates move by less than 0.2
+    "infini": {"changes": {"gate_init": -1.0}, "train": {"lr": 2e-3}},
+    "segments": {"train": {"lr": 2e-3}},
 }
 MODELS = tuple(from_recipe(name, **_OPTIONS.get(name, {})) for name in NAMES if name not in (FLOOR, CEILING))
 

@@ -16,6 +16,7 @@ from longspan.experiments.claims.continued.criteria import (
     if_flat,
 )
 from longspan.experiments.claims.continued.plan import CEILING, FLOOR, ModelSpec, Plan, from_recipe
+from longspan.experiments.claims.continued.remedies import Remedy
 from longspan.experiments.claims.continued.report import bit_figures
 from longspan.experiments.claims.continued.results import Pair, Results
 from longspan.experiments.claims.continued.sizes import plans
@@ -31,6 +32,7 @@ __all__ = [
     "ModelSpec",
     "Pair",
     "Plan",
+    "Remedy",
     "Results",
     "TrainedRuns",
     "ahead",

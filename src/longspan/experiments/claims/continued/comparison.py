@@ -10,6 +10,7 @@ from longspan.errors import ConfigError, LongspanError
 from longspan.experiments.claims.base import Figure, Outcome, Say, Verdict
 from longspan.experiments.claims.continued import report
 from longspan.experiments.claims.continued.plan import EARLY, ModelSpec, Plan, floor_and_ceiling
+from longspan.experiments.claims.continued.remedies import Remedy, remedies_table
 from longspan.experiments.claims.continued.results import Pair, Results, bits_per_byte, needs_seeds
 from longspan.experiments.claims.continued.single_run import Job, train_and_measure
 from longspan.experiments.claims.continued.trained import TrainedRuns
@@ -18,6 +19,8 @@ from longspan.report import Picture
 from longspan.train.starts import start_folder
 
 P = TypeVar("P", bound=Plan)
+Runs = dict[str, list[Mapping[str, Any]]]
+"""Records of `train_and_measure`, one per seed, by model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class Comparison:
     judge: Callable[[Results], Judgment]
     inspect: Callable[[TrainedRuns, Say], Mapping[str, Any]] | None = None
     """measures trained runs beside their losses; returns plain data, which becomes `Results.inspected`"""
+    remedies: Sequence[Remedy] = ()
+    """tried at sizes that ask for it (`Plan.remedies`), unless the claim holds as a whole"""
 
     def measure(self, folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
         """Train, measure and judge; a second call with the same folder resumes.
@@ -62,13 +67,20 @@ class Comparison:
         """
         results = self.results(folder, plan, say, jobs)
         judgment = self.judge(results)
+        tables, tried = report.tables(results), {}
+        if plan.remedies and self.remedies and judgment.verdict != "holds":
+            say("trying remedies, because the claim does not hold as a whole")
+            runs, failures = self._remedied(folder, plan, say, jobs)
+            every = replace(results, runs={**results.runs, **runs}, failures={**results.failures, **failures})
+            tables.insert(0, remedies_table(every, self.pairs, self.remedies))
+            tried = {"models": runs, "failures": failures}
         return Outcome(
             verdict=judgment.verdict,
             figures=judgment.figures,
-            tables=report.tables(results),
+            tables=tables,
             size=report.size_text(results),
             note=" ".join((judgment.note, report.flat_text(), report.context_text(results))),
-            data=results.record(),
+            data={**results.record(), "tried": tried},
             pictures=[*judgment.pictures, *report.pictures(self.name, results, self.pairs)],
             seconds=sum(run["seconds"] for runs in results.runs.values() for run in runs),
         )
@@ -89,15 +101,17 @@ class Comparison:
             say(f"more seeds, because the verdict hangs on close models: {', '.join(close)}")
             more = [replace(job, seed=seed) for seed in range(1, plan.seeds) for job in first if job.spec.name in close]
             ended += _train(more, jobs, say)
-        runs: dict[str, list[Mapping[str, Any]]] = {name: [] for name in bits}
-        failures: dict[str, str] = {}
-        for job, done in ended:
-            if done.failure:
-                failures[job.spec.name] = done.failure
-            else:
-                runs[job.spec.name].append(done.value)
+        runs, failures = _collected(ended)
         inspected = {} if self.inspect is None else self.inspect(TrainedRuns(folder=folder, plan=plan), say)
         return Results(plan, runs, failures, inspected)
+
+    def _remedied(self, folder: Path, plan: Plan, say: Say, jobs: int) -> tuple[Runs, dict[str, str]]:
+        """Train and measure the models of all remedies with one seed; return runs and messages of failures by name."""
+        specs = {spec.name: spec for remedy in self.remedies for spec in remedy.models}
+        ended = _train(
+            [Job(spec=spec, plan=plan, seed=0, folder=folder, quiet=jobs > 1) for spec in specs.values()], jobs, say
+        )
+        return _collected(ended)
 
     def _chosen(self, plan: Plan) -> list[ModelSpec]:
         """Return the models that the plan names, all if it names none."""
@@ -130,6 +144,18 @@ def _train(jobs: Sequence[Job], workers: int, say: Say) -> list[tuple[Job, Done]
     ended = run_jobs(train_and_measure, left, workers, lambda job, done: say(_line(job, done)))
     outcomes = {job.run: done for job, done in (*measured, *zip(left, ended, strict=True))}
     return [(job, outcomes[job.run]) for job in jobs]
+
+
+def _collected(ended: Sequence[tuple[Job, Done]]) -> tuple[Runs, dict[str, str]]:
+    """Return the records of all runs by model, one per seed, and the messages of failed ones by model."""
+    runs: Runs = {}
+    failures: dict[str, str] = {}
+    for job, done in ended:
+        if done.failure:
+            failures[job.spec.name] = done.failure
+        else:
+            runs.setdefault(job.spec.name, []).append(done.value)
+    return runs, failures
 
 
 def _line(job: Job, done: Done) -> str:

@@ -76,6 +76,8 @@ class Plan:
     """held-out documents that are read at every measured step"""
     curve_reach: int = 8_192
     """bytes of each of them"""
+    remedies: bool = False
+    """try the remedies of the claim unless it holds as a whole"""
     minutes: float = 30.0
     """most minutes of training per run, on one thread"""
     train: Mapping[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "warmup": 50})

@@ -45,6 +45,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "rows": 1,
         "lanes": 8,
         "steps": 600,
+        "remedies": True,
         # at 1e-3 the start loses 0.1 bits, which the decay does not bring back; at 3e-4 it loses 0.01
         "train": {"lr": 3e-4, "warmup": 50},
     },
