@@ -28,7 +28,7 @@ class Plan(NamedTuple):
     """assignments of the training"""
 
 
-PLANS = {"tiny": Plan(8, steps=3, recipe=TINY_RECIPE), "small": Plan(32), "full": Plan(128)}
+PLANS = {"tiny": Plan(24, steps=3, recipe=TINY_RECIPE), "small": Plan(32), "full": Plan(128)}
 
 
 def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
