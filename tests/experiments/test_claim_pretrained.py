@@ -37,10 +37,10 @@ def test_it_converts_trains_and_reads_and_a_second_call_measures_nothing(tmp_pat
 @pytest.mark.usefixtures("undrawn")
 def test_the_verdict_follows_the_numbers(tmp_path: Path) -> None:
     data = tiny_outcome("infini-pretrained", tmp_path).data
-    better = {**data, "tuned": {**data["tuned"], "nats": [3.0] * 16, "resident": [100] * 16}}
+    better = {**data, "tuned": {**data["tuned"], "nats": [1.0] * 16, "resident": [100] * 16}}
     assert claim.outcome({**better, "keys": {"k": 1, "n": 2, "depths": []}}, PLAN, 0.0).verdict == "holds"
     assert claim.outcome({**better, "keys": {"k": 0, "n": 2, "depths": []}}, PLAN, 0.0).verdict == "holds in part"
     grown = {**better, "tuned": {**better["tuned"], "resident": [100] * 8 + [104] * 8}}
     assert claim.outcome(grown, PLAN, 0.0).verdict == "does not hold"
-    worse = {**better, "tuned": {**better["tuned"], "nats": [3.0] * 8 + [9.0] * 8}}
+    worse = {**better, "tuned": {**better["tuned"], "nats": [1.0] * 8 + [9.0] * 8}}
     assert claim.outcome(worse, PLAN, 0.0).verdict == "does not hold"
