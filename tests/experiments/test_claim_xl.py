@@ -10,6 +10,9 @@ from tests.experiments.continued_runs import measured_twice, results_of
 
 import longspan as ls
 from longspan.experiments.claims import xl as claim
+from longspan.tasks.base import Documents
+from longspan.tasks.text import TextDocument
+from longspan.tasks.tokenizers import Bytes
 
 TINY = claim.PLANS["tiny"]
 
@@ -40,6 +43,7 @@ def inspected(none: list[float], memory: list[float], reach: int = 500) -> dict[
         "needed": 2400,
         "reach": {"tokens": reach},
         "layers": 4,
+        "remedies": {remedy.what: {"0": 2.0, "128": 2.5} for remedy in claim.REMEDIES[:3]},
     }
 
 
@@ -63,7 +67,12 @@ def test_the_verdict_asks_for_memory_and_for_longer_memory(
     results = results_of(
         TINY, {claim.OURS: bits, claim.ALONE: 2.0}, inspected([20.0, 22.0], memory, reach), falling=falling
     )
-    assert claim.judge(results, TINY).verdict == verdict
+    judgment = claim.judge(results, TINY)
+    assert judgment.verdict == verdict
+    falls = sum(memory) <= 42
+    assert [row[0] for table in judgment.tables for row in table.rows] == (
+        [] if falls else [remedy.what for remedy in claim.REMEDIES[:3]]
+    )
 
 
 def test_a_failed_model_decides_nothing() -> None:
@@ -103,6 +112,25 @@ def test_a_streamed_token_is_predicted_like_one_that_is_reread_in_one_layer() ->
     config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=1, num_heads=2, positions="none", mixers=(mixer,))
     model = ls.Decoder(config).eval()
     tokens = torch.randint(11, (1, 21))
-    streamed = claim.with_memory(model, 20, 1)(tokens)[0][:, -1]
-    reread = claim.with_memory(model, 0, 21)(tokens)[0][:, -1]
+    streamed = claim.with_memory(model, 20, segment=1)(tokens)[0][:, -1]
+    reread = claim.with_memory(model, 0, segment=21)(tokens)[0][:, -1]
     torch.testing.assert_close(streamed, reread, atol=1e-5, rtol=1e-5)
+
+
+def test_a_remedy_changes_the_evaluation_alone() -> None:
+    mixer = {"name": "transformer_xl", "segment": 8, "mem_len": 8}
+    torch.manual_seed(0)
+    config = ls.DecoderConfig(vocab_size=256, dim=16, num_layers=1, num_heads=2, positions="none", mixers=(mixer,))
+    model = ls.Decoder(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    text = torch.randint(256, (600,)).numpy().astype("uint8")
+    documents = Documents([TextDocument(text, Bytes())], ["a"], "test")
+    bits = [claim.remedied(model, remedy, documents, (4, 64)) for remedy in claim.REMEDIES[:3]]
+    assert bits[0]["4"] == bits[1]["4"], "no distance is as large as the clamp"
+    assert bits[0]["64"] != bits[2]["64"]
+    clamped = claim.remedied(model, claim.Remedy("", "", clamp=8), documents, (64,))
+    assert clamped["64"] != bits[0]["64"]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -15,7 +15,7 @@ from longspan.experiments.claims.continued.results import Pair, Results, bits_pe
 from longspan.experiments.claims.continued.single_run import Job, train_and_measure
 from longspan.experiments.claims.continued.trained import TrainedRuns
 from longspan.experiments.workers import Done, run_jobs
-from longspan.report import Picture
+from longspan.report import Picture, Table
 from longspan.train.starts import start_folder
 
 P = TypeVar("P", bound=Plan)
@@ -34,6 +34,8 @@ class Judgment:
     """the criteria, and what limits them"""
     pictures: Sequence[Picture] = ()
     """of what the claim measures beside losses"""
+    tables: Sequence[Table] = ()
+    """the same"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Comparison:
         """
         results = self.results(folder, plan, say, jobs)
         judgment = self.judge(results)
-        tables, tried = report.tables(results), {}
+        tables, tried = [*judgment.tables, *report.tables(results)], {}
         if plan.remedies and self.remedies and judgment.verdict != "holds":
             say("trying remedies, because the claim does not hold as a whole")
             runs, failures = self._remedied(folder, plan, say, jobs)

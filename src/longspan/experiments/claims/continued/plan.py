@@ -114,11 +114,12 @@ class Plan:
         return math.gcd(*self.measured_steps)
 
 
-def from_recipe(name: str, *, changes: Mapping[str, Any] | None = None, **options: Any) -> ModelSpec:
+def from_recipe(name: str, *, label: str = "", changes: Mapping[str, Any] | None = None, **options: Any) -> ModelSpec:
     """Return the model of the recipe `lm/NAME.toml`, with the sizes of the start.
 
     Args:
         name: of the recipe, and of the model.
+        label: name of the model instead.
         changes: fields of every mixer table that has them, such as `{"num_buckets": 64}` for longer pieces.
         options: fields of `ModelSpec`; `carries` defaults to what the recipe does.
     """
@@ -127,7 +128,9 @@ def from_recipe(name: str, *, changes: Mapping[str, Any] | None = None, **option
     table["mixers"] = [
         {**mixer, **{key: value for key, value in (changes or {}).items() if key in mixer}} for mixer in table["mixers"]
     ]
-    return ModelSpec(**{"name": name, "model": table, "carries": recipe["train"].get("carry", True), **options})
+    return ModelSpec(
+        **{"name": label or name, "model": table, "carries": recipe["train"].get("carry", True), **options}
+    )
 
 
 def floor_and_ceiling(plan: Plan) -> list[ModelSpec]:
