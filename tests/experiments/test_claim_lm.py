@@ -53,6 +53,19 @@ def test_models_without_memory_are_otherwise_the_same_on_the_same_bytes() -> Non
         torch.testing.assert_close(before, after, atol=0, rtol=0)
 
 
+def test_remedies_name_models_that_are_trained() -> None:
+    names = {spec.name for spec in claim.MODELS}
+    for remedy in claim.REMEDIES:
+        assert set(remedy.pair) <= names | {spec.name for spec in remedy.models}
+        assert not names & {spec.name for spec in remedy.models}
+    specs = {spec.name: spec for remedy in claim.REMEDIES for spec in remedy.models}
+    ours = next(spec for spec in claim.MODELS if spec.name == "infini")
+    assert specs["infini, delta"].model["mixers"] == [{**ours.model["mixers"][0], "update": "delta"}]
+    assert specs["infini of 32"].model["mixers"] == [{**ours.model["mixers"][0], "segment": 32}]
+    assert specs["segments of 32"].model["mixers"][0]["gate_init"] == -1000.0
+    assert specs["infini, gates -3"].model["mixers"][0]["gate_init"] == -3.0
+
+
 def test_every_size_trains_models_of_its_verdict() -> None:
     for size, plan in claim.PLANS.items():
         trained = set(plan.models) or {spec.name for spec in claim.MODELS}
