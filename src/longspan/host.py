@@ -5,6 +5,7 @@ queued work. So they are read once per call, together, and tensors derived from 
 then needs no device. Tensors without values (meta or fake tensors, or a graph that is being exported) have None.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
@@ -210,6 +211,15 @@ def has_float64(device: torch.device) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Return zeros whose memory, on a CPU, is only occupied where it is written to (torch.zeros writes all of it)."""
+    device = torch.get_default_device() if device is None else device
+    if device.type != "cpu" or type(torch.empty(0, device="cpu")) is not Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(*shape)
 
 
 def normal(*shape: int, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
