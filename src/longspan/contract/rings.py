@@ -45,9 +45,7 @@ def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows:
     )
 
 
-def make_rings(
-    num_groups: int, width: int, k: Tensor, v: Tensor, buckets: Tensor, rows: BatchLayout
-) -> ops.LSHRings:
+def make_rings(num_groups: int, width: int, k: Tensor, v: Tensor, buckets: Tensor, rows: BatchLayout) -> ops.LSHRings:
     """Return the ring buffers after a call without a state: those of `next_rings` with empty ones before the call.
 
     Args:
