@@ -13,7 +13,8 @@ from the last two points converges much faster where few of many nearly equal sc
 to the bounds found so far. The number of steps is fixed: it may depend on parameters, not on what a row contains.
 
 Most of the time of a step goes into a logarithm and two exponentials per score. Where 1 / a is near a whole number n,
-[1 + y]_+ ^ n is a few products, and its threshold a start from which three steps with the true exponent are enough.
+[1 + y]_+ ^ n is a few products, and its threshold a start from which two or three steps with the true exponent are
+enough.
 """
 
 import math
@@ -28,7 +29,9 @@ TINY = 1e-6  # lower limit of |b|; smaller exponents make no difference
 SERIES = {torch.float32: 5e-3, torch.float64: 1e-4}  # below: use the series of d log p / d alpha, against cancellation
 
 NEAR = 0.1, 0.67  # a for which the steps start from a whole exponent, and 1 + y needs no log1p to be precise enough
-WHOLE_STEPS, SAVED_STEPS = 5, 4  # steps with the whole exponent, and how many fewer with the true one
+WHOLE_STEPS = {torch.float32: 4, torch.float64: 5}  # steps with the whole exponent
+SAVED_STEPS = 4  # how many fewer steps follow with the true exponent
+CLOSE = 0.3, 0.15  # two steps give fp32 rounding up to this a, or where 1 / a is so close to the whole exponent
 SMALLEST = 1e-30  # lower limit of 1 + y within the steps, whose logarithm is then finite and as fast as others
 
 Sums = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -41,6 +44,12 @@ def num_steps(a: float, dtype: torch.dtype) -> int:
     """
     base = 3 if a <= 0.06 else 4 if a <= 0.21 else 6 if a <= 0.75 else 8
     return base + 1 if dtype == torch.float32 else base + 3
+
+
+def near_steps(a: float, dtype: torch.dtype) -> int:
+    """Return the number of steps with the true exponent, after those with the whole exponent next to 1 / a."""
+    close = a <= CLOSE[0] or abs(1 / a - round(1 / a)) <= CLOSE[1]
+    return 2 if close and dtype == torch.float32 else max(3, num_steps(a, dtype) - SAVED_STEPS)
 
 
 def solve(sums: Sums, rows: Tensor, keys: int, a: float | Tensor, steps: int, start: Tensor | None = None) -> Tensor:
@@ -136,7 +145,7 @@ class Curve:
         a, rows, keys, steps = self.a, torch.zeros_like(top), self.x.shape[-1], num_steps(self.a, self.x.dtype)
         if a in (0, 0.5, 1) or not NEAR[0] <= a <= NEAR[1]:
             return solve(self._sums, rows, keys, a, steps)
-        return solve(self._near_sums, rows, keys, a, max(3, steps - SAVED_STEPS), self._whole_start(rows))
+        return solve(self._near_sums, rows, keys, a, near_steps(a, self.x.dtype), self._whole_start(rows))
 
     def _sums(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums of both results of `at`."""
@@ -156,8 +165,12 @@ class Curve:
         rows: zeros (..., 1), one per row.
         """
         exponent, t = round(1 / self.a), rows
-        for _ in range(WHOLE_STEPS):
+        for _ in range(WHOLE_STEPS[rows.dtype]):
             root = w = torch.sub(self.x, t - 1, out=self.y).clamp_(min=0.0)
+            if exponent == 2:  # the sum of squares without a product of its own
+                norm = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
+                t = torch.addcmul(t, norm / root.sum(-1, keepdim=True), norm - 1)
+                continue
             for _ in range(exponent - 2):
                 w = torch.mul(w, root, out=self.w)
             total, slope = torch.mul(w, root, out=self.p).sum(-1, keepdim=True), w.sum(-1, keepdim=True)
