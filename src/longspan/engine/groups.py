@@ -191,7 +191,7 @@ def _nearest(
         key=key,
         key_slot=keys.slot.flatten(),
         lists=KeyLists(tile_blocks, reach.width),
-        visible=KeyRange(*(None if t is None else t.flatten() for t in visible)),
+        visible=KeyRange._make(None if t is None else t.flatten() for t in visible),
     )
 
 
