@@ -5,6 +5,8 @@ queued work. So they are read once per call, together, and tensors derived from 
 then needs no device. Tensors without values (meta or fake tensors, or a graph that is being exported) have None.
 """
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
@@ -21,6 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _NAME = "_longspan_values"
+LARGE = 1 << 20  # bytes from which `zeros` leaves memory unoccupied
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -210,6 +213,17 @@ def has_float64(device: torch.device) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Return zeros; large ones on a CPU occupy memory only where they are written to (torch.zeros writes all of it)."""
+    device, size = torch.get_default_device() if device is None else device, math.prod(shape) * dtype.itemsize
+    fake = type(torch.empty(0, device="cpu")) is not Tensor
+    if device.type != "cpu" or fake or size < LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    # numpy.zeros would get pages of 2 MB, for which the system may spend longer than the whole call
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 def normal(*shape: int, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:

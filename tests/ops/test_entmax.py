@@ -270,7 +270,7 @@ def families(keys: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("keys", [2, 17, 300, 5000])
-@pytest.mark.parametrize("alpha", [1.01, 1.06, 1.1, 1.21, 1.3, 1.5, 1.6, 1.75, 1.76, 1.9, 1.99, 2.0])
+@pytest.mark.parametrize("alpha", [1.01, 1.06, 1.1, 1.21, 1.29, 1.3, 1.47, 1.5, 1.53, 1.6, 1.75, 1.76, 1.9, 1.99, 2.0])
 def test_the_fixed_number_of_steps_is_enough(alpha: float, keys: int) -> None:
     names, rows = list(families(keys)), 16 if keys <= 300 else 4
     z = torch.stack([family[:rows] for family in families(keys).values()])

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import longspan as ls
 from longspan import ops, reference
+from longspan.engine.ring_buffer import first_rings
 
 # Any, as the calls unpack lists and dicts of arguments
 lsh_attention: Any = ops.lsh_attention
@@ -174,6 +175,30 @@ def test_a_pushed_token_is_a_pushed_call_of_one() -> None:
         assert torch.equal(before, now), "the given rings were written to"
     ops.push_token(rings, k, v, chosen, torch.tensor([[40]]), in_place=True)
     assert all(torch.equal(a, b) for a, b in zip(rings, expected, strict=True))
+
+
+@pytest.mark.parametrize("width", [2, 6])
+def test_rings_without_a_state_are_those_pushed_onto_empty_ones(width: int) -> None:
+    k, v = (t.detach().requires_grad_() for t in inputs(40, 0, kv_heads=2)[1:])
+    chosen = torch.randint(4, (2, 2, 3, 40), generator=torch.Generator().manual_seed(1))
+    shape = 2, 2, 3, 4, width
+    zeros = torch.zeros(*shape, DIM, dtype=torch.float64)
+    empty = ops.LSHRings(zeros, zeros, torch.full(shape, -1))
+    position = torch.arange(7, 47)[None]
+    for is_real in (None, torch.arange(40) < torch.tensor([[40], [3]])):
+        expected = ops.push_rings(empty, k, v, chosen, position, in_last_document=is_real)
+        actual = first_rings(k, v, chosen, position, 4, width, in_last_document=is_real)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        weight = torch.randn(zeros.shape, dtype=zeros.dtype, generator=torch.Generator().manual_seed(2))
+        gradients = [
+            torch.autograd.grad([rings.k, rings.v], [k, v], [weight, 2 * weight]) for rings in (actual, expected)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_short_call_computes_no_more_scores_than_full_attention() -> None:
+    assert lsh_cost(256, bucket_size=64, num_hashes=2, num_buckets=32) <= 256 * 256
+    assert lsh_cost(4096, bucket_size=64, num_hashes=2, num_buckets=32) < 4096 * 4096 // 4
 
 
 def dense(q: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:

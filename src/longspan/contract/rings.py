@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
 from longspan.contract.rows import BatchLayout
+from longspan.engine.ring_buffer import first_rings
 from longspan.state import may_overwrite, needs_grad
 
 
@@ -36,15 +37,32 @@ def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows:
     if rows.length == 1 and rows.plain and rows.emptied is None and not needs_grad(k, v, *rings):
         owned = may_overwrite(k, v, *rings)
         return ops.push_token(rings, k, v, buckets, rows.positions, in_place=owned)
-    last_document = continues = None
-    if rows.lengths is not None or rows.origin is not None or rows.emptied is not None:
-        tokens = rows.real_tokens()
-        column = torch.arange(rows.length, device=rows.device)
-        last_document = (column < tokens[:, None]) & (column >= (tokens - rows.live)[:, None])
-        continues = rows.live == rows.offset + tokens
+    last_document, continues = _in_last_document(rows), None
+    if last_document is not None:
+        continues = rows.live == rows.offset + rows.real_tokens()
     return ops.push_rings(
         rings, k, v, buckets, rows.positions, in_last_document=last_document, continues_document=continues
     )
+
+
+def make_rings(num_groups: int, width: int, k: Tensor, v: Tensor, buckets: Tensor, rows: BatchLayout) -> ops.LSHRings:
+    """Return the ring buffers after a call without a state: those of `next_rings` with empty ones before the call.
+
+    Args:
+        num_groups: number of buckets or clusters.
+        width: tokens of a ring buffer.
+        k, v, buckets, rows: see `next_rings`.
+    """
+    return first_rings(k, v, buckets, rows.positions, num_groups, width, in_last_document=_in_last_document(rows))
+
+
+def _in_last_document(rows: BatchLayout) -> Tensor | None:
+    """Return which columns (batch, length) hold real tokens of the row's last document; None = all."""
+    if rows.lengths is None and rows.origin is None and rows.emptied is None:
+        return None
+    tokens = rows.real_tokens()
+    column = torch.arange(rows.length, device=rows.device)
+    return (column < tokens[:, None]) & (column >= (tokens - rows.live)[:, None])
 
 
 def empty_rings(
@@ -58,7 +76,7 @@ def empty_rings(
         batch: rows.
         device, dtype: of keys and values.
     """
-    k = torch.zeros(batch, *shape, dim, device=device, dtype=dtype)
+    k, v = (host.zeros((batch, *shape, dim), dtype, device) for _ in range(2))
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)
     position = torch.full((batch, *shape), -1, dtype=torch.int64, device=device)
-    return RingState(k, k.clone(), position, drawn=zeros, live=zeros.clone())
+    return RingState(k, v, position, drawn=zeros, live=zeros.clone())

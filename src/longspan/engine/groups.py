@@ -177,7 +177,45 @@ def _nearest(
     keys: KeyOrdering, query_group: Tensor, reach: MemberRange, first_column: Tensor | None, shared: bool
 ) -> BlockSchedule:
     """Return the schedule of one round of `nearest_members`; query_group and first_column are (rows, length)."""
-    (rows, length), count = query_group.shape, keys.size.shape[1] - 1
+    rows, real = len(query_group), query_group < keys.size.shape[1] - 1
+    own_slot, first_slot, rank, visible = query_ranges(keys, query_group, reach, first_column, shared)
+    blocks = keys.front + rows * keys.row_stride
+    key = inverse(keys.slot, (blocks + reach.blocks_after) * TILE).view(-1, TILE)
+    if shared:
+        query, query_place, tile_blocks = key[keys.front : blocks], own_slot - keys.front * TILE, None
+    else:
+        query, query_place, tile_blocks = _query_tiles(first_slot // TILE + rank // TILE, query_group, keys, reach)
+    return BlockSchedule(
+        query=query,
+        query_place=query_place.masked_fill(~real, -1).flatten(),
+        key=key,
+        key_slot=keys.slot.flatten(),
+        lists=KeyLists(tile_blocks, reach.width),
+        visible=KeyRange._make(None if t is None else t.flatten() for t in visible),
+    )
+
+
+class QueryRanges(NamedTuple):
+    """Where the queries of a round are among the sorted keys, all (rows, length); see `KeyOrdering`.
+
+    Attributes:
+        own_slot: slot of the query's own key.
+        first_slot: slot of the first member of its group.
+        rank: number of members of its group before it.
+        visible: which keys it sees, by their slots; that of the keys is (rows, columns).
+    """
+
+    own_slot: Tensor
+    first_slot: Tensor
+    rank: Tensor
+    visible: KeyRange
+
+
+def query_ranges(
+    keys: KeyOrdering, query_group: Tensor, reach: MemberRange, first_column: Tensor | None, shared: bool
+) -> QueryRanges:
+    """Return which keys each query of a round sees; for the arguments see `_nearest`."""
+    (_, length), count = query_group.shape, keys.size.shape[1] - 1
     memory, real = keys.column.shape[1] - length, query_group < count
     own_slot = keys.slot[:, memory:]
     first_slot, size = (t.gather(1, query_group) for t in (keys.first_block * TILE, keys.size))
@@ -195,26 +233,14 @@ def _nearest(
         stop = rank + member if reach.include_self else rank
     else:
         stop = torch.minimum(rank + member + reach.after, size)
-    own = None if reach.after is None or reach.include_self else own_slot.masked_fill(~real, -1).flatten().int()
-    blocks = keys.front + rows * keys.row_stride
-    key = inverse(keys.slot, (blocks + reach.blocks_after) * TILE).view(-1, TILE)
-    if shared:
-        query, query_place, tile_blocks = key[keys.front : blocks], own_slot - keys.front * TILE, None
-    else:
-        query, query_place, tile_blocks = _query_tiles(first_slot // TILE + rank // TILE, query_group, keys, reach)
-    return BlockSchedule(
-        query=query,
-        query_place=query_place.masked_fill(~real, -1).flatten(),
-        key=key,
-        key_slot=keys.slot.flatten(),
-        lists=KeyLists(tile_blocks, reach.width),
-        visible=KeyRange(
-            first=(first_slot + lowest).flatten().int(),
-            stop=(first_slot + stop).masked_fill(~real, 0).flatten().int(),
-            own=own,
-            rank=keys.slot.masked_fill(keys.slot < 0, ABSENT).flatten().int(),
-        ),
+    own = None if reach.after is None or reach.include_self else own_slot.masked_fill(~real, -1).int()
+    visible = KeyRange(
+        first=(first_slot + lowest).int(),
+        stop=(first_slot + stop).masked_fill(~real, 0).int(),
+        own=own,
+        rank=keys.slot.masked_fill(keys.slot < 0, ABSENT).int(),
     )
+    return QueryRanges(own_slot, first_slot, rank, visible)
 
 
 def _query_tiles(
@@ -284,23 +310,52 @@ def nearest_members_in_documents(
         ring_position: (batch, heads or kv_heads, rounds, count, width) positions in the ring buffers, -1 where empty.
             The keys of a round are then those of its ring buffers, followed by the call's.
     """
-    shared, first_column, memory = key_group is query_group and ring_position is None, None, 0
+    shared, memory = key_group is query_group and ring_position is None, 0
     if ring_position is not None:
         ring_position = by_heads(ring_position, query_group.shape[1]).flatten(3)
         memory = ring_position.shape[3]
-    if start is not None and reach.after is None:
-        first_column = torch.where(start < 0, 0, memory + start)
-    elif start is not None:  # groups of each document
-        document = documents_of(start)[:, None, None]
-        query_group, key_group = (t + document * count for t in (query_group, key_group))
-        count *= count_documents(start)
-    if real is not None:
-        query_group, key_group = (t.masked_fill(~real[:, None, None], count) for t in (query_group, key_group))
+    groups = split_documents(query_group, key_group, count, reach, real=real, start=start, memory=memory)
+    query_group, key_group, count, first_column = groups
     if ring_position is not None:
         ring_group = torch.arange(count, device=ring_position.device).repeat_interleave(memory // count)
         key_group = torch.cat([torch.where(ring_position < 0, count, ring_group), key_group], 3)
     key_group = query_group if shared else key_group
     return nearest_members(query_group, key_group, count, reach, first_column=first_column, ring_position=ring_position)
+
+
+class DocumentGroups(NamedTuple):
+    """Groups of which each belongs to one document, for the arguments of `nearest_members` with the same names."""
+
+    query_group: Tensor
+    key_group: Tensor
+    num_groups: int
+    first_column: Tensor | None
+
+
+def split_documents(
+    query_group: Tensor,
+    key_group: Tensor,
+    count: int,
+    reach: MemberRange,
+    *,
+    real: Tensor | None,
+    start: Tensor | None,
+    memory: int = 0,
+) -> DocumentGroups:
+    """Restrict groups to documents: by the first column that a query sees if causal, else by groups of each document.
+
+    The arguments are those of `nearest_members_in_documents`; `memory` is the number of older keys in ring buffers.
+    """
+    shared, first_column = key_group is query_group, None
+    if start is not None and reach.after is None:
+        first_column = torch.where(start < 0, 0, memory + start)
+    elif start is not None:
+        document = documents_of(start)[:, None, None]
+        query_group, key_group = (t + document * count for t in (query_group, key_group))
+        count *= count_documents(start)
+    if real is not None:
+        query_group, key_group = (t.masked_fill(~real[:, None, None], count) for t in (query_group, key_group))
+    return DocumentGroups(query_group, query_group if shared else key_group, count, first_column)
 
 
 def nearest_entries(length: int, count: int, reach: MemberRange, *, shared: bool) -> int:

@@ -1,6 +1,7 @@
 """Ring buffers: the state of attention in groups, with the latest tokens of every bucket or cluster."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import host
 from longspan.engine import flash
 from longspan.engine.groups import by_heads, stable_sort
 from longspan.engine.tiles import HIDDEN
@@ -79,6 +81,54 @@ def push_rings(
     positions = torch.cat([rings.position.flatten(2), position[:, None].expand(batch, heads, -1)], 2)
     positions = positions.reshape(-1)[source].view(rings.position.shape).masked_fill_(empty, -1)
     return LSHRings(pick(rings.k, k), pick(rings.v, v), positions)
+
+
+def first_rings(
+    k: Tensor,
+    v: Tensor,
+    buckets: Tensor,
+    position: Tensor,
+    num_buckets: int,
+    width: int,
+    *,
+    in_last_document: Tensor | None = None,
+) -> LSHRings:
+    """Return the ring buffers with the tokens of a call, as `push_rings` does with empty ones.
+
+    Only the tokens are copied, as most slots of the ring buffers stay empty.
+
+    Args:
+        k: (batch, heads of the rings, length, head_dim).
+        v: like k.
+        buckets: (batch, heads of the rings, rounds, length).
+        position: (batch or 1, length).
+        num_buckets: number of buckets.
+        width: tokens of a ring buffer.
+        in_last_document: (batch, length) bool, real tokens of the row's last document; None = all.
+    """
+    (batch, heads, rounds, length), device = buckets.shape, k.device
+    if in_last_document is not None:
+        buckets = buckets.masked_fill(~in_last_document[:, None, None], num_buckets)
+    bucket, column = stable_sort(buckets.flatten(0, 2), num_buckets + 1)
+    size = torch.zeros(len(bucket), num_buckets + 1, dtype=torch.int64, device=device)
+    end = size.scatter_add_(1, bucket, torch.ones_like(bucket)).cumsum(1)
+    newer = end.gather(1, bucket) - torch.arange(length, device=device)  # 1 for the newest token of a bucket
+    row = torch.arange(len(bucket), device=device)[:, None]
+    shape = batch, heads, rounds, num_buckets, width
+    slots = math.prod(shape)  # the last slot is not used
+    slot = (row * num_buckets + bucket + 1) * width - newer
+    slot = torch.where((newer > width) | (bucket == num_buckets), slots, slot).flatten()
+    source = (row // rounds * length + column).flatten()
+
+    def place(tokens: Tensor, ring: Tensor) -> Tensor:
+        """Copy tokens (batch * heads * length, ...) to their slots."""
+        filled: Tensor = ring.index_copy_(0, slot, tokens.index_select(0, source))[:-1].unflatten(0, shape)
+        return filled
+
+    rings = (host.zeros((slots + 1, t.shape[3]), t.dtype, device) for t in (k, v))
+    ring_k, ring_v = (place(t.reshape(-1, t.shape[3]), ring) for t, ring in zip((k, v), rings, strict=True))
+    positions = position[:, None].expand(batch, heads, length).flatten()
+    return LSHRings(ring_k, ring_v, place(positions, torch.full((slots + 1,), -1, dtype=torch.int64, device=device)))
 
 
 def push_token(rings: LSHRings, k: Tensor, v: Tensor, buckets: Tensor, position: Tensor, *, in_place: bool) -> LSHRings:

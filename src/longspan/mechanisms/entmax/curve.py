@@ -158,6 +158,10 @@ class Curve:
         exponent, t = round(1 / self.a), rows
         for _ in range(WHOLE_STEPS):
             root = w = torch.sub(self.x, t - 1, out=self.y).clamp_(min=0.0)
+            if exponent == 2:  # the sum of squares without a product of its own
+                norm = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
+                t = torch.addcmul(t, norm / root.sum(-1, keepdim=True), norm - 1)
+                continue
             for _ in range(exponent - 2):
                 w = torch.mul(w, root, out=self.w)
             total, slope = torch.mul(w, root, out=self.p).sum(-1, keepdim=True), w.sum(-1, keepdim=True)

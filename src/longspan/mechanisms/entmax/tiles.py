@@ -6,7 +6,7 @@ row.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +54,19 @@ class Tile(NamedTuple):
         """Return the tile's part of a tensor with one entry per key."""
         return take(x, self.block, self.run.low, self.run.keys, self.run.step)
 
+    def add_to_keys(self, total: Tensor, part: Tensor) -> None:
+        """Add `part` (items, heads, keys, dim) to the tile's part of a tensor with one entry per key.
+
+        Neighboring tiles of a row overlap in their keys, so they are added one after the other.
+        """
+        row, _, first, tiles = self.block
+        if tiles == 1:
+            self.keys(total).add_(part)
+            return
+        for number in range(tiles):
+            of_tile = self._replace(block=Block(row, 1, first + number, 1))
+            of_tile.keys(total).add_(part[number : number + 1])
+
     def views(self, buffers: Tensor) -> list[Tensor]:
         """Return views (items, queries, keys) of the given buffers (count, ...), one per buffer."""
         shape = (self.block.rows * self.block.tiles, self.run.queries, self.run.keys)
@@ -72,19 +85,12 @@ class Layout(NamedTuple):
     scale: float
     visibility: Visibility | None
 
-    def tiles(self, like: Tensor, *, alone: bool = False) -> Iterator[Tile]:
-        """Yield all tiles of a call, with batch size, dtype and device taken from `like`.
-
-        `alone`: one tile of a run at a time, because neighboring tiles overlap in their keys.
-        """
+    def tiles(self, like: Tensor) -> Iterator[Tile]:
+        """Yield all tiles of a call, with batch size, dtype and device taken from `like`."""
         bands, batch = Bands(self.plan, like.dtype, like.device), like.shape[0]
         for run in self.plan.runs:
             pattern, most = bands(run), _most_items(run, batch)
-            blocks: Iterable[Block] = make_blocks(run, batch, most)
-            if alone:
-                rows = range(0, batch, most)
-                blocks = (Block(row, min(most, batch - row), tile, 1) for tile in range(run.tiles) for row in rows)
-            for block in blocks:
+            for block in make_blocks(run, batch, most):
                 seen = None if self.visibility is None else self.visibility.seen(run, block)
                 mask = tile_mask(pattern, seen, like.dtype)
                 yield Tile(run, block, mask if mask is None or mask.ndim == 2 else mask[:, 0])
@@ -203,14 +209,17 @@ def _backward(
     if exponents is None:  # a tensor without values (meta or fake): only shapes matter
         return dq, dk, dv, torch.stack(slopes)
     buffers = layout.buffers(q, 6)
-    for tile in layout.tiles(q, alone=True):
+    for tile in layout.tiles(q):
         query_parts = [tile.queries(t) for t in (q, grad, thresholds, dq)]
-        key_parts = [tile.keys(t) for t in (k, v, dk, dv)]
+        key_parts = [tile.keys(t) for t in (k, v)]
+        sums = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in key_parts]
         *of_curve, spare = tile.views(buffers)
         for head, a in enumerate(exponents):
-            of_head = [t[:, head] for t in query_parts] + [t[:, head // group] for t in key_parts]
+            of_head = [t[:, head] for t in query_parts] + [t[:, head // group] for t in (*key_parts, *sums)]
             slope = _tile_backward(tile, Curve(of_curve, a), spare, of_head, layout.scale, alpha_learns)
             slopes[head] += 0.0 if slope is None else slope
+        for total, part in zip((dk, dv), sums, strict=True):
+            tile.add_to_keys(total, part)
     return dq, dk, dv, torch.stack(slopes)
 
 

@@ -11,7 +11,7 @@ from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
 from longspan.contract.redraw import DrawnMechanism
-from longspan.contract.rings import RingState, empty_rings, next_rings
+from longspan.contract.rings import RingState, empty_rings, make_rings, next_rings
 from longspan.contract.rows import BatchLayout
 from longspan.errors import ConfigError
 
@@ -144,9 +144,10 @@ class LSHMechanism(DrawnMechanism):
         if shared:
             k, v = q, v.repeat_interleave(self.shape.group, 1)
         if rings is None:
-            empty = self.init_state(rows.batch, k.device, k.dtype)
-            rings = ops.LSHRings(empty.k, empty.v, empty.position)
-        return out, RingState(*next_rings(rings, k, v, key_buckets, rows), self.drawn_of(rows), rows.live)
+            rings = make_rings(count, 2 * self.config.bucket_size, k, v, key_buckets, rows)
+        else:
+            rings = next_rings(rings, k, v, key_buckets, rows)
+        return out, RingState(*rings, self.drawn_of(rows), rows.live)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Redraw the random rotations every `redraw_every` optimizer steps."""

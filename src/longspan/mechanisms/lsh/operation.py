@@ -20,9 +20,11 @@ from longspan.engine.groups import (
     nearest_entries,
     nearest_members_in_documents,
     real_columns,
+    split_documents,
     stable_sort,
     zero_padding,
 )
+from longspan.engine.members import attend_members, fits_rectangles, rectangle_entries
 from longspan.engine.ring_buffer import LSHRings, attend_token, behind_rings
 from longspan.errors import ConfigError
 from longspan.state import needs_grad
@@ -127,17 +129,29 @@ def lsh_attention(
     keys = F.normalize(queries, dim=-1) if k is None else k.to(dtype)
     key_bucket = query_bucket if k is None and rings is None else by_heads(buckets[1], heads)
     count = 2 * rotations.shape[3]
+    reach, shared = _strict_reach(bucket_size, causal), key_bucket is query_bucket
     if selection == "sorted":
         schedules = _sorted_schedules(
             query_bucket, key_bucket, count, bucket_size, causal=causal, real=real, start=start
         )
+        out, lse = attend_blocks(queries, (keys,), (values,), schedules, scale)
+    elif rings is None and fits_rectangles(q.shape[2], count, rotations.shape[1], reach, shared=shared):
+        if real is not None:
+            queries, keys, values = (t.masked_fill(~real[:, None, :, None], 0) for t in (queries, keys, values))
+        groups = split_documents(query_bucket, key_bucket, count, reach, real=real, start=start)
+        out, lse = attend_members(queries, keys, by_heads(values, keys.shape[1]), groups, reach, scale)
     else:
-        reach, position = _strict_reach(bucket_size, causal), None if rings is None else rings[2]
         schedules = nearest_members_in_documents(
-            query_bucket, key_bucket, count, reach, real=real, start=start, ring_position=position
+            query_bucket,
+            key_bucket,
+            count,
+            reach,
+            real=real,
+            start=start,
+            ring_position=None if rings is None else rings[2],
         )
-    all_keys, all_values = behind_rings(rings, keys, values, heads, unit_keys=k is None)
-    out, lse = attend_blocks(queries, all_keys, all_values, schedules, scale)
+        all_keys, all_values = behind_rings(rings, keys, values, heads, unit_keys=k is None)
+        out, lse = attend_blocks(queries, all_keys, all_values, schedules, scale)
     return zero_padding(torch.where(sees_none(lse)[..., None], by_heads(values, heads), out), real, q.dtype)
 
 
@@ -304,4 +318,7 @@ def lsh_cost(
         height = min(bucket_size, TILE)
         tiles = chunks_of(length, 1, bucket_size) * -(-bucket_size // height)
         return num_hashes * tiles * height * 2 * bucket_size
-    return num_hashes * nearest_entries(length, num_buckets, _strict_reach(bucket_size, causal), shared=shared_qk)
+    reach = _strict_reach(bucket_size, causal)
+    if fits_rectangles(length, num_buckets, num_hashes, reach, shared=shared_qk):
+        return rectangle_entries(length, reach)
+    return num_hashes * nearest_entries(length, num_buckets, reach, shared=shared_qk)

@@ -11,7 +11,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.config import check_least, check_shares
 from longspan.contract.base import Shape, Traits
-from longspan.contract.rings import RingState, empty_rings, next_rings
+from longspan.contract.rings import RingState, empty_rings, make_rings, next_rings
 from longspan.contract.rows import BatchLayout
 from longspan.mechanisms.routing.kmeans import ClusteredMechanism
 from longspan.state import recomputing
@@ -201,9 +201,12 @@ class RoutingMechanism(ClusteredMechanism):
         self, k: Tensor, v: Tensor, clusters: Tensor, state: RingState | None, rows: BatchLayout
     ) -> RingState:
         """Return the ring buffers after the call's keys and values entered those of their clusters."""
-        state = self.init_state(rows.batch, k.device, k.dtype) if state is None else state
-        rings = ops.LSHRings(*(t[:, :, None] for t in state[:3]))
-        ring_k, ring_v, position = (t[:, :, 0] for t in next_rings(rings, k, v, clusters[:, :, None], rows))
+        clusters = clusters[:, :, None]
+        if state is None:
+            rings = make_rings(self.config.num_clusters, self.config.window, k, v, clusters, rows)
+        else:
+            rings = next_rings(ops.LSHRings(*(t[:, :, None] for t in state[:3])), k, v, clusters, rows)
+        ring_k, ring_v, position = (t[:, :, 0] for t in rings)
         return RingState(ring_k, ring_v, position, self.drawn_of(rows), rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RingState:
