@@ -63,3 +63,16 @@ def test_nothing_is_decided_where_a_model_failed() -> None:
     judgment = claim.judge(results)
     assert judgment.verdict == "undecided"
     assert not judgment.pictures
+
+
+def test_remedies_change_what_they_say() -> None:
+    names = {spec.name for spec in claim.MODELS}
+    specs = {spec.name: spec for remedy in claim.REMEDIES for spec in remedy.models}
+    assert all(set(remedy.pair) <= names | {*specs} for remedy in claim.REMEDIES)
+    assert not names & {*specs}
+    assert len({remedy.cause for remedy in claim.REMEDIES}) == 3
+    (mixer,) = specs["compressive, two to one"].model["mixers"]
+    assert mixer == {**claim.MIXERS[claim.OURS], "ratio": 2}
+    sizes = {"vocab_size": 256, "dim": 128, "num_layers": 4, "num_heads": 4, "ffn_dim": 352}
+    for spec in specs.values():
+        build_model({**sizes, **spec.model})

@@ -1,6 +1,7 @@
 """`compressive`: Transformer-XL with half of its memory compressed, at equal cost of attention; all and rare words."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from longspan.experiments.claims.continued import (
     Judgment,
     ModelSpec,
     Plan,
+    Remedy,
     Results,
     TrainedRuns,
     ahead,
@@ -41,6 +43,38 @@ for _kind in ("mean", "max", "dilated", "most_used"):
     MIXERS[f"compressive, {_kind}"] = {**MIXERS[OURS], "compression": _kind}
 # the mechanisms have relative positions
 MODELS = [ModelSpec(name=name, model={"mixers": [mixer], "positions": "none"}) for name, mixer in MIXERS.items()]
+_FAST = {"lr": 1e-3}
+
+
+def _changed(name: str, base: str, **fields: Any) -> ModelSpec:
+    """Return a model under another name, with other fields of its mixer."""
+    return ModelSpec(name=name, model={"mixers": [{**MIXERS[base], **fields}], "positions": "none"})
+
+
+REMEDIES = (
+    Remedy(what="the mean of four states", cause="storing", pair=("compressive, mean", PEER), models=()),
+    Remedy(
+        what="two states per slot instead of four",
+        cause="storing",
+        pair=("compressive, two to one", PEER),
+        models=(_changed("compressive, two to one", OURS, ratio=2),),
+    ),
+    Remedy(
+        what="slots in addition to the memory of 128",
+        cause="needing",
+        pair=("compressive, memory of 128", PEER),
+        models=(_changed("compressive, memory of 128", OURS, mem_len=128),),
+    ),
+    Remedy(
+        what="a rate of 1e-3",
+        cause="optimizing",
+        pair=("compressive, rate 1e-3", "transformer_xl, rate 1e-3"),
+        models=(
+            replace(_changed("compressive, rate 1e-3", OURS), train=_FAST),
+            replace(_changed("transformer_xl, rate 1e-3", PEER), train=_FAST),
+        ),
+    ),
+)
 RARE = 100
 """a word is rare if it occurs fewer times than this in the training text"""
 
@@ -138,7 +172,9 @@ def _picture(buckets: Sequence[Mapping[str, Any]]) -> Picture:
     )
 
 
-COMPARISON = Comparison(name="compressive", models=MODELS, pairs=[(OURS, PEER)], judge=judge, inspect=inspect)
+COMPARISON = Comparison(
+    name="compressive", models=MODELS, pairs=[(OURS, PEER)], judge=judge, inspect=inspect, remedies=REMEDIES
+)
 COMPRESSIVE = Claim(
     name="compressive",
     system="Compressive Transformer",
