@@ -22,6 +22,7 @@ from longspan.errors import ConfigError
 from longspan.models import Trace
 from longspan.models.memory_update import GatedUpdate
 from longspan.tasks import MemoryTask
+from longspan.tasks.memory import num_questions
 from longspan.train.curriculum import (
     CurriculumConfig,
     CurriculumPart,
@@ -55,6 +56,9 @@ class MemoryCurriculumConfig(CurriculumConfig):
             below it the weight decays. At full weight from the first step, the memory would never be written.
         gate_floor: smallest fraction of `gate_penalty`. Without it, a gate that is always open keeps accuracy too low
             for the penalty to rise, and stays open.
+        all_questions: every text of a batch occurs with each of the questions that its facts answer, in as many rows
+            (two in `reasoning`, one in the other kinds). Where a model knows the candidates but not which of them is
+            asked for, whatever does not depend on the question cancels in the gradient of such rows.
         mine_every: steps from one search for hard negatives to the next, counted from step 0 of the run; searches begin
             when batches have several segments of full length. 0: none.
         mine_segments: least number of segments without a fact that a search reads.
@@ -72,6 +76,7 @@ class MemoryCurriculumConfig(CurriculumConfig):
     gate_margin: float = 3.0
     gate_ramp: float = 0.02
     gate_floor: float = 0.1
+    all_questions: bool = False
     mine_every: int = 0
     mine_segments: int = 2000
     mine_hardest: int = 128
@@ -193,7 +198,14 @@ class Samples(NamedTuple):
 
 
 def draw_samples(
-    task: MemoryTask, segments: int, rows: int, size: int, seed: tuple[int, ...], *, first: int = 0
+    task: MemoryTask,
+    segments: int,
+    rows: int,
+    size: int,
+    seed: tuple[int, ...],
+    *,
+    first: int = 0,
+    all_questions: bool = False,
 ) -> Samples:
     """Generate a training batch of a memory task.
 
@@ -204,8 +216,13 @@ def draw_samples(
         size: tokens per segment.
         seed: the same seed gives the same batch.
         first: index of the first of these rows in a batch that is drawn in parts.
+        all_questions: consecutive rows have the same text and the different questions that it answers.
     """
-    drawn = [task.sample("train", segments, [*seed, row], size=size) for row in range(first, first + rows)]
+    questions = num_questions(task.config.kind) if all_questions else 1
+    indices = (divmod(row, questions) for row in range(first, first + rows))
+    drawn = [
+        task.sample("train", segments, [*seed, text], size=size, question_index=question) for text, question in indices
+    ]
     parts = [list(sample) for sample in drawn]
     tokens = np.stack([np.concatenate([part.tokens for part in sample]) for sample in parts])
     fact = torch.tensor([[part.fact for part in sample] for sample in parts])
@@ -345,7 +362,15 @@ class MemorySource(CurriculumSource):
     def samples(self, plan: Plan, rows: range) -> Samples:
         """Generate some rows of a batch."""
         seed = self.config.seed, plan.step
-        batch = draw_samples(self.task, plan.drawn, len(rows), self.stages.length, seed, first=rows.start)
+        batch = draw_samples(
+            self.task,
+            plan.drawn,
+            len(rows),
+            self.stages.length,
+            seed,
+            first=rows.start,
+            all_questions=self.config.all_questions,
+        )
         # there are hard negatives only since segments have their full length
         if not self.stages.mined:
             return batch
