@@ -115,7 +115,9 @@ def test_all_questions_of_a_text_are_in_consecutive_rows() -> None:
     batch = draw_samples(task, 2, 7, 96, (0,), all_questions=True)
     plain = draw_samples(task, 2, 4, 96, (0,))
     length = len(task.encode(" What is north of the garden?"))
-    assert torch.equal(batch.tokens[::2], plain.tokens), "the first question is the one that is drawn without the others"
+    assert torch.equal(batch.tokens[::2], plain.tokens), (
+        "the first question is the one that is drawn without the others"
+    )
     assert torch.equal(batch.answers[::2], plain.answers)
     assert torch.equal(batch.tokens[1::2, :-length], plain.tokens[:3, :-length])
     assert torch.equal(batch.whole[1::2], plain.whole[:3])
@@ -132,7 +134,11 @@ def test_all_questions_of_a_text_are_in_consecutive_rows() -> None:
 def test_a_run_with_all_questions_trains_on_other_rows(tmp_path: Path) -> None:
     for name, fields in (("drawn", {}), ("all", {"all_questions": True})):
         train = {**RECIPE["train"], "steps": 1, **fields}
-        run({**RECIPE, "task": {**RECIPE["task"], "kind": "reasoning"}, "train": train}, tmp_path / name, progress="none")
+        run(
+            {**RECIPE, "task": {**RECIPE["task"], "kind": "reasoning"}, "train": train},
+            tmp_path / name,
+            progress="none",
+        )
     drawn, every = (read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("drawn", "all"))
     assert drawn != every
 
