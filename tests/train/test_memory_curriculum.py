@@ -110,6 +110,23 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
     assert all(8 <= count <= 64 for _, count in rows)
 
 
+def test_the_number_of_short_segments_grows_before_their_length() -> None:
+    config = MemoryCurriculumConfig(short_segments=(64, 128), first_segments=1, max_segments=4, short_max_segments=3)
+    curriculum = MemoryCurriculum(config, 499)
+    stages = [(curriculum.segments, curriculum.length)]
+    while curriculum.further():
+        stages.append((curriculum.segments, curriculum.length))
+    assert stages == [(1, 64), (2, 64), (3, 64), (3, 128), (3, 499), (4, 499)]
+    whole = MemoryCurriculumConfig(short_segments=(), first_segments=1, max_segments=2, short_max_segments=2)
+    curriculum = MemoryCurriculum(whole, 499)
+    assert curriculum.further()
+    assert (curriculum.segments, curriculum.length) == (2, 499)
+    assert not curriculum.further()
+    for wrong in (1, 6):
+        with pytest.raises(ConfigError, match=f"short_max_segments = {wrong}: must be 0, or from .* = 2 to .* = 5"):
+            MemoryCurriculumConfig(short_max_segments=wrong)
+
+
 def test_all_questions_of_a_text_are_in_consecutive_rows() -> None:
     task = MemoryTask(MemoryConfig(kind="reasoning", vocab_size=512, segment_length=96))
     batch = draw_samples(task, 2, 7, 96, (0,), all_questions=True)

@@ -2,7 +2,7 @@
 
 Bulatov et al. 2023 (section 3) train one segment to convergence, then two, and so on. Here the model first learns to
 write its memory, on two segments so short that a fact is most of their text; then the segments grow to their full
-length, and then their number grows. Half of the batches are of the current stage, the others of earlier stages.
+length, and then their number grows; with `short_max_segments` it grows on the short segments first. Half of the batches are of the current stage, the others of earlier stages.
 
 With `mine_every`, training then searches for segments without a fact in which gates open, and repeats them
 (`longspan.train.hard_negatives`).
@@ -45,6 +45,8 @@ class MemoryCurriculumConfig(CurriculumConfig):
         short_segments: segment lengths of the first stages, in tokens, before the segment length of the task.
         first_segments: number of segments per sample in the first stage.
         max_segments: number of segments per sample in the last stage.
+        short_max_segments: number of segments per sample that is reached before segments get longer, on those of the
+            first length, where steps are cheap and a fact is much of the text; 0: `first_segments`.
         short_accuracy: accuracy that ends a stage with short segments; `accuracy` is for full-length segments.
         gate_open: weight of the loss that raises the gate's logit to at least `gate_evidence` in segments with a whole
             fact.
@@ -69,6 +71,7 @@ class MemoryCurriculumConfig(CurriculumConfig):
     short_segments: tuple[int, ...] = (64, 128, 256)
     first_segments: int = 2
     max_segments: int = 5
+    short_max_segments: int = 0
     short_accuracy: float = 0.85
     gate_open: float = 0.3
     gate_evidence: float = 8.0
@@ -88,6 +91,11 @@ class MemoryCurriculumConfig(CurriculumConfig):
             raise ConfigError(
                 f"train.first_segments = {self.first_segments}, train.max_segments = {self.max_segments}: the first "
                 "must be at least 1, the second at least the first"
+            )
+        if self.short_max_segments and not self.first_segments <= self.short_max_segments <= self.max_segments:
+            raise ConfigError(
+                f"train.short_max_segments = {self.short_max_segments}: must be 0, or from train.first_segments = "
+                f"{self.first_segments} to train.max_segments = {self.max_segments}"
             )
         check_shares(self, "train", ("short_accuracy", "gate_floor", "mine_share"))
         check_least(self, "train", {"mine_every": 0, "mine_segments": 1, "mine_hardest": 1})
@@ -144,8 +152,14 @@ class MemoryCurriculum(Stages):
         return self.count(accuracy if segments == self.segments else None, threshold)
 
     def further(self) -> bool:
-        """Go to the next stage: longer segments, then more of them; return False in the last stage."""
-        if self.length < self.full:
+        """Go to the next stage: more segments of the first length, then longer ones, then more of them.
+
+        Returns:
+            False in the last stage.
+        """
+        if self.length == self._lengths[0] < self.full and self.segments < self.config.short_max_segments:
+            self.segments += 1
+        elif self.length < self.full:
             self.length = self._lengths[self._lengths.index(self.length) + 1]
         elif self.segments < self.config.max_segments:
             self.segments += 1
