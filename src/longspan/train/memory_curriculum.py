@@ -2,7 +2,8 @@
 
 Bulatov et al. 2023 (section 3) train one segment to convergence, then two, and so on. Here the model first learns to
 write its memory, on two segments so short that a fact is most of their text; then the segments grow to their full
-length, and then their number grows; with `short_max_segments` it grows on the short segments first. Half of the batches are of the current stage, the others of earlier stages.
+length, and then their number grows; with `short_max_segments` it grows on the short segments first. Half of the
+batches are of the current stage, the others of earlier stages.
 
 With `mine_every`, training then searches for segments without a fact in which gates open, and repeats them
 (`longspan.train.hard_negatives`).
