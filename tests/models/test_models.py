@@ -251,6 +251,34 @@ def test_position_widths_that_do_not_fit_are_refused(fields: dict[str, Any], say
         decoder(**{"positions": "factorized", "position_shape": (6, 5), "dim": 16, **fields})
 
 
+def test_a_mixer_without_rope_compares_contents_alone() -> None:
+    """Without RoPE in the only layer the last token cannot tell the order of the earlier ones; with it, it can."""
+    text = tokens(1, 8)
+    reordered = torch.cat([text[:, :7].flip(1), text[:, 7:]], 1)
+    for rope, is_equal in ((False, True), (True, False)):
+        model = decoder(mixers=({"name": "full", "rope": rope},), num_layers=1, init_std=0.5).double().eval()
+        last = [model(order)[0][:, -1] for order in (text, reordered)]
+        assert torch.allclose(*last) is is_equal
+    # the window before it knows the order
+    window = {"name": "window", "window": 4}
+    model = decoder(mixers=(window, {"name": "full", "rope": False}), num_layers=2, init_std=0.5).double().eval()
+    assert not torch.allclose(*(model(order)[0][:, -1] for order in (text, reordered)))
+    assert model.config.mixers[1] == {"name": "full", "rope": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"mixers": ({"name": "full", "rope": 500.0},)}, r"mixers\[0\].rope = 500.0: must be true or false"),
+        ({"mixers": ({"name": "full", "rope": False},), "positions": "none"}, r"positions = 'rope', not 'none'"),
+    ],
+    ids=str,
+)
+def test_a_switch_of_rope_that_does_not_fit_is_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ls.ConfigError, match=says):
+        decoder(**fields)
+
+
 def test_sparse_patterns_alternate_by_layer_and_by_head() -> None:
     """Sparse Transformer's other two integrations are the model's list of mixers and `heads`."""
     sparse = {"name": "sparse", "pattern": "strided", "stride": 5}

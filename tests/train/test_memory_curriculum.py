@@ -110,6 +110,56 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
     assert all(8 <= count <= 64 for _, count in rows)
 
 
+def test_the_number_of_short_segments_grows_before_their_length() -> None:
+    config = MemoryCurriculumConfig(short_segments=(64, 128), first_segments=1, max_segments=4, short_max_segments=3)
+    curriculum = MemoryCurriculum(config, 499)
+    stages = [(curriculum.segments, curriculum.length)]
+    while curriculum.further():
+        stages.append((curriculum.segments, curriculum.length))
+    assert stages == [(1, 64), (2, 64), (3, 64), (3, 128), (3, 499), (4, 499)]
+    whole = MemoryCurriculumConfig(short_segments=(), first_segments=1, max_segments=2, short_max_segments=2)
+    curriculum = MemoryCurriculum(whole, 499)
+    assert curriculum.further()
+    assert (curriculum.segments, curriculum.length) == (2, 499)
+    assert not curriculum.further()
+    for wrong in (1, 6):
+        with pytest.raises(ConfigError, match=f"short_max_segments = {wrong}: must be 0, or from .* = 2 to .* = 5"):
+            MemoryCurriculumConfig(short_max_segments=wrong)
+
+
+def test_all_questions_of_a_text_are_in_consecutive_rows() -> None:
+    task = MemoryTask(MemoryConfig(kind="reasoning", vocab_size=512, segment_length=96))
+    batch = draw_samples(task, 2, 7, 96, (0,), all_questions=True)
+    plain = draw_samples(task, 2, 4, 96, (0,))
+    length = len(task.encode(" What is north of the garden?"))
+    assert torch.equal(batch.tokens[::2], plain.tokens), (
+        "the first question is the one that is drawn without the others"
+    )
+    assert torch.equal(batch.answers[::2], plain.answers)
+    assert torch.equal(batch.tokens[1::2, :-length], plain.tokens[:3, :-length])
+    assert torch.equal(batch.whole[1::2], plain.whole[:3])
+    assert not (batch.answers[1::2] == plain.answers[:3]).any()
+    differences = (batch.tokens[1::2] != plain.tokens[:3]).sum(1)
+    assert differences.tolist() == [1, 1, 1], "only the direction in the question differs"
+    rest = draw_samples(task, 2, 4, 96, (0,), first=3, all_questions=True)
+    assert torch.equal(rest.tokens, batch.tokens[3:]), "rows do not depend on how a batch is split"
+    detect = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
+    both = [draw_samples(detect, 2, 3, 96, (0,), all_questions=every).tokens for every in (False, True)]
+    assert torch.equal(*both), "a text of the other kinds answers one question"
+
+
+def test_a_run_with_all_questions_trains_on_other_rows(tmp_path: Path) -> None:
+    for name, fields in (("drawn", {}), ("all", {"all_questions": True})):
+        train = {**RECIPE["train"], "steps": 1, **fields}
+        run(
+            {**RECIPE, "task": {**RECIPE["task"], "kind": "reasoning"}, "train": train},
+            tmp_path / name,
+            progress="none",
+        )
+    drawn, every = (read_log(tmp_path / name / "log.jsonl")[0]["loss"] for name in ("drawn", "all"))
+    assert drawn != every
+
+
 @pytest.mark.long
 def test_the_gate_losses_open_gates_at_whole_facts_only() -> None:
     task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))

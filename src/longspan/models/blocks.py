@@ -77,6 +77,7 @@ class Block(nn.Module):
         super().__init__()
         entry = index % len(config.mixers)
         fields = dict(config.mixers[entry])
+        is_rotated = fields.pop("rope", True) and config.positions == "rope"
         self.post = config.norm_position == "post"
         try:
             self.mixer: Mixer = mixers.build(
@@ -87,7 +88,7 @@ class Block(nn.Module):
                 head_dim=config.head_dim,
                 causal=causal,
                 bias=config.bias if config.mixer_bias is None else config.mixer_bias,
-                rope=config.rope_theta if config.positions == "rope" else None,
+                rope=config.rope_theta if is_rotated else None,
                 dropout=config.dropout,
                 **fields,
             )

@@ -21,7 +21,8 @@ class StackConfig:
         num_kv_heads: key and value heads; None = num_heads.
         head_dim: width per head; None = dim // num_heads.
         mixers: tables with the `name` of a mixer and its fields; the list repeats over the layers, so two entries
-            alternate.
+            alternate. With `rope = false` in its table a mixer has no RoPE: it compares contents alone, equally at all
+            distances (NoPE, Kazemnejad et al. 2023), and the order of tokens reaches it from the other layers.
         ffn_dim: width of the feed-forward; None = 4 dim (gelu, relu) or 8/3 dim rounded up to 32 (swiglu).
         activation: of the feed-forward.
         norm: "rmsnorm" (Zhang & Sennrich 2019) or "layernorm".
@@ -104,6 +105,8 @@ class StackConfig:
                 raise ConfigError(f"{where}.mixers[{i}] = {mixer!r}: expected a table with a name")
         object.__setattr__(self, "positions", renames.value("model.positions", self.positions))
         self._check_positions(where)
+        for i, mixer in enumerate(self.mixers):
+            self._check_rope(f"{where}.mixers[{i}]", mixer)
         if self.ffn_chunk < 0:
             raise ConfigError(f"{where}.ffn_chunk = {self.ffn_chunk}: must be at least 1 token, or 0 for all tokens")
         if self.reversible and self.norm_position != "pre":
@@ -114,6 +117,16 @@ class StackConfig:
             raise ConfigError(f"{where}.streams = 'both': needs reversible blocks; set reversible = true")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{where}.dropout = {self.dropout}: must be in [0, 1)")
+
+    def _check_rope(self, where: str, mixer: dict[str, Any]) -> None:
+        """Raise a ConfigError if the field `rope` of a mixer is not a switch, or has nothing to switch off."""
+        rope = mixer.get("rope", True)
+        if not isinstance(rope, bool):
+            raise ConfigError(f"{where}.rope = {rope!r}: must be true or false; the base of RoPE is model.rope_theta")
+        if "rope" in mixer and self.positions != "rope":
+            raise ConfigError(
+                f"{where}.rope: a switch for models with positions = 'rope', not {self.positions!r}; leave it out"
+            )
 
     def _check_positions(self, where: str) -> None:
         """Raise a ConfigError if the fields of positions contradict each other."""

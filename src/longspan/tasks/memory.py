@@ -198,6 +198,7 @@ class MemorySample:
         kind: of the task.
         size: tokens per segment.
         negatives: whether the noise has hard negatives, see `MemoryConfig`.
+        question_index: which of the questions that its facts answer is asked, from 0, see `num_questions`.
     """
 
     def __init__(
@@ -210,13 +211,14 @@ class MemorySample:
         kind: Kind,
         size: int,
         negatives: bool,
+        question_index: int = 0,
     ) -> None:
         self.noise, self.segments, self.size = task.noise(split), segments, size
         self.negatives = task.negatives(kind) if negatives else None
         self.drawn = np.zeros(len(self.noise), dtype=np.int32)
         self.seed = [*seed, segments]
         random = np.random.default_rng([*self.seed, 0])
-        self.what = ask(kind, random)
+        self.what = ask(kind, random, question_index)
         self.facts = [task.encode(" " + fact) for fact in self.what.facts]
         self.question = task.encode(" " + self.what.question)
         self.room = segments * size - len(self.question) - sum(len(fact) for fact in self.facts)
@@ -358,6 +360,7 @@ class MemoryTask:
         kind: Kind | None = None,
         size: int | None = None,
         negatives: bool | None = None,
+        question_index: int = 0,
     ) -> MemorySample:
         """Return the sample of a seed; equal arguments give equal samples.
 
@@ -368,10 +371,14 @@ class MemoryTask:
             kind: of the task; None: that of the configuration.
             size: tokens per segment; None: `segment_length` of the configuration.
             negatives: whether the noise has hard negatives, see `MemoryConfig`; None: in the split `train`.
+            question_index: which of the questions that the facts of this seed answer is asked, from 0 to
+                `num_questions(kind)` - 1; facts and noise are the same for all of them.
         """
         kind, size = kind or self.config.kind, size or self.config.segment_length
         negatives = split == "train" if negatives is None else negatives
-        return MemorySample(self, split, segments, seed, kind=kind, size=size, negatives=negatives)
+        return MemorySample(
+            self, split, segments, seed, kind=kind, size=size, negatives=negatives, question_index=question_index
+        )
 
     def negatives(self, kind: Kind) -> Negatives:
         """Return the source of hard negatives for training noise."""
@@ -408,16 +415,27 @@ class MemoryTask:
         return Documents(items, [f"{self.config.kind} {index}" for index in range(count)], str(fields))
 
 
-def ask(kind: Kind, random: np.random.Generator) -> Question:
-    """Draw the facts, the question and the answer of a sample."""
+def num_questions(kind: Kind) -> int:
+    """Return how many different questions the facts of a sample answer."""
+    return 2 if kind == "reasoning" else 1
+
+
+def ask(kind: Kind, random: np.random.Generator, question_index: int = 0) -> Question:
+    """Draw the facts, the question and the answer of a sample.
+
+    Args:
+        kind: of the task.
+        random: generator; what is drawn does not depend on `question_index`.
+        question_index: 0: the question that is drawn; 1: the other one that the facts answer.
+    """
     if kind == "reasoning":
-        return _ask_reasoning(random)
+        return _ask_reasoning(random, question_index)
     name, action, place = (int(random.integers(len(words))) for words in (NAMES, ACTIONS, PLACES))
     fact = f"{NAMES[name]} {ACTIONS[action]} to the {PLACES[place]}."
     return Question((fact,), f"Where is {NAMES[name]}?", place)
 
 
-def _ask_reasoning(random: np.random.Generator) -> Question:
+def _ask_reasoning(random: np.random.Generator, question_index: int) -> Question:
     """Draw a question of bAbI task 4: a place has neighbors on two opposite sides, and one of these is the answer."""
     first, middle, last = (int(i) for i in random.permutation(len(PLACES))[:3])
     one, other = ("north", "south") if random.random() < 0.5 else ("east", "west")
@@ -427,7 +445,8 @@ def _ask_reasoning(random: np.random.Generator) -> Question:
     ]
     if random.random() < 0.5:
         facts.reverse()
-    direction, answer = ((one, first), (other, last))[int(random.integers(2))]
+    drawn = int(random.integers(2))
+    direction, answer = ((one, first), (other, last))[(drawn + question_index) % 2]
     return Question(tuple(facts), f"What is {direction} of the {PLACES[middle]}?", answer)
 
 

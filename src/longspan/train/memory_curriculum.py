@@ -2,7 +2,8 @@
 
 Bulatov et al. 2023 (section 3) train one segment to convergence, then two, and so on. Here the model first learns to
 write its memory, on two segments so short that a fact is most of their text; then the segments grow to their full
-length, and then their number grows. Half of the batches are of the current stage, the others of earlier stages.
+length, and then their number grows; with `short_max_segments` it grows on the short segments first. Half of the
+batches are of the current stage, the others of earlier stages.
 
 With `mine_every`, training then searches for segments without a fact in which gates open, and repeats them
 (`longspan.train.hard_negatives`).
@@ -22,6 +23,7 @@ from longspan.errors import ConfigError
 from longspan.models import Trace
 from longspan.models.memory_update import GatedUpdate
 from longspan.tasks import MemoryTask
+from longspan.tasks.memory import num_questions
 from longspan.train.curriculum import (
     CurriculumConfig,
     CurriculumPart,
@@ -44,6 +46,8 @@ class MemoryCurriculumConfig(CurriculumConfig):
         short_segments: segment lengths of the first stages, in tokens, before the segment length of the task.
         first_segments: number of segments per sample in the first stage.
         max_segments: number of segments per sample in the last stage.
+        short_max_segments: number of segments per sample that is reached before segments get longer, on those of the
+            first length, where steps are cheap and a fact is much of the text; 0: `first_segments`.
         short_accuracy: accuracy that ends a stage with short segments; `accuracy` is for full-length segments.
         gate_open: weight of the loss that raises the gate's logit to at least `gate_evidence` in segments with a whole
             fact.
@@ -55,6 +59,9 @@ class MemoryCurriculumConfig(CurriculumConfig):
             below it the weight decays. At full weight from the first step, the memory would never be written.
         gate_floor: smallest fraction of `gate_penalty`. Without it, a gate that is always open keeps accuracy too low
             for the penalty to rise, and stays open.
+        all_questions: every text of a batch occurs with each of the questions that its facts answer, in as many rows
+            (two in `reasoning`, one in the other kinds). Where a model knows the candidates but not which of them is
+            asked for, whatever does not depend on the question cancels in the gradient of such rows.
         mine_every: steps from one search for hard negatives to the next, counted from step 0 of the run; searches begin
             when batches have several segments of full length. 0: none.
         mine_segments: least number of segments without a fact that a search reads.
@@ -65,6 +72,7 @@ class MemoryCurriculumConfig(CurriculumConfig):
     short_segments: tuple[int, ...] = (64, 128, 256)
     first_segments: int = 2
     max_segments: int = 5
+    short_max_segments: int = 0
     short_accuracy: float = 0.85
     gate_open: float = 0.3
     gate_evidence: float = 8.0
@@ -72,6 +80,7 @@ class MemoryCurriculumConfig(CurriculumConfig):
     gate_margin: float = 3.0
     gate_ramp: float = 0.02
     gate_floor: float = 0.1
+    all_questions: bool = False
     mine_every: int = 0
     mine_segments: int = 2000
     mine_hardest: int = 128
@@ -83,6 +92,11 @@ class MemoryCurriculumConfig(CurriculumConfig):
             raise ConfigError(
                 f"train.first_segments = {self.first_segments}, train.max_segments = {self.max_segments}: the first "
                 "must be at least 1, the second at least the first"
+            )
+        if self.short_max_segments and not self.first_segments <= self.short_max_segments <= self.max_segments:
+            raise ConfigError(
+                f"train.short_max_segments = {self.short_max_segments}: must be 0, or from train.first_segments = "
+                f"{self.first_segments} to train.max_segments = {self.max_segments}"
             )
         check_shares(self, "train", ("short_accuracy", "gate_floor", "mine_share"))
         check_least(self, "train", {"mine_every": 0, "mine_segments": 1, "mine_hardest": 1})
@@ -139,8 +153,14 @@ class MemoryCurriculum(Stages):
         return self.count(accuracy if segments == self.segments else None, threshold)
 
     def further(self) -> bool:
-        """Go to the next stage: longer segments, then more of them; return False in the last stage."""
-        if self.length < self.full:
+        """Go to the next stage: more segments of the first length, then longer ones, then more of them.
+
+        Returns:
+            False in the last stage.
+        """
+        if self.length == self._lengths[0] < self.full and self.segments < self.config.short_max_segments:
+            self.segments += 1
+        elif self.length < self.full:
             self.length = self._lengths[self._lengths.index(self.length) + 1]
         elif self.segments < self.config.max_segments:
             self.segments += 1
@@ -193,7 +213,14 @@ class Samples(NamedTuple):
 
 
 def draw_samples(
-    task: MemoryTask, segments: int, rows: int, size: int, seed: tuple[int, ...], *, first: int = 0
+    task: MemoryTask,
+    segments: int,
+    rows: int,
+    size: int,
+    seed: tuple[int, ...],
+    *,
+    first: int = 0,
+    all_questions: bool = False,
 ) -> Samples:
     """Generate a training batch of a memory task.
 
@@ -204,8 +231,13 @@ def draw_samples(
         size: tokens per segment.
         seed: the same seed gives the same batch.
         first: index of the first of these rows in a batch that is drawn in parts.
+        all_questions: consecutive rows have the same text and the different questions that it answers.
     """
-    drawn = [task.sample("train", segments, [*seed, row], size=size) for row in range(first, first + rows)]
+    questions = num_questions(task.config.kind) if all_questions else 1
+    indices = (divmod(row, questions) for row in range(first, first + rows))
+    drawn = [
+        task.sample("train", segments, [*seed, text], size=size, question_index=question) for text, question in indices
+    ]
     parts = [list(sample) for sample in drawn]
     tokens = np.stack([np.concatenate([part.tokens for part in sample]) for sample in parts])
     fact = torch.tensor([[part.fact for part in sample] for sample in parts])
@@ -345,7 +377,15 @@ class MemorySource(CurriculumSource):
     def samples(self, plan: Plan, rows: range) -> Samples:
         """Generate some rows of a batch."""
         seed = self.config.seed, plan.step
-        batch = draw_samples(self.task, plan.drawn, len(rows), self.stages.length, seed, first=rows.start)
+        batch = draw_samples(
+            self.task,
+            plan.drawn,
+            len(rows),
+            self.stages.length,
+            seed,
+            first=rows.start,
+            all_questions=self.config.all_questions,
+        )
         # there are hard negatives only since segments have their full length
         if not self.stages.mined:
             return batch

@@ -66,13 +66,13 @@ PLANS: dict[str, Plan] = {
     ),
     "small": Plan(
         seeds=1,
-        steps={"memorize": 450, "detect": 450, "reasoning": 1800},
+        steps={"memorize": 450, "detect": 450, "reasoning": 1600},
         evaluations=((1, 64, False), (16, 64, False), (64, 32, False), (256, 16, False)),
         silent={"memorize": 5_000, "detect": 20_000, "reasoning": 20_000},
     ),
     "full": Plan(
         seeds=3,
-        steps={"memorize": 450, "detect": 450, "reasoning": 2400},
+        steps={"memorize": 450, "detect": 450, "reasoning": 1600},
         evaluations=(*((segments, 128, False) for segments in (1, 4, 16, 64, 256)), (1024, 64, True), (4096, 64, True)),
         silent={"memorize": 100_000, "detect": 1_000_000, "reasoning": 100_000},
         mining=MINING,
