@@ -270,6 +270,6 @@ RMT = Claim(
     text="Trained on a few segments, the model answers after 4,096 segments, 2,043,904 tokens: memorize, detect and "
     "memorize, and reasoning over two facts.",
     measure=_measure,
-    minutes={"tiny": 0.1, "small": 20, "full": 150},
+    minutes={"tiny": 0.1, "small": 20, "full": 420},
     plans=PLANS,
 )
