@@ -31,6 +31,7 @@ def run_of(bits: float, *, falls: float = 0.0, documents: int = 20) -> dict[str,
         ],
         "nats": nats.tolist(),
         "units": [100] * documents,
+        "first": {"nats": (nats / 2).tolist(), "units": [50] * documents},
     }
 
 

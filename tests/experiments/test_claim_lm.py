@@ -98,7 +98,8 @@ def measured(start: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outc
     plan = dataclasses.replace(claim.PLANS["tiny"], start=start, documents=3, curve_documents=2)
     outcome = comparison.measure(folder, plan, lines.append)
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
-    assert comparison.results(folder, plan, lines.append).record() == outcome.data
+    again = comparison.results(folder, plan, lines.append).record()
+    assert {**again, "tried": {}} == outcome.data
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}, "nothing is measured twice"
     return outcome, lines, folder
 
@@ -116,6 +117,7 @@ def test_three_models_continue_from_the_start(measured: tuple[Outcome, list[str]
         assert [point[0] for point in record["curve"]] == list(range(0, 21, 2))
         assert record["units"] == [1024] * 3
         assert sum(map(sum, record["positions"]["nats"])) == pytest.approx(sum(record["nats"]))
+        assert record["first"] == {"nats": record["nats"], "units": record["units"]}, "documents are shorter"
     dense, xl = runs[CEILING], runs["transformer_xl"]
     assert dense["taken_parameters"] == dense["parameters"]
     assert xl["taken_parameters"] < xl["parameters"]

@@ -146,6 +146,16 @@ def test_what_still_falls_decides_no_verdict(
     assert grade([ahead(results, "first", "base"), ahead(results, "second", "base")]) == verdict
 
 
+def test_first_bytes_are_compared_alone() -> None:
+    runs = {name: [run_of(losses(bits))] for name, bits in (("base", 2.0), ("later", 2.1))}
+    runs["later"][0]["first"] = {"nats": [100.0] * 20, "units": [50] * 20}
+    runs["base"][0]["first"] = {"nats": [101.0] * 20, "units": [50] * 20}
+    results = Results(PLAN, runs)
+    assert ahead(results, "later", "base").met is False
+    assert ahead(results, "later", "base", first=True).met is True
+    assert results.difference("later", "base", first=True).value == pytest.approx(-1 / 50 / math.log(2))
+
+
 def test_a_failed_model_leaves_its_pair_undecided() -> None:
     runs = {"base": [run_of(losses(2.0))], "first": [run_of(losses(1.8, 3))]}
     results = Results(PLAN, runs, {"second": "the loss is not finite"})

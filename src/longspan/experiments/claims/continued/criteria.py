@@ -48,9 +48,15 @@ def criteria_text(criteria: Iterable[Criterion]) -> str:
     return " ".join(f"{part.what}: {answers[part.met]}, {part.measured}." for part in criteria)
 
 
-def ahead(results: Results, name: str, base: str) -> Criterion:
-    """Ask whether a model is better than another: both are flat, and the interval of the difference is below zero."""
-    difference = _difference(results, name, base)
+def ahead(results: Results, name: str, base: str, *, first: bool = False) -> Criterion:
+    """Ask whether a model is better than another: both are flat, and the interval of the difference is below zero.
+
+    Args:
+        results: of the comparison.
+        name, base: the models.
+        first: over the first `plan.first` bytes of every document.
+    """
+    difference = _difference(results, name, base, first)
     decided = difference is not None and results.is_flat(name) and results.is_flat(base)
     return Criterion(
         what=f"{name} is better than {base}, with an interval below zero",
@@ -84,9 +90,9 @@ def if_flat(results: Results, names: Iterable[str], met: bool) -> bool | None:
     return met if all(map(results.is_flat, names)) else None
 
 
-def _difference(results: Results, name: str, base: str) -> Interval | None:
+def _difference(results: Results, name: str, base: str, first: bool = False) -> Interval | None:
     """Return bits per byte of a model minus those of another; None if one of them has no run."""
-    return results.difference(name, base) if {name, base} <= set(results.runs) else None
+    return results.difference(name, base, first=first) if {name, base} <= set(results.runs) else None
 
 
 def _measured(difference: Interval | None, results: Results, name: str, base: str) -> str:

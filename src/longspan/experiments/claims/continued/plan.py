@@ -72,6 +72,8 @@ class Plan:
     """held-out documents, evenly spaced"""
     reach: int = 65_536
     """bytes of each held-out document that the final evaluation reads"""
+    first: int = 16_384
+    """bytes of each that are also summed alone: some claims are about texts of this length"""
     curve_documents: int = 12
     """held-out documents that are read at every measured step"""
     curve_reach: int = 8_192

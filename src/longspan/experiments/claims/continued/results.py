@@ -53,9 +53,17 @@ class Results:
         """Return held-out bits per byte, with an interval over documents."""
         return bootstrap(self.nats(name), self.units)
 
-    def difference(self, name: str, base: str) -> Interval:
-        """Return bits per byte of a model minus those of another, with an interval paired by document."""
-        return paired_bootstrap(self.nats(name), self.nats(base), self.units)
+    def difference(self, name: str, base: str, *, first: bool = False) -> Interval:
+        """Return bits per byte of a model minus those of another, with an interval paired by document.
+
+        Args:
+            name, base: the models.
+            first: over the first `plan.first` bytes of every document instead of all that were read.
+        """
+        if not first:
+            return paired_bootstrap(self.nats(name), self.nats(base), self.units)
+        ours, theirs = (np.mean([run["first"]["nats"] for run in self.runs[model]], axis=0) for model in (name, base))
+        return paired_bootstrap(ours, theirs, np.array(self.runs[name][0]["first"]["units"]))
 
     def curves(self, name: str) -> list[Curve]:
         """Return the curve of every seed."""

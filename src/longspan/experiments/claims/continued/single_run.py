@@ -52,7 +52,8 @@ class Job:
 
 def record_file(run: Path, plan: Plan) -> Path:
     """Return the file of the measurements of a run."""
-    return run / f"measured-{plan.documents}x{plan.reach}-{plan.curve_documents}x{plan.curve_reach}.json"
+    sizes = f"{plan.documents}x{plan.reach}-{plan.first}-{plan.curve_documents}x{plan.curve_reach}"
+    return run / f"measured-{sizes}.json"
 
 
 def train_and_measure(job: Job) -> dict[str, Any]:
@@ -62,8 +63,9 @@ def train_and_measure(job: Job) -> dict[str, Any]:
 
     Returns:
         Plain data: `recipe` (its digest), `parameters`, `taken_parameters`, `new`, `steps`, `tokens`, `seconds`,
-        `curve` (see `Curve`), `documents`, `nats` and `units` per document, `positions` and `distances` (see
-        `_places`), `flops` of a forward pass per byte, `state` (bytes at two lengths; None: the model does not stream).
+        `curve` (see `Curve`), `documents`, `nats` and `units` per document, `first` (the same of their first bytes),
+        `positions` and `distances` (see `_places`), `flops` of a forward pass per byte, `state` (bytes at two lengths;
+        None: the model does not stream).
     """
     if not job.record.is_file() and (same := _same_run(job)) is not None:
         shutil.copytree(same, job.run, dirs_exist_ok=True)
@@ -103,6 +105,10 @@ def _trained_and_measured(job: Job) -> dict[str, Any]:
         "documents": list(documents.names),
         "nats": [float(losses.sum(dtype=np.float64)) for losses in nats],
         "units": documents.lengths.tolist(),
+        "first": {
+            "nats": [float(losses[: job.plan.first].sum(dtype=np.float64)) for losses in nats],
+            "units": documents.lengths.clip(max=job.plan.first).tolist(),
+        },
         **_places(nats, documents, job.plan.reach),
         "flops": model.flops(job.plan.length) / job.plan.length,
         "state": _state_bytes(model, job.plan),
