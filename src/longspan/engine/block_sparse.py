@@ -170,6 +170,11 @@ class BlockOrder(NamedTuple):
         total += part.view(batch, kv_heads, -1, columns, dim).sum(2)
 
 
+def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scores to add, `HIDDEN` where the integers `hidden`, which are overwritten, are negative, and else 0."""
+    return hidden.clamp_(-1, 0).to(dtype).mul_(-HIDDEN)
+
+
 class ListedScores(Scores):
     """Mask that hides what the queries of a tile do not see, and what earlier rounds show."""
 
@@ -188,7 +193,7 @@ class ListedScores(Scores):
         hidden = self.schedule.at(self.visible, tiles).hidden()
         for pairs in self.duplicates:
             hidden.bitwise_or_(self.schedule.at(pairs, tiles).seen())
-        return hidden.clamp_(-1, 0).to(self.like.dtype).mul_(-HIDDEN)[:, None]
+        return additive_mask(hidden, self.like.dtype)[:, None]
 
 
 def attend_blocks(

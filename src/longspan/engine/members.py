@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine import Round, RoundInputs, Schedule, Scores, Tile, attention
-from longspan.engine.block_sparse import ABSENT, KeyRange
+from longspan.engine.block_sparse import ABSENT, ENTRIES, KeyRange, additive_mask
 from longspan.engine.groups import (
     TILE,
     DocumentGroups,
@@ -21,10 +21,9 @@ from longspan.engine.groups import (
     query_ranges,
     tiles_of,
 )
-from longspan.engine.tiles import HIDDEN, Plan, Run, make_plan
+from longspan.engine.tiles import Plan, Run, make_plan
 
 QUERIES = 64  # per tile
-ENTRIES = 1 << 19  # maximal number of scores in one forward kernel call, over all heads
 
 
 def _plan(length: int, reach: MemberRange) -> Plan:
@@ -66,7 +65,7 @@ class MemberScores(Scores):
         hidden = self._hidden(tile, self.ranges[0])
         for members in self.ranges[1:]:
             hidden.bitwise_and_(self._hidden(tile, members))
-        return hidden.clamp_(-1, 0).to(self.like.dtype).mul_(-HIDDEN)
+        return additive_mask(hidden, self.like.dtype)
 
     def _hidden(self, tile: Tile, members: KeyRange) -> Tensor:
         """Return numbers of a tile's shape, negative at the pairs that a round hides."""

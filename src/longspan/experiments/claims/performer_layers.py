@@ -5,6 +5,7 @@ not operations alone, next to which the bound is a copy.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -24,13 +25,18 @@ LONGEST = 16384
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@cache
+def _projection(features: int) -> Tensor:
+    """Return the projection of all layers with so many features, (features, head_dim), drawn at its first use."""
+    return ops.orthogonal_projection(features, DIM // HEADS, generator=torch.Generator().manual_seed(0))
+
+
 def favor(features: int, **options: Any) -> Attention:
-    """Return FAVOR+ attention with a fixed projection."""
-    projection = ops.orthogonal_projection(features, DIM // HEADS, generator=torch.Generator().manual_seed(0))
+    """Return FAVOR+ attention to heads of 64 with a fixed projection."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return outputs (batch, heads, length, head_dim)."""
-        return ops.favor_attention(q, k, v, projection, **options)[0]
+        return ops.favor_attention(q, k, v, _projection(features), **options)[0]
 
     return attend
 

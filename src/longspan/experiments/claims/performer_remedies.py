@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from longspan import ops
+from longspan.experiments.claims.runs import evenly
 from longspan.mechanisms.performer.operation import favor_features
 from longspan.report import Table
 from longspan.tasks.base import heads
 from longspan.train import load_run
+from longspan.train.layer_hooks import watch_layers
 from longspan.train.starts import start_folder
 
 START, LENGTH = "code", 512
@@ -80,15 +82,8 @@ REMEDIES = (
 def trained_heads(start: str = START, length: int = LENGTH) -> list[Heads]:
     """Return queries, keys and values of each layer of a start on the first bytes of a held-out document."""
     model, task = load_run(start_folder(start))
-    document = heads(task.documents("validation"), length).items[0]
-    tokens = torch.from_numpy(np.asarray(document.cut(0, length).tokens)).long()
-    layers: list[Heads] = []
-    hooks = [
-        core.register_forward_pre_hook(lambda _, arguments: layers.append(arguments[:3])) for core in model.cores()
-    ]
-    model.eval()(tokens[None], None)
-    for hook in hooks:
-        hook.remove()
+    document, layers = evenly(heads(task.documents("validation"), length), 1), list[Heads]()
+    watch_layers(model, document, model.cores(), lambda _, arguments, *__: layers.append(arguments[:3]), chunk=length)
     return layers
 
 

@@ -3,43 +3,37 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import ops, reference
 from longspan.experiments.claims import performer_layers
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.growth import Step, growth_picture, peak_bytes, power, time_alternately
+from longspan.experiments.claims.performer_layers import ATTENTION, BIDIRECTIONAL, CAUSAL, DENSE, FEATURES, NONE
 from longspan.experiments.claims.runs import measure_once
 
 PLANS = {"tiny": (64, 256), "small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
-_HEADS, _DIM, _FEATURES = 4, 64, 256
+_HEADS, _DIM = 4, 64
 _PAIRS = 3
 NEAR = 2.0
 """times as long as a layer without attention, below which a layer is near this bound"""
-_DENSE, _WEIGHTS, _NONE, _OURS = "dense", "dense, all weights kept", "no attention", "performer"
-
-
-@cache
-def _projection() -> Tensor:
-    """Return the projection of all FAVOR+ layers, (features, head_dim), made once."""
-    return ops.orthogonal_projection(_FEATURES, _DIM, generator=torch.Generator().manual_seed(0))
+_WEIGHTS = "dense, all weights kept"
 
 
 LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    _DENSE: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    DENSE: ATTENTION[DENSE],
     _WEIGHTS: lambda q, k, v: reference.full_attention(q, k, v),
-    _OURS: lambda q, k, v: ops.favor_attention(q, k, v, _projection())[0],
-    "performer, bidirectional": lambda q, k, v: ops.favor_attention(q, k, v, _projection(), causal=False)[0],
+    CAUSAL: ATTENTION[CAUSAL],
+    BIDIRECTIONAL: ATTENTION[BIDIRECTIONAL],
     "linear": lambda q, k, v: ops.linear_attention(ops.elu_features(q), ops.elu_features(k), v)[0],
-    _NONE: lambda q, k, v: q + k + v,
+    NONE: lambda q, k, v: q + k + v,
 }
 """Kinds of attention that are timed, by their names in the report and in saved records."""
-_MOST = {_DENSE: 16384, _WEIGHTS: 4096}
+_MOST = {DENSE: 16384, _WEIGHTS: 4096}
 """largest lengths at which quadratic attention is measured"""
 
 
@@ -105,7 +99,7 @@ def outcome(
     figures = [
         Figure(
             f"whole layers, times as long as no attention, {name}",
-            "grows with the length" if name == _DENSE else "near 1",
+            "grows with the length" if name == DENSE else "near 1",
             ", ".join(f"{length:,}: {times[name]:.2f}" for length, times in ratios.items()),
         )
         for name in next(iter(ratios.values()))
@@ -115,21 +109,19 @@ def outcome(
             figures.append(
                 Figure(
                     f"{unit} forward and backward, {name}",
-                    {_DENSE: "quadratic", _WEIGHTS: "quadratic", _NONE: "the bound"}.get(
-                        name, "linear, near the bound"
-                    ),
+                    {DENSE: "quadratic", _WEIGHTS: "quadratic", NONE: "the bound"}.get(name, "linear, near the bound"),
                     ", ".join(f"{length:,}: {factor * value:,.1f}" for length, value in values.items())
                     + f" (last two: grows as n^{last_power(values):.2f})",
                 )
             )
-    linear = all(last_power(measured[what][_OURS]) < 1.25 for what in ("seconds", "bytes"))
+    linear = all(last_power(measured[what][CAUSAL]) < 1.25 for what in ("seconds", "bytes"))
     longest = max(ratios)
-    times = [ratios[longest][name] for name in (performer_layers.CAUSAL, performer_layers.BIDIRECTIONAL)]
-    quadratic = last_power(measured["seconds"][_DENSE]) > 1.5
+    times = [ratios[longest][name] for name in (CAUSAL, BIDIRECTIONAL)]
+    quadratic = last_power(measured["seconds"][DENSE]) > 1.5
     return Outcome(
         verdict=graded(linear and quadratic and max(times) < NEAR, linear and quadratic),
         figures=figures,
-        size=f"operations alone: batch 1, {_HEADS} heads of {_DIM}, {_FEATURES} features; layers: "
+        size=f"operations alone: batch 1, {_HEADS} heads of {_DIM}, {FEATURES} features; layers: "
         f"{performer_layers.DIM} wide, {performer_layers.HEADS} heads, feed-forward {performer_layers.INNER}; fp32; "
         f"CPU time of one thread, median of {_PAIRS} alternating rounds; memory above the inputs, each in its own "
         "process",

@@ -129,30 +129,57 @@ def lsh_attention(
     keys = F.normalize(queries, dim=-1) if k is None else k.to(dtype)
     key_bucket = query_bucket if k is None and rings is None else by_heads(buckets[1], heads)
     count = 2 * rotations.shape[3]
-    reach, shared = _strict_reach(bucket_size, causal), key_bucket is query_bucket
     if selection == "sorted":
         schedules = _sorted_schedules(
             query_bucket, key_bucket, count, bucket_size, causal=causal, real=real, start=start
         )
         out, lse = attend_blocks(queries, (keys,), (values,), schedules, scale)
-    elif rings is None and fits_rectangles(q.shape[2], count, rotations.shape[1], reach, shared=shared):
-        if real is not None:
-            queries, keys, values = (t.masked_fill(~real[:, None, :, None], 0) for t in (queries, keys, values))
-        groups = split_documents(query_bucket, key_bucket, count, reach, real=real, start=start)
-        out, lse = attend_members(queries, keys, by_heads(values, keys.shape[1]), groups, reach, scale)
     else:
-        schedules = nearest_members_in_documents(
-            query_bucket,
-            key_bucket,
-            count,
-            reach,
-            real=real,
-            start=start,
-            ring_position=None if rings is None else rings[2],
+        inputs, by_bucket = (queries, keys, values), (query_bucket, key_bucket, count)
+        reach, unit_keys = _strict_reach(bucket_size, causal), k is None
+        out, lse = _attend_strict(
+            inputs, by_bucket, reach, scale, rings=rings, real=real, start=start, unit_keys=unit_keys
         )
-        all_keys, all_values = behind_rings(rings, keys, values, heads, unit_keys=k is None)
-        out, lse = attend_blocks(queries, all_keys, all_values, schedules, scale)
     return zero_padding(torch.where(sees_none(lse)[..., None], by_heads(values, heads), out), real, q.dtype)
+
+
+def _attend_strict(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    buckets: tuple[Tensor, Tensor, int],
+    reach: MemberRange,
+    scale: float,
+    *,
+    rings: Sequence[Tensor] | None,
+    real: Tensor | None,
+    start: Tensor | None,
+    unit_keys: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attend to the keys that "strict" selects: by rectangles in short calls, else by blocks of the sorted buckets.
+
+    Args:
+        inputs: queries, keys and values.
+        buckets: of queries and of keys, (batch, heads or kv_heads, rounds, length), and their number.
+        reach: keys of its bucket that a query sees.
+        scale: factor of the logits.
+        rings, real, start: see `lsh_attention` and `real_columns`.
+        unit_keys: keys are normalized queries.
+
+    Returns:
+        Outputs (batch, heads, length, head_dim) and log-sum-exps, as `attend_blocks`.
+    """
+    (queries, keys, values), (query_bucket, key_bucket, count) = inputs, buckets
+    (_, heads, rounds, length), shared = query_bucket.shape, key_bucket is query_bucket
+    if rings is None and fits_rectangles(length, count, rounds, reach, shared=shared):
+        if real is not None:
+            queries, keys, values = (t.masked_fill(~real[:, None, :, None], 0) for t in inputs)
+        groups = split_documents(query_bucket, key_bucket, count, reach, real=real, start=start)
+        return attend_members(queries, keys, by_heads(values, keys.shape[1]), groups, reach, scale)
+    position = None if rings is None else rings[2]
+    schedules = nearest_members_in_documents(
+        query_bucket, key_bucket, count, reach, real=real, start=start, ring_position=position
+    )
+    all_keys, all_values = behind_rings(rings, keys, values, heads, unit_keys=unit_keys)
+    return attend_blocks(queries, all_keys, all_values, schedules, scale)
 
 
 def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_size: int, selection: str) -> None:

@@ -72,7 +72,8 @@ class Comparison:
         tables, tried = [*judgment.tables, *report.tables(results)], {}
         if plan.remedies and self.remedies and judgment.verdict != "holds":
             say("trying remedies, because the claim does not hold as a whole")
-            runs, failures = self._remedied(folder, plan, say, jobs)
+            specs = {spec.name: spec for remedy in self.remedies for spec in remedy.models}
+            runs, failures = _collected(_train_first([*specs.values()], folder, plan, say, jobs))
             every = replace(results, runs={**results.runs, **runs}, failures={**results.failures, **failures})
             tables.insert(0, remedies_table(every, self.pairs, self.remedies))
             tried = {"models": runs, "failures": failures}
@@ -90,30 +91,20 @@ class Comparison:
     def results(self, folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Results:
         """Train and measure every model with one seed, and those of close pairs with all seeds of the plan."""
         specs = (*floor_and_ceiling(plan), *self._chosen(plan))
-        # a start that is trained at its first use would keep all workers but one waiting
-        for start in dict.fromkeys(plan.start_of(spec) for spec in specs):
-            start_folder(start)
-        first = [Job(spec=spec, plan=plan, seed=0, folder=folder, quiet=jobs > 1) for spec in specs]
-        ended = _train(first, jobs, say)
+        ended = _train_first(specs, folder, plan, say, jobs)
         bits = {job.spec.name: bits_per_byte(done.value) for job, done in ended if not done.failure}
         if not bits:
             raise LongspanError(f"{self.name}: every run failed: {ended[0][1].failure}")
         close = needs_seeds(bits, self.pairs) if plan.seeds > 1 else []
         if close:
             say(f"more seeds, because the verdict hangs on close models: {', '.join(close)}")
-            more = [replace(job, seed=seed) for seed in range(1, plan.seeds) for job in first if job.spec.name in close]
+            more = [
+                replace(job, seed=seed) for seed in range(1, plan.seeds) for job, _ in ended if job.spec.name in close
+            ]
             ended += _train(more, jobs, say)
         runs, failures = _collected(ended)
         inspected = {} if self.inspect is None else self.inspect(TrainedRuns(folder=folder, plan=plan), say)
         return Results(plan, runs, failures, inspected)
-
-    def _remedied(self, folder: Path, plan: Plan, say: Say, jobs: int) -> tuple[Runs, dict[str, str]]:
-        """Train and measure the models of all remedies with one seed; return runs and messages of failures by name."""
-        specs = {spec.name: spec for remedy in self.remedies for spec in remedy.models}
-        ended = _train(
-            [Job(spec=spec, plan=plan, seed=0, folder=folder, quiet=jobs > 1) for spec in specs.values()], jobs, say
-        )
-        return _collected(ended)
 
     def _chosen(self, plan: Plan) -> list[ModelSpec]:
         """Return the models that the plan names, all if it names none."""
@@ -136,6 +127,14 @@ def measure_with(comparison: Callable[[P], Comparison]) -> Callable[[Path, P, Sa
         return comparison(plan).measure(folder, plan, say, jobs)
 
     return measure
+
+
+def _train_first(specs: Sequence[ModelSpec], folder: Path, plan: Plan, say: Say, jobs: int) -> list[tuple[Job, Done]]:
+    """Train and measure models with the first seed; return what became of every run."""
+    # a start that is trained at its first use would keep all workers but one waiting
+    for start in dict.fromkeys(plan.start_of(spec) for spec in specs):
+        start_folder(start)
+    return _train([Job(spec=spec, plan=plan, seed=0, folder=folder, quiet=jobs > 1) for spec in specs], jobs, say)
 
 
 def _train(jobs: Sequence[Job], workers: int, say: Say) -> list[tuple[Job, Done]]:

@@ -57,10 +57,9 @@ def ahead(results: Results, name: str, base: str, *, first: bool = False) -> Cri
         first: over the first `plan.first` bytes of every document.
     """
     difference = _difference(results, name, base, first)
-    decided = difference is not None and results.is_flat(name) and results.is_flat(base)
     return Criterion(
         what=f"{name} is better than {base}, with an interval below zero",
-        met=difference.high < 0 if difference is not None and decided else None,
+        met=None if difference is None else if_flat(results, (name, base), difference.high < 0),
         measured=_measured(difference, results, name, base),
     )
 
@@ -98,11 +97,5 @@ def _difference(results: Results, name: str, base: str, first: bool = False) -> 
 def _measured(difference: Interval | None, results: Results, name: str, base: str) -> str:
     """Describe the difference of two models, and which of them is still falling, failed, or was not trained."""
     if difference is None:
-        failed = [model for model in (name, base) if model in results.failures]
-        return f"{failed[0]} failed: {results.failures[failed[0]]}" if failed else "not trained at this size"
-    falling = [model for model in (name, base) if not results.is_flat(model)]
-    return (
-        f"{signed(difference)}, {' and '.join(falling)} still falling"
-        if falling
-        else f"{signed(difference)}, both flat"
-    )
+        return results.failure(name, base) or "not trained at this size"
+    return f"{signed(difference)}, {results.falling(name, base) or 'both flat'}"

@@ -50,8 +50,6 @@ def remedies_table(results: Results, pairs: Sequence[Pair], remedies: Sequence[R
 def _compared(results: Results, pair: Pair) -> list[str]:
     """Return cells: the names of two models, their difference, and whether they are flat."""
     names = f"{pair[0]} − {pair[1]}"
-    failed = [name for name in pair if name not in results.runs]
-    if failed:
-        return [names, f"{failed[0]} failed: {results.failures[failed[0]]}", ""]
-    falling = [name for name in pair if not results.is_flat(name)]
-    return [names, signed(results.difference(*pair)), f"{' and '.join(falling)} still falling" if falling else "flat"]
+    if failure := results.failure(*pair):
+        return [names, failure, ""]
+    return [names, signed(results.difference(*pair)), results.falling(*pair) or "flat"]

@@ -77,6 +77,16 @@ class Results:
         """Return whether a model has a run and its loss falls by less than `FLAT` over the last quarter."""
         return name in self.runs and self.fall(name) < FLAT
 
+    def falling(self, *names: str) -> str:
+        """Name the models that are still falling, as "a and b still falling"; empty if all are flat."""
+        falling = [name for name in names if not self.is_flat(name)]
+        return f"{' and '.join(falling)} still falling" if falling else ""
+
+    def failure(self, *names: str) -> str:
+        """Return the message of the first model that failed, as "a failed: message"; empty if none did."""
+        failed = [name for name in names if name in self.failures and name not in self.runs]
+        return f"{failed[0]} failed: {self.failures[failed[0]]}" if failed else ""
+
     def is_complete(self, name: str) -> bool:
         """Return whether all runs of a model made all steps; False: the clock ended one."""
         return all(run["steps"] == self.plan.steps for run in self.runs[name])
