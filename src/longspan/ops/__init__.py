@@ -12,6 +12,7 @@ from longspan.engine.linear import EMPTY, LinearSums
 from longspan.engine.ring_buffer import LSHRings, push_rings, push_token
 from longspan.engine.rotary import rotary_table, rotate
 from longspan.engine.segments import SegmentMemory, empty_memory
+from longspan.engine.sinks import Sinks
 from longspan.engine.sums import sums_dtype
 from longspan.mechanisms.adaptive_span.operation import adaptive_span_attention, adaptive_span_cost, span_reach
 from longspan.mechanisms.associative.operation import (
@@ -63,6 +64,7 @@ __all__ = [
     "LSHRings",
     "LinearSums",
     "SegmentMemory",
+    "Sinks",
     "TreeNodes",
     "adaptive_span_attention",
     "adaptive_span_cost",
