@@ -99,7 +99,8 @@ def test_streams_carry_sinks(name: str, fields: dict[str, Any]) -> None:
     q, k, v = inputs(length)
     whole = torch.stack([expected(name, fields, q[row], k[row], v[row]) for row in range(2)])
     for cuts in ((1,) * length, (2, 9, 1, 14), (13, 13)):
-        state, outs, begin = None, [], 0
+        state: Any = None
+        outs, begin = [], 0
         for size in cuts:
             part = slice(begin, begin + size)
             offset = torch.full((2,), begin)

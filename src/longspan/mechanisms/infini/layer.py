@@ -195,4 +195,4 @@ class InfiniMechanism(SegmentMechanism):
         if not self.config.sinks:
             return state
         first = state.k.new_zeros(batch_size, self.shape.num_kv_heads, self.config.sinks, self.shape.head_dim)
-        return InfiniSinkState(*state[:4], first, first.clone(), state.live)
+        return InfiniSinkState(state.values, state.keys, state.k, state.v, first, first.clone(), state.live)
