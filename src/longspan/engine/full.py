@@ -53,7 +53,7 @@ def full_attention(
     if is_decode(call):
         return decode_with_sinks(call, sinks, scale=scale)
     out, lse = attention(call.q, call.k, call.v, Schedule((_tiles(call, causal),), scale))
-    return call.zero_masked(join_sinks(out, lse, call.q, sinks, scale=scale))
+    return call.zero_masked(join_sinks(out, lse, call.q, sinks, scale=scale)[0])
 
 
 def attend_call(call: Call, *, causal: bool, scale: float) -> Tensor:

@@ -43,7 +43,7 @@ def visible_sinks(sinks: Sinks) -> Tensor:
     return seen[:, None]
 
 
-def join_sinks(out: Tensor, lse: Tensor, q: Tensor, sinks: Sinks, *, scale: float) -> Tensor:
+def join_sinks(out: Tensor, lse: Tensor, q: Tensor, sinks: Sinks, *, scale: float) -> tuple[Tensor, Tensor]:
     """Merge attention to sinks into the output of local attention.
 
     Args:
@@ -54,14 +54,15 @@ def join_sinks(out: Tensor, lse: Tensor, q: Tensor, sinks: Sinks, *, scale: floa
         scale: factor of the scores.
 
     Returns:
-        (batch, heads, length, value_dim) in out's dtype.
+        (batch, heads, length, value_dim) in out's dtype, and the log-sum-exps (batch, heads, length) of both.
     """
     dtype = flash.working_dtype(q, sinks.k, sinks.v)
     with flash.full_precision(q.device):
-        scores = _scores(q, sinks, scale, dtype)
-        weights = torch.cat([lse[..., None].to(dtype), scores], -1).softmax(-1)
+        scores = torch.cat([lse[..., None].to(dtype), _scores(q, sinks, scale, dtype)], -1)
+        total = scores.logsumexp(-1)
+        weights = (scores - total[..., None]).exp()
         joined = out.to(dtype) * weights[..., :1] + _values(weights[..., 1:], sinks.v, dtype)
-    return joined.to(out.dtype)
+    return joined.to(out.dtype), total
 
 
 def decode_with_sinks(call: Call, sinks: Sinks, *, scale: float) -> Tensor:

@@ -54,6 +54,7 @@ from longspan.mechanisms.routing.operation import routing_attention, routing_clu
 from longspan.mechanisms.sparse.operation import sparse_attention, sparse_cost
 from longspan.mechanisms.transformer_xl.operation import relative_attention, relative_cost, relative_decode
 from longspan.mechanisms.window.operation import window_attention, window_cost
+from longspan.mechanisms.window_linear.operation import window_linear_attention, window_linear_cost
 from longspan.renames import accept_old_names
 
 __all__ = [
@@ -131,6 +132,8 @@ __all__ = [
     "unit_vectors",
     "window_attention",
     "window_cost",
+    "window_linear_attention",
+    "window_linear_cost",
 ]
 
 if not TYPE_CHECKING:  # a checker of types shall see today's signatures alone
