@@ -1,7 +1,7 @@
 """Give a converted causal model the interface of a `Decoder`, for sessions, evaluation and the command line."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
@@ -32,6 +32,22 @@ class CallOptions(TypedDict, total=False):
     aux_losses: list[Tensor] | None
 
 
+class ChangedHead(CalledHead):
+    """An output head whose outputs are capped or scaled before they are logits (Gemma 2, Granite).
+
+    Args:
+        head: a linear map.
+        change: maps its outputs to logits of the same shape.
+    """
+
+    def __init__(self, head: Head | CalledHead, change: Callable[[Tensor], Tensor]) -> None:
+        self.head, self.change = head, change
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (..., dim) to logits (..., vocab_size)."""
+        return self.change(self.head.logits(hidden))
+
+
 class ConvertedDecoder(nn.Module):
     """Wraps a converted causal language model in the interface of a `Decoder`.
 
@@ -47,6 +63,11 @@ class ConvertedDecoder(nn.Module):
         # adapters of PEFT act inside the model of transformers
         model = self.inner = unwrapped(model)
         layers, modules = mechanisms(model), attention_modules(model)
+        if modules.others:
+            raise UnsupportedError(
+                f"layer {modules.others[0]} of this {model.config.model_type} is linear attention of transformers, "
+                "whose state only a cache of transformers carries; call the model itself, or its generate"
+            )
         if unconverted := len(modules.attentions) - len(layers):
             raise UnsupportedError(f"{unconverted} layers of this model are not converted; convert all of them")
         if not self.traits.streams:
@@ -146,12 +167,14 @@ class ConvertedDecoder(nn.Module):
         return out.logits[:, -1], next_state
 
     def head(self) -> Head | CalledHead:
-        """Return the language-model head.
+        """Return the language-model head, with the cap or scale of its outputs if the model has one.
 
         Raises:
             UnsupportedError: it is not a plain linear map.
         """
-        return linear_head(self.inner.get_output_embeddings())
+        head = linear_head(self.inner.get_output_embeddings())
+        change = attention_modules(self.inner).family.final_logits(self.inner)
+        return head if change is None else ChangedHead(head, change)
 
     def _run(
         self, model: Any, tokens: Tensor, state: StackState | None, call: CallOptions, **options: Any
