@@ -144,10 +144,10 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Raise, because a state cannot drop its last tokens."""
-        _refuse_crop()
+        refuse_crop()
 
 
-def _refuse_crop() -> NoReturn:
+def refuse_crop() -> NoReturn:
     """Raise, because a state cannot drop its last tokens."""
     raise UnsupportedError(
         "a longspan state cannot be cropped, and assisted decoding rolls back the tokens that it rejects; leave out "
@@ -273,7 +273,7 @@ class StateCache(Cache):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Raise, because a state cannot drop its last tokens."""
-        _refuse_crop()
+        refuse_crop()
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a selection of batch rows to `shift` and `first_columns`."""

@@ -108,6 +108,9 @@ def prepare_call(
         keywords["reset"] = reset
     cache = _cache(base, modules, keywords, take_cache(keywords))
     passed = PASSED_ON if modules.family.causal else PASSED_ON - {"shift_labels"}
+    if hasattr(base.config, "output_router_logits"):
+        # a mixture of experts
+        passed = passed | {"output_router_logits"}
     check_keywords(keywords, {*known, *passed, *PACKING, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
     attentions = keywords.get("output_attentions")
     if getattr(base.config, "output_attentions", False) if attentions is None else attentions:
