@@ -43,10 +43,10 @@ def _rope(kind: str = "default", **fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **fields}}
 
 
-_PART = {"partial_rotary_factor": 0.5}
-_PRETRAINED = {"original_max_position_embeddings": 64, "factor": 4.0}
-_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_IMAGES = {"mrope_section": [1, 1, 0]}
+_PART: dict[str, Any] = {"partial_rotary_factor": 0.5}
+_PRETRAINED: dict[str, Any] = {"original_max_position_embeddings": 64, "factor": 4.0}
+_BANDS: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_IMAGES: dict[str, Any] = {"mrope_section": [1, 1, 0]}
 _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", _HEADS),
     "gemma2": ("Gemma2", {**_HEADS, **_MIXED, "query_pre_attn_scalar": 11, "attn_logit_softcapping": None}),

@@ -263,7 +263,8 @@ class StateCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row `repeats` times."""
         self._restore()
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if is_linear(layer):
                 count = next((tensor.shape[0] for tensor in _linear_states(layer)), 0)
                 _select_rows(layer, torch.arange(count).repeat_interleave(repeats))
@@ -301,7 +302,9 @@ def is_linear(layer: Any) -> bool:
 
 def _linear_states(layer: Any) -> list[Tensor]:
     """Return the tensors of a cache layer of linear attention."""
-    values = [part for field in vars(layer).values() for part in (field.values() if isinstance(field, dict) else [field])]
+    values = [
+        part for field in vars(layer).values() for part in (field.values() if isinstance(field, dict) else [field])
+    ]
     return [value for value in values if isinstance(value, Tensor)]
 
 

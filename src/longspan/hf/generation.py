@@ -47,7 +47,10 @@ class StateGeneration(GenerationMixin):
             UnsupportedError: assisted decoding (`assistant_model`, `prompt_lookup_num_tokens`).
         """
         settings = (kwargs.get("generation_config"), self.generation_config)
-        lookup = [kwargs.get("prompt_lookup_num_tokens"), *(getattr(s, "prompt_lookup_num_tokens", 0) for s in settings)]
+        lookup = [
+            kwargs.get("prompt_lookup_num_tokens"),
+            *(getattr(s, "prompt_lookup_num_tokens", 0) for s in settings),
+        ]
         if kwargs.get("assistant_model") is not None or any(lookup):
             refuse_crop()
         mask = kwargs.pop("mask", None)

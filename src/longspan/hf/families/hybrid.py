@@ -11,7 +11,7 @@ from longspan.hf.families.rotary import Llama, Olmo
 class Qwen3Next(Llama):
     """Qwen3-Next and Qwen3.5 (text): RoPE over part of a head, and a gate of the outputs from the query projection."""
 
-    model_types = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+    model_types: tuple[str, ...] = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
     def head_counts(self, model: Any, attention: Any) -> tuple[int, int]:
         """Return the numbers of query heads and of kv heads of an attention module."""
@@ -37,4 +37,4 @@ class Qwen3Next(Llama):
 class OlmoHybrid(Olmo):
     """OLMo Hybrid: norms as in OLMo 2; without positions in the published models."""
 
-    model_types = ("olmo_hybrid",)
+    model_types: tuple[str, ...] = ("olmo_hybrid",)

@@ -27,7 +27,7 @@ class Rope(NamedTuple):
 class Llama(Family):
     """Models with separate projections, RoPE and GQA, and norms of queries and keys per head if they have them."""
 
-    model_types = (
+    model_types: tuple[str, ...] = (
         "llama",
         "mistral",
         "mixtral",
@@ -134,7 +134,7 @@ class Llama(Family):
 class Gemma(Llama):
     """Gemma 1, 2 and 3 (text): scores of another scale, capped in Gemma 2; every layer type has its own RoPE."""
 
-    model_types = ("gemma", "gemma2", "gemma3_text")
+    model_types: tuple[str, ...] = ("gemma", "gemma2", "gemma3_text")
 
     def shape(self, model: Any, attention: Any) -> Shape:
         """Return the sizes of an attention module; see `Family.shape`.
@@ -157,7 +157,7 @@ class Gemma(Llama):
 class Phi3(Llama):
     """Phi-3: one fused projection to q, k and v; RoPE over part of a head in some models."""
 
-    model_types = ("phi3",)
+    model_types: tuple[str, ...] = ("phi3",)
     key_maps = ()
 
     def head_counts(self, model: Any, attention: Any) -> tuple[int, int]:
@@ -176,7 +176,7 @@ class Phi3(Llama):
 class Olmo(Llama):
     """OLMo 2 and 3: norms over the whole projections of queries and keys."""
 
-    model_types = ("olmo2", "olmo3")
+    model_types: tuple[str, ...] = ("olmo2", "olmo3")
 
     def split(self, attention: Any, x: Tensor, keys: bool) -> Projected:
         """Project hidden states to heads; see `Family.split`."""
@@ -189,7 +189,7 @@ class Olmo(Llama):
 class Cohere2(Llama):
     """Command R7B and A: RoPE over neighboring dimensions, only in layers with a window."""
 
-    model_types = ("cohere2",)
+    model_types: tuple[str, ...] = ("cohere2",)
     interleaved = True
 
     def rope(self, model: Any, attention: Any) -> Rope | None:
@@ -200,7 +200,7 @@ class Cohere2(Llama):
 class GPTNeoX(Llama):
     """GPT-NeoX and Pythia: q, k and v of a head are side by side in one projection; RoPE over part of a head."""
 
-    model_types = ("gpt_neox",)
+    model_types: tuple[str, ...] = ("gpt_neox",)
     key_maps = ()
 
     def attentions(self, model: Any) -> list[nn.Module | None]:
