@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.conftest import ids
+from tests.hf.conftest import ids, make
 from tests.hf.models import ALL_LOCAL, HYBRIDS, KINDS, MIXED, WINDOW, make_family
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from longspan.hf.cache import CACHE
 from longspan.hf.decoder import ConvertedDecoder
 from longspan.hf.families import attention_modules
 from longspan.hf.opening import _layers_by_window
+from longspan.models.backbone import HuggingFaceBackbone
 
 transformers = pytest.importorskip("transformers")
 
@@ -194,6 +195,27 @@ def test_the_head_of_a_decoder_gives_the_logits(kind: str) -> None:
     decoder = ConvertedDecoder(model)
     hidden, _ = decoder.hidden(text)
     torch.testing.assert_close(decoder.head().logits(hidden), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite", "cohere2"])
+@torch.no_grad()
+def test_a_recurrent_memory_caps_and_scales_logits_as_the_model(kind: str) -> None:
+    model, text = make_family(kind), ids(1, 12)
+    out = model(text, output_hidden_states=True)
+    backbone = HuggingFaceBackbone(model)
+    hidden = out.hidden_states[-1]
+    torch.testing.assert_close(backbone.output(hidden), out.logits, **TOLERANCE)
+    torch.testing.assert_close(backbone.head().logits(hidden), out.logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("fields", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}])
+@torch.no_grad()
+def test_scores_of_any_scale_convert(fields: dict[str, Any]) -> None:
+    model, text = make("gpt2", **fields), ids(1, 23)
+    before = model(text).logits
+    assert float((before - make("gpt2")(text).logits).abs().max()) > 1e-2
+    hf.convert(model, "full")
+    torch.testing.assert_close(model(text).logits, before, rtol=0, atol=1e-9)
 
 
 # -- layers with a window of their own -------------------------------------------------------------------------------

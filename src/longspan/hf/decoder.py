@@ -1,7 +1,7 @@
 """Give a converted causal model the interface of a `Decoder`, for sessions, evaluation and the command line."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
@@ -19,7 +19,7 @@ from longspan.hf.families import attention_modules
 from longspan.hf.loading import load
 from longspan.hf.modeling import LongspanForCausalLM, LongspanPreTrainedModel
 from longspan.models import Head, StackState
-from longspan.models.head import CalledHead, linear_head
+from longspan.models.head import CalledHead, final_logits, linear_head
 from longspan.models.wrappers import OPENERS, unwrapped
 from longspan.state import all_or_nothing
 
@@ -30,22 +30,6 @@ class CallOptions(TypedDict, total=False):
     mask: Tensor | None
     reset: Tensor | None
     aux_losses: list[Tensor] | None
-
-
-class ChangedHead(CalledHead):
-    """An output head whose outputs are capped or scaled before they are logits (Gemma 2, Granite).
-
-    Args:
-        head: a linear map.
-        change: maps its outputs to logits of the same shape.
-    """
-
-    def __init__(self, head: Head | CalledHead, change: Callable[[Tensor], Tensor]) -> None:
-        self.head, self.change = head, change
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Map hidden states (..., dim) to logits (..., vocab_size)."""
-        return self.change(self.head.logits(hidden))
 
 
 class ConvertedDecoder(nn.Module):
@@ -172,9 +156,7 @@ class ConvertedDecoder(nn.Module):
         Raises:
             UnsupportedError: it is not a plain linear map.
         """
-        head = linear_head(self.inner.get_output_embeddings())
-        change = attention_modules(self.inner).family.final_logits(self.inner)
-        return head if change is None else ChangedHead(head, change)
+        return linear_head(self.inner.get_output_embeddings(), final_logits(self.inner.config))
 
     def _run(
         self, model: Any, tokens: Tensor, state: StackState | None, call: CallOptions, **options: Any

@@ -1,6 +1,5 @@
 """The interface of a family of pretrained models, and how heads of a model become those of mixers."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,10 +82,6 @@ class Family:
         """Return the position id of a document's first token."""
         return 0
 
-    def final_logits(self, model: Any) -> Callable[[Tensor], Tensor] | None:
-        """Return the function from the outputs of the language-model head to logits; None = they are the logits."""
-        return final_logits(model.config)
-
     def split(self, attention: Any, x: Tensor, keys: bool) -> Projected:
         """Project x (batch, length, dim) to heads as the model does; arguments as of `project`."""
         raise NotImplementedError
@@ -149,17 +144,6 @@ def arrange_heads(x: Tensor, layout: HeadLayout) -> Tensor:
     if rotated == head_dim:
         return turned
     return torch.cat([part for pair in zip(turned.chunk(2, -1), rest.chunk(2, -1), strict=True) for part in pair], -1)
-
-
-def final_logits(config: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return what a model does to the outputs of its language-model head: Gemma caps them, Granite and Cohere scale
-    them. None = nothing.
-    """
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    if cap is not None:
-        return lambda logits: (logits / cap).tanh() * cap
-    return None if scale == 1 else lambda logits: logits * scale
 
 
 def query_scale(scaling: float, head_dim: int) -> float:
