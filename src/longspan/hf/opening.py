@@ -106,19 +106,12 @@ def _layers_by_window(model: Any) -> dict[int | None, list[int]]:
     Raises:
         UnsupportedError: the family cannot be converted, or is bidirectional.
     """
-    family = attention_modules(model)
-    if not family.family.causal:
+    modules = attention_modules(model)
+    if not modules.family.causal:
         raise UnsupportedError(
             f"a model of type {model.config.model_type!r} is bidirectional and does not stream; use a causal one"
         )
-    config = model.config
-    kinds = list(getattr(config, "layer_types", None) or [])
     layers: dict[int | None, list[int]] = {}
-    for index, attention in enumerate(family.attentions):
-        window = getattr(attention, "sliding_window", None)
-        if window is None and index < len(kinds) and kinds[index] == "sliding_attention":
-            window = config.sliding_window
-        if window is None and not kinds and config.model_type == "mistral":
-            window = getattr(config, "sliding_window", None)
-        layers.setdefault(window, []).append(index)
+    for index in modules.convertible:
+        layers.setdefault(modules.family.window(model, modules.attentions[index]), []).append(index)
     return layers
