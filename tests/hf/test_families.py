@@ -40,7 +40,11 @@ def needs(kind: str) -> None:
 
 def identities(kind: str) -> list[tuple[str, dict[str, Any]]]:
     """Conversions of a family that change no output."""
-    return [("window", {"window": WINDOW})] if kind in ALL_LOCAL else [("full", {}), ("window", {"window": 64})]
+    return (
+        [("window", {"window": WINDOW, "sinks": 0})]
+        if kind in ALL_LOCAL
+        else [("full", {}), ("window", {"window": 64})]
+    )
 
 
 def in_pieces(model: Any, text: Tensor, mask: Tensor, pieces: tuple[tuple[int, int], ...] = PIECES) -> Tensor:
@@ -260,7 +264,7 @@ def test_chosen_layers_alone_are_converted_beside_local_ones(layers: list[int]) 
     text, mask = padded("left")
     before = model(text, attention_mask=mask).logits
     for index in layers:
-        name, fields = ("full", {}) if index % 2 else ("window", {"window": WINDOW})
+        name, fields = ("full", {}) if index % 2 else ("window", {"window": WINDOW, "sinks": 0})
         hf.convert(model, name, layers=[index], **fields)
     real = mask.bool()
     torch.testing.assert_close(model(text, attention_mask=mask).logits[real], before[real], **TOLERANCE)
