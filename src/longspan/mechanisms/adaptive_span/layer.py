@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class AdaptiveSpanConfig:
         include_self: if True, a token sees itself; the paper excludes it.
         dynamic: if True, every token has its own span, computed from its hidden state; else one span per head.
         initial: initial z' (span / max_span) in [0, 1]; dynamic spans start at sigmoid(-4) instead, as in the paper.
+            1 in conversions, where training shortens spans that a pretrained model does not need.
         penalty: coefficient of the auxiliary loss, the mean span in tokens; the paper uses 2e-6, and 0.5e-6 where
             max_span is 8192.
         persistent: number of learned key-value pairs per kv head that every token sees in addition to the text.
@@ -64,6 +65,7 @@ class AdaptiveSpanMechanism(BoundedMechanism):
 
     Config = AdaptiveSpanConfig
     config: AdaptiveSpanConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"initial": 1.0}
     examples = (
         {"max_span": 9, "ramp": 3, "initial": 0.4},
         {"max_span": 6, "ramp": 2},
