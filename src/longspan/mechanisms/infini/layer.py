@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
+from longspan.contract.branches import GatedBranches
 from longspan.contract.rows import BatchLayout
 from longspan.contract.segments import Operation, SegmentMechanism, SegmentState
 from longspan.contract.sinks import LocalStart, SinkPositions, carry_sinks, read_sinks, sink_entries
@@ -89,7 +90,7 @@ class InfiniSinkState(NamedTuple):
         return "values", "keys"
 
 
-class InfiniMechanism(SegmentMechanism):
+class InfiniMechanism(GatedBranches, SegmentMechanism):
     """Infini-attention without projections: takes q, k, v, the memory and the keys of the incomplete segment."""
 
     State = InfiniState
@@ -141,7 +142,7 @@ class InfiniMechanism(SegmentMechanism):
 
     def operations(self) -> tuple[Operation, Operation]:
         """Return `ops.infini_attention`, and `ops.infini_open` for incomplete segments, bound to this config."""
-        fields = {"gate": self.gate, **self.rule}
+        fields = {"gate": self.mixing_gate, **self.rule}
         return partial(ops.infini_attention, **fields), partial(ops.infini_open, **fields)
 
     def memory_cost(self, length: int) -> tuple[int, int]:

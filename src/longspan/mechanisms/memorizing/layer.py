@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
+from longspan.contract.branches import GatedBranches
 from longspan.contract.kv_cache import carry, join, pick_columns, rotate_by_column, visible
 from longspan.contract.rows import BatchLayout
 from longspan.contract.sinks import (
@@ -88,7 +89,7 @@ class MemorizingSinkState(NamedTuple):
     live: Tensor
 
 
-class MemorizingMechanism(BoundedMechanism):
+class MemorizingMechanism(GatedBranches, BoundedMechanism):
     """Memorizing Transformer attention without projections: window attention plus retrieval, mixed by learned gates."""
 
     Config = MemorizingConfig
@@ -258,7 +259,7 @@ class MemorizingMechanism(BoundedMechanism):
 
         first, last = rows.cached(("memorizing", window, max_memories, older), bounds)
         return ops.memorizing_attention(
-            q, k, v, local, self.gate, self.scale, top=self.config.k, first=first, last=last
+            q, k, v, local, self.mixing_gate, self.scale, top=self.config.k, first=first, last=last
         )
 
     def _stored_pairs(
@@ -348,7 +349,7 @@ class MemorizingMechanism(BoundedMechanism):
                     if len(store):
                         part = slice(begin, end)
                         out[row, :, part] = read_store(
-                            store, q[row, :, part], local[row, :, part], self.gate, self.config.k
+                            store, q[row, :, part], local[row, :, part], self.mixing_gate, self.config.k
                         )
                     if store.write and (position + end - begin) % window == 0:
                         closed = slice(num_recent + end - window, num_recent + end)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
+from longspan.contract.branches import GatedBranches
 from longspan.contract.kv_cache import carry, join, visible
 from longspan.contract.rows import BatchLayout
 from longspan.contract.sinks import LocalStart, SinkPositions, carry_sinks, read_sinks, sink_entries
@@ -68,7 +69,7 @@ class WindowLinearState(NamedTuple):
         return "values", "keys"
 
 
-class WindowLinearMechanism(BoundedMechanism):
+class WindowLinearMechanism(GatedBranches, BoundedMechanism):
     """Window attention with a linear memory of what left the window, without projections of q, k, v."""
 
     Config = WindowLinearConfig
@@ -147,7 +148,7 @@ class WindowLinearMechanism(BoundedMechanism):
             values,
             self.map_q,
             self.map_k,
-            self.gate,
+            self.mixing_gate,
             window=config.window,
             enters=rows.cached(("enters", config.window, config.sinks), lambda: self._enters(rows)),
             state=before,
