@@ -155,10 +155,24 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         ConfigError: an unknown mixer or field (with the nearest name), or layers that do not exist or have no softmax
             attention.
     """
+    name = renames.mixer(name)
+    return _convert(model, name, layers, _defaults(name, renames.fields(name, fields)))
+
+
+def convert_again(model: Any, record: dict[str, Any]) -> None:
+    """Repeat a conversion as it is recorded in a configuration.
+
+    Fields that a version of the library added later have the defaults of a new model, which change nothing, and not
+    those of conversions.
+    """
+    name = renames.mixer(record["mixer"])
+    _convert(model, name, record["layers"], renames.fields(name, record["fields"]))
+
+
+def _convert(model: Any, name: str, layers: Iterable[int] | None, fields: dict[str, Any]) -> Report:
+    """Replace the attention of some layers by a mixer; see `convert`."""
     outside, model = model, unwrapped(model)
     modules = attention_modules(model)
-    name = renames.mixer(name)
-    fields = _defaults(name, renames.fields(name, fields))
     chosen, local = _layers(model, modules, layers)
     plan = _Plan(name, chosen, _build(model, modules, name, fields, chosen))
     plans = [plan]

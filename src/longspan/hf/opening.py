@@ -86,7 +86,7 @@ def open_plain(folder: str | Path, dtype: torch.dtype | None = None) -> ModelAnd
         if window is None:
             convert(model, "full", layers=layers)
         else:
-            convert(model, "window", layers=layers, window=window)
+            convert(model, "window", layers=layers, window=window, sinks=0)
     return ModelAndTokenizer(ConvertedDecoder(model.eval()), opened.tokenizer)
 
 
