@@ -249,6 +249,16 @@ def test_a_saved_conversion_loads_as_it_was(name: str, tmp_path: Path) -> None:
         hf.load(tmp_path / "plain")
 
 
+@pytest.mark.parametrize(("name", "fields"), examples())
+@torch.no_grad()
+def test_models_in_half_precision_convert(name: str, fields: dict[str, Any]) -> None:
+    model = make("llama").bfloat16()
+    hf.convert(model, name, **fields)
+    logits = model(ids(1, 20)).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits).all()
+
+
 def test_copies_are_independent() -> None:
     model, text = make("llama"), ids(1, 20)
     before = model(text).logits
