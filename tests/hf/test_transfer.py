@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longspan import hf
 from longspan.errors import ConfigError, DataError, LongspanError, UnsupportedError
+from longspan.hf import distillation
 
 
 def batches(count: int, rows: int = 2, length: int = 32, seed: int = 0) -> list[Tensor]:
@@ -223,6 +224,53 @@ def test_the_worst_layers_get_their_softmax_back(kind: str, kept: str) -> None:
             assert torch.equal(tensor, before[name])
     hf.revert(model)
     assert not hasattr(model.config, "longspan")
+
+
+@pytest.mark.parametrize("loss", ["heads", "outputs"])
+def test_distillation_brings_predictions_closer_to_those_of_the_pretrained_model(loss: Any) -> None:
+    original, text = make("llama").float(), ids(2, 32, seed=9000)
+    model = copy.deepcopy(original)
+    hf.convert(model, "gated_delta")
+    fresh = copy.deepcopy(model)
+    report = hf.transfer(model, batches(40), loss=loss, steps=20, lr=5e-3, distill=20, held_out=HELD_OUT)
+    assert report.divergence is not None
+    assert report.divergence[1] < report.divergence[0]
+    # the divergence is that of the logits of the two models
+    with torch.no_grad():
+        target = original(text).logits.log_softmax(-1)
+        ours = [converted(text).logits.log_softmax(-1) for converted in (fresh, model)]
+    before, after = ((target.exp() * (target - logits)).sum(-1).mean() for logits in ours)
+    assert after < before
+    with hf.Transfer(fresh, hf.TransferConfig()) as transfer:
+        whole = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+        assert transfer.divergence([whole]) == pytest.approx(float(before), rel=1e-4)
+
+
+def test_distillation_reaches_layers_before_those_that_are_not_taught() -> None:
+    model = make("llama").float()
+    hf.convert(model, "gated_delta")
+    before = copy.deepcopy(model.state_dict())
+    hf.transfer(model, batches(3), steps=1, distill=2, layers=[0], held_out=HELD_OUT)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(".layers.0.self_attn.longspan." in name for name in changed)
+
+
+def test_logits_exist_in_chunks() -> None:
+    """Chunks give the divergence and gradients of whole logits, and none is larger than a chunk."""
+    model, student, teacher = make("llama"), torch.randn(11, 16).double().requires_grad_(), torch.randn(11, 16).double()
+    sizes: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: sizes.append(len(output)))
+    results = []
+    for chunk in (11, 4):
+        sizes.clear()
+        divergence = distillation.next_token_divergence(model, teacher, student, chunk)
+        results.append([divergence, *torch.autograd.grad(divergence, student)])
+        assert max(sizes) == chunk
+    torch.testing.assert_close(*results)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UnsupportedError, match="logits are changed by final_logit_softcapping"):
+        distillation.next_token_divergence(model, teacher, student)
 
 
 def test_some_layers_are_reverted() -> None:

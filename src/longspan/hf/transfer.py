@@ -18,11 +18,12 @@ mechanisms have no common way to compute their weights with gradients.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -32,9 +33,10 @@ from longspan.contract.maps import device_and_dtype
 from longspan.contract.registry import build_mechanism
 from longspan.errors import ConfigError, DataError
 from longspan.hf.convert import convert, revert
+from longspan.hf.distillation import next_token_divergence, output_layer
 from longspan.hf.families import attention_modules
 from longspan.hf.opening import layers_by_window
-from longspan.hf.transfer_layer import ErrorSums, Loss, TransferConfig, TransferLayer
+from longspan.hf.transfer_layer import ErrorSums, Loss, TransferConfig, TransferLayer, seeded
 from longspan.models.wrappers import unwrapped
 
 Batch = Tensor | Mapping[str, Any]
@@ -51,12 +53,15 @@ class TransferReport:
         before, after: relative error by layer on held-out pieces: |o - o*|^2 / |o*|^2, summed over tokens, of the
             outputs that the loss compares.
         softmax_layers: layers that compute softmax again, because their errors were the largest.
+        divergence: divergence of the model's predictions from the pretrained model's on held-out pieces, in nats per
+            token, before and after distillation; None = no distillation.
     """
 
     config: TransferConfig
     before: dict[int, float]
     after: dict[int, float]
     softmax_layers: tuple[int, ...] = ()
+    divergence: tuple[float, float] | None = None
 
     @property
     def ranking(self) -> list[int]:
@@ -69,8 +74,8 @@ class TransferReport:
             {"layer": layer, "error_before": self.before[layer], "error_after": self.after[layer]}
             for layer in sorted(self.after)
         ]
-        softmax = list(self.softmax_layers)
-        return {"config": to_dict(self.config), "layers": layers, "ranking": self.ranking, "softmax_layers": softmax}
+        rest = {"ranking": self.ranking, "softmax_layers": self.softmax_layers, "divergence": self.divergence}
+        return {"config": to_dict(self.config), "layers": layers, **to_dict(rest)}
 
     def __str__(self) -> str:
         """Return a one-line summary for printing."""
@@ -102,7 +107,7 @@ class Transfer:
         modules = self._modules = attention_modules(self.model)
         self._base = modules.family.base(self.model)
         chosen = _chosen(layers, modules.cores, len(modules.attentions))
-        self._windows = {index: window for window, indices in layers_by_window(self.model).items() for index in indices}
+        exact = exact_mechanisms(self.model)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._all: dict[int, TransferLayer] = {}
@@ -110,21 +115,16 @@ class Transfer:
         try:
             for index in modules.cores:
                 attention = modules.attentions[index]
-                exact = build_mechanism(*self._exact(index), where=f"layer {index}")
-                exact = exact.to(device_and_dtype(attention).device)
+                shape = modules.family.shape(self.model, attention)
+                teacher = build_mechanism(exact[index].name, shape, exact[index].fields, f"layer {index}")
+                teacher.to(device_and_dtype(attention).device)
                 own_config = config if index in chosen else None
-                self._all[index] = TransferLayer(index, attention, modules.family, exact, own_config)
+                self._all[index] = TransferLayer(index, attention, modules.family, teacher, own_config)
         except BaseException:
             self.finish()
             raise
         self.layers = {index: self._all[index] for index in chosen}
         self.model.eval()
-
-    def _exact(self, index: int) -> tuple[str, Any, dict[str, Any]]:
-        """Return name, shape and fields of the mechanism that equals the pretrained attention of a layer."""
-        shape = self._modules.family.shape(self.model, self._modules.attentions[index])
-        window = self._windows[index]
-        return ("full", shape, {}) if window is None else ("window", shape, {"window": window})
 
     def __enter__(self) -> Self:
         return self
@@ -191,6 +191,56 @@ class Transfer:
         device = self.model.get_input_embeddings().weight.device
         return {name: value.to(device) for name, value in named.items() if value is not None}
 
+    # -- distillation ------------------------------------------------------------------------------------------------
+
+    def begin_distillation(self, steps: int) -> None:
+        """Start a second phase, of calls of `distill`: new optimizers, a tenth of the learning rate on a cosine."""
+        lr = self.config.base_lr / 10
+        self.config = replace(self.config, steps=steps, lr=lr, schedule="cosine", seed=self.config.seed + 1)
+        for layer in self.layers.values():
+            layer.begin(self.config)
+
+    def distill(self, batch: Batch) -> float:
+        """Make one optimizer step in all taught layers together, on the divergence of the model's predictions.
+
+        Returns:
+            The Kullback-Leibler divergence of the student's next-token distributions from the teacher's, in nats, mean
+            over tokens.
+
+        Raises:
+            LongspanError: a gradient is not finite.
+            UnsupportedError: the model has no linear output layer.
+        """
+        for layer in self.layers.values():
+            layer.core.train()
+        with torch.enable_grad():
+            divergence, aux_losses = self._divergence(batch)
+            torch.stack([divergence, *aux_losses]).sum().backward()
+        for layer in self.layers.values():
+            layer.update()
+        return float(divergence.detach())
+
+    @torch.no_grad()
+    def divergence(self, batches: Iterable[Batch]) -> float:
+        """Return the mean of the divergences of some batches, without a step."""
+        for layer in self.layers.values():
+            layer.core.eval()
+        values = [float(self._divergence(batch)[0]) for batch in batches]
+        return sum(values) / len(values) if values else math.nan
+
+    def _divergence(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Return the divergence of a batch, and the auxiliary losses of the mechanisms."""
+        arguments, aux_losses = self.arguments(batch), list[Tensor]()
+        with torch.no_grad(), self.substituted({}):
+            teacher = self._base(**arguments, use_cache=False).last_hidden_state
+        students = {index: functools.partial(layer.student, aux_losses) for index, layer in self._all.items()}
+        seed = next(iter(self.layers.values())).seed
+        with seeded(seed, teacher.device), self.substituted(students):
+            student = self._base(**arguments, use_cache=False).last_hidden_state
+        mask = arguments.get("attention_mask")
+        real = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask.bool()
+        return next_token_divergence(self.model, teacher[real], student[real]), aux_losses
+
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
@@ -217,9 +267,32 @@ class Transfer:
             layer.restore_projections()
             layer.finish()
             del self._all[index]
-            name, _, fields = self._exact(index)
-            revert(self.model, [index])
-            convert(self.model, name, layers=[index], **fields)
+        if layers:
+            revert(self.model, layers)
+            convert_exactly(self.model, layers)
+
+
+class ExactMechanism(NamedTuple):
+    """The mechanism that equals a layer's pretrained attention."""
+
+    name: str
+    fields: dict[str, Any]
+
+
+def exact_mechanisms(model: Any) -> dict[int, ExactMechanism]:
+    """Return the mechanism that equals the pretrained attention of each layer; raises UnsupportedError for encoders."""
+    return {
+        index: ExactMechanism("full", {}) if window is None else ExactMechanism("window", {"window": window})
+        for window, indices in layers_by_window(model).items()
+        for index in indices
+    }
+
+
+def convert_exactly(model: Any, layers: Sequence[int]) -> None:
+    """Convert layers to the mechanism that equals their pretrained attention, which streams like any other."""
+    exact = exact_mechanisms(model)
+    for index in layers:
+        convert(model, exact[index].name, layers=[index], **exact[index].fields)
 
 
 class _PassEnds(Exception):
@@ -252,6 +325,7 @@ def transfer(
     clip: float = 1.0,
     seed: int = 0,
     keep_softmax: int = 0,
+    distill: int = 0,
     on_step: Callable[[int, dict[int, float]], object] | None = None,
 ) -> TransferReport:
     """Teach the converted layers of a pretrained model, in place, what its own attention computes.
@@ -265,13 +339,15 @@ def transfer(
             left out of the loss) and `reset` (documents in one row).
         loss: "heads" or "outputs"; the module describes them.
         steps: number of optimizer steps; AdamW without weight decay.
-        lr: learning rate; None = 1e-2 for heads (constant), 1e-3 for outputs (a cosine to a hundredth).
+        lr: learning rate; None = 1e-2 for heads, where it is constant, and 1e-3 for outputs, where it falls along a
+            cosine to a hundredth.
         layers: converted layers to teach; None = all. The result for a layer does not depend on the others.
         held_out: batches on which errors are measured; None = the first four of `data`, which are then not learned.
         clip: largest norm of the gradient of a layer; 0 = no clipping.
         seed: of dropout in mechanisms and of redrawn projections.
         keep_softmax: number of layers, those with the largest errors, that get their pretrained attention back.
-        on_step: called with the number of steps done and the losses by layer.
+        distill: number of steps afterwards, on the divergence of the model's predictions from the pretrained model's.
+        on_step: called with the number of steps done and the losses by layer, except in distillation.
 
     Returns:
         The relative errors before and after.
@@ -289,17 +365,32 @@ def transfer(
         held_out = list(islice(batches, _HELD_OUT_BATCHES)) if held_out is None else held_out
         before = taught.errors(held_out)
         check_errors(model, before)
-        step = 0
-        for step, batch in enumerate(islice(batches, steps), 1):
+        if distill:
+            output_layer(taught.model)
+        for step, batch in enumerate(_exactly(batches, steps), 1):
             losses = taught.step(batch)
             if on_step is not None:
                 on_step(step, losses)
-        if step < steps:
-            raise DataError(
-                f"transfer: the data ended after {step} of {steps} steps; give more batches, or fewer steps"
-            )
         report = TransferReport(config=config, before=before, after=taught.errors(held_out))
-        return keep_worst(taught, report, keep_softmax)
+        report = keep_worst(taught, report, keep_softmax)
+        if not distill:
+            return report
+        divergence = taught.divergence(held_out)
+        taught.begin_distillation(distill)
+        for batch in _exactly(batches, distill):
+            taught.distill(batch)
+        return replace(report, divergence=(divergence, taught.divergence(held_out)))
+
+
+def _exactly(batches: Iterator[Batch], steps: int) -> Iterator[Batch]:
+    """Yield a number of batches; raises DataError if there are fewer."""
+    for step in range(steps):
+        try:
+            batch = next(batches)
+        except StopIteration:
+            message = f"the data ended after {step} of {steps} steps; give more batches, or fewer steps"
+            raise DataError(f"transfer: {message}") from None
+        yield batch
 
 
 def check_kept(keep_softmax: int, num_layers: int) -> None:
@@ -312,7 +403,7 @@ def keep_worst(taught: Transfer, report: TransferReport, count: int) -> Transfer
     """Give the `count` layers with the largest errors their pretrained attention back; return the report with them."""
     worst = tuple(sorted(report.ranking[:count]))
     taught.restore_softmax(worst)
-    return TransferReport(config=report.config, before=report.before, after=report.after, softmax_layers=worst)
+    return replace(report, softmax_layers=worst)
 
 
 def check_errors(model: Any, errors: Mapping[int, float]) -> None:

@@ -36,8 +36,10 @@ class TransferConfig:
     steps: int = 1000
     """number of optimizer steps (AdamW without weight decay)"""
     lr: float | None = None
-    """learning rate; None: 1e-2 for heads, where it is constant, and 1e-3 for outputs, where it falls along a cosine to
-    a hundredth. With outputs, gates and other parameters that mechanisms give a rate of their own start at that"""
+    """learning rate; None: 1e-2 for heads and 1e-3 for outputs. With outputs, gates and other parameters to which
+    mechanisms give a rate of their own start at that"""
+    schedule: Literal["constant", "cosine"] | None = None
+    """how the learning rate changes; cosine: it falls to a hundredth; None: constant for heads, cosine for outputs"""
     clip: float = 1.0
     """largest norm of the gradient of a layer; 0: no clipping"""
     seed: int = 0
@@ -46,6 +48,8 @@ class TransferConfig:
     def __post_init__(self) -> None:
         if self.loss not in DEFAULT_LR:
             raise ConfigError(f"transfer.loss = {self.loss!r}: must be 'heads' or 'outputs'")
+        if self.schedule not in (None, "constant", "cosine"):
+            raise ConfigError(f"transfer.schedule = {self.schedule!r}: must be 'constant' or 'cosine'")
         check_least(self, "transfer", {"steps": 1, "clip": 0, "seed": 0})
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ConfigError(f"transfer.lr = {self.lr}: must be a number above 0")
@@ -57,7 +61,7 @@ class TransferConfig:
 
     def rate(self, step: int) -> float:
         """Return the factor of the learning rates in step `step` (from 0)."""
-        if self.loss == "heads":
+        if self.schedule == "constant" or (self.schedule is None and self.loss == "heads"):
             return 1.0
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
@@ -86,7 +90,7 @@ class TransferLayer:
         attention: the converted module; its trained parameters are in fp32 at least until `finish`.
         family: of its model.
         exact: the mechanism that equals its pretrained attention.
-        config: of the transfer; None: the layer only teaches.
+        config: of the transfer; None: the layer only teaches. The caller has frozen all parameters of the model.
 
     Raises:
         ConfigError: with loss "heads", the mechanism has no parameters.
@@ -124,18 +128,19 @@ class TransferLayer:
         for parameter in self.trained.values():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
-        self.optimizer = self._make_optimizer(config)
-        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.begin(config)
 
-    def _make_optimizer(self, config: TransferConfig) -> torch.optim.AdamW:
-        """Return AdamW without weight decay for the trained parameters."""
+    def begin(self, config: TransferConfig) -> None:
+        """Start at step 0 with a new optimizer: AdamW without weight decay."""
         parameters = list(self.trained.values())
         groups = (
             [{"params": parameters, "lr": config.base_lr}]
             if config.loss == "heads"
             else optimizer_groups(parameters, [], [self.core], lr=config.base_lr, weight_decay=0.0)
         )
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        self.config, self.step = config, 0
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     # -- forward passes ----------------------------------------------------------------------------------------------
 
@@ -151,7 +156,7 @@ class TransferLayer:
         with torch.no_grad():
             outputs = self.family.output(self.teacher, heads)
         self.core.train()
-        with _seeded(self._seed(), x.device), torch.enable_grad():
+        with seeded(self.seed, x.device), torch.enable_grad():
             aux_losses: list[Tensor] = []
             if self.config.loss == "heads":
                 difference = _real(self._student_heads(x, projected, rows, aux_losses) - heads, rows)
@@ -182,7 +187,7 @@ class TransferLayer:
         self.sums.target += float(_real(target, rows).double().square().sum())
         return outputs
 
-    def student(self, x: Tensor, rows: BatchLayout, aux_losses: list[Tensor]) -> Tensor:
+    def student(self, aux_losses: list[Tensor], x: Tensor, rows: BatchLayout) -> Tensor:
         """Return the mechanism's outputs, with a graph if gradients are enabled; auxiliary losses are appended."""
         return self._student_outputs(x, rows, aux_losses).to(x.dtype)
 
@@ -209,16 +214,14 @@ class TransferLayer:
 
     # -- optimizer steps ---------------------------------------------------------------------------------------------
 
-    def _seed(self) -> int:
-        """Return the seed of the current step and layer, so that neither other layers nor a restart change it."""
+    @property
+    def seed(self) -> int:
+        """The seed of the current step and layer, so that neither other layers nor a restart change it."""
         assert self.config is not None
         return (self.config.seed * 1_000_003 + self.step) * 10_007 + self.index
 
-    def update(self, scale: float = 1.0) -> None:
+    def update(self) -> None:
         """Clip the gradients, update the parameters, and apply what the mechanism does after a step.
-
-        Args:
-            scale: factor of the learning rates.
 
         Raises:
             LongspanError: the loss or the gradient is not finite; the parameters are unchanged.
@@ -231,12 +234,12 @@ class TransferLayer:
                 f"transfer: the gradient of layer {self.index} is not finite at step {self.step + 1}; lower lr"
             )
         for group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-            group["lr"] = base * scale * self.config.rate(self.step)
+            group["lr"] = base * self.config.rate(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # the fused step of torch does not increment the version counters by which caches notice changed weights
         torch.autograd.graph.increment_version(parameters)
-        self.core.after_step(self.step + 1, torch.Generator().manual_seed(self._seed()))
+        self.core.after_step(self.step + 1, torch.Generator().manual_seed(self.seed))
         self.step += 1
 
     # -- saving ------------------------------------------------------------------------------------------------------
@@ -292,7 +295,7 @@ def _real(values: Tensor, rows: BatchLayout) -> Tensor:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators in the context, and restore them on exit."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
