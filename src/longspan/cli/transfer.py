@@ -118,9 +118,9 @@ def transfer(options: TransferOptions) -> int:
     folder as `longspan convert` writes it. The same command continues after an interruption, with identical results.
 
     Examples:
-      longspan transfer ./SmolLM2-135M --to gated_delta --text books -o out/delta
-      longspan transfer ./SmolLM2-135M --to linear --loss outputs --text books -o out/linear --keep-softmax 4
-      longspan transfer ./SmolLM2-135M --to gated_delta --text books -o out/delta --layers 0-14
+      longspan transfer ./SmolLM2-135M --to gated_delta --text letters -o out/delta
+      longspan transfer ./SmolLM2-135M --to linear --loss outputs --keep-softmax 1 --text letters -o out/linear
+      longspan transfer ./SmolLM2-135M --to gated_delta --layers 0-1 --text letters -o out/parts
     """
     check_output_folder(options.output, "--output")
     to = renames.mixer(options.to)
@@ -193,12 +193,12 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
         for line in report["layers"]
     ]
     compared = {"heads": "outputs of heads", "outputs": "outputs of layers"}[report["config"]["loss"]]
-    caption = f"relative error on held-out text: |o - o*|^2 / |o*|^2 of the {compared}"
-    print_table(Table(columns=["layer", "before", "after", ""], rows=rows, right=(0, 1, 2), caption=caption))
+    console().print(f"relative error on held-out text, {compared}:")
+    print_table(Table(columns=["layer", "before", "after", ""], rows=rows, right=(0, 1, 2)))
     if report["divergence"] is not None:
         before, after = report["divergence"]
         console().print(
-            f"divergence of predictions: {before:.4f} before distillation, {after:.4f} after (nats per token)"
+            f"divergence of predictions: {before:.3g} nats per token before distillation, {after:.3g} after"
         )
     name = shlex.quote(str(output))
     print_command(f"next: longspan eval {name} FILE | longspan stream {name} FILE | longspan generate {name} -p TEXT")

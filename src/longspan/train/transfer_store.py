@@ -74,7 +74,7 @@ def check_output(model: str, out: Path) -> None:
 
 
 def check_settings(part: Path, settings: Mapping[str, Any], *, also: Mapping[str, Any] | None = None) -> None:
-    """Compare the settings of a transfer with those with which it began; does nothing for a new one.
+    """Compare the settings of a transfer with those with which it began; does nothing if there is no checkpoint yet.
 
     Args:
         part: folder of a set of layers.
@@ -84,7 +84,8 @@ def check_settings(part: Path, settings: Mapping[str, Any], *, also: Mapping[str
     Raises:
         ConfigError: a setting differs; names the first one.
     """
-    if not (part / SETTINGS).is_file():
+    saved = list_checkpoints(part / "checkpoints") or (part / REPORT).is_file()
+    if not saved or not (part / SETTINGS).is_file():
         return
     stored = read_object(part / SETTINGS)
     current = json.loads(json.dumps({**settings, **(also or {})}))
