@@ -23,8 +23,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_is_converted_and_taught(longspan: Command, source: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ("transfer", source, "--to", "linear", "--loss", "outputs", "--text", folder / "documents", *SMALL)
-    arguments += ("--set", "feature=dpfp", "--steps", 6, "--distill", 2, "--keep-softmax", 1, "-o", out)
+    arguments: list[object] = ["transfer", source, "--to", "linear", "--loss", "outputs", "-o", out, *SMALL]
+    arguments += ["--text", folder / "documents", "--set", "feature=dpfp"]
+    arguments += ["--steps", 6, "--distill", 2, "--keep-softmax", 1]
     outcome = longspan(*arguments)
     assert outcome.code == 0, outcome.err
     assert "relative error on held-out text, outputs of layers" in outcome.out

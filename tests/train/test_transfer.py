@@ -166,6 +166,16 @@ def test_an_interrupt_saves_and_the_same_call_continues(settings: TransferSettin
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+class Notes(TransferDisplay):
+    """Remembers messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
 def test_a_damaged_checkpoint_is_passed_over(settings: TransferSettings, tmp_path: Path) -> None:
     run(settings, tmp_path / "whole")
     with pytest.raises(KeyError):
@@ -173,11 +183,9 @@ def test_a_damaged_checkpoint_is_passed_over(settings: TransferSettings, tmp_pat
     part = tmp_path / "parts" / "transfer" / "layers-all"
     newest = part / "checkpoints" / "step-00000008" / "training.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
-    messages: list[str] = []
-    display = TransferDisplay()
-    display.message = messages.append  # type: ignore[method-assign]
+    display = Notes()
     run(settings, tmp_path / "parts", progress=display)
-    assert "step-00000008" in messages[0]
+    assert "step-00000008" in display.messages[0]
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
