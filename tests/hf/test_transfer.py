@@ -1,12 +1,14 @@
 """Attention transfer: errors fall, layers are independent, and nothing but what the loss says is changed."""
 
 import copy
+import math
 import weakref
 from typing import Any
 
 import pytest
 import torch
 from tests.hf.conftest import ids, make
+from tests.hf.test_convert import examples
 from torch import Tensor
 
 from longspan import hf
@@ -50,6 +52,21 @@ def test_the_error_on_held_out_pieces_falls(name: str, loss: str, fields: dict[s
     assert report.to_dict()["layers"][worst]["error_after"] == report.after[worst]
     assert str(worst) in str(report).rsplit(",", 1)[1]
     # the model works as any converted model
+    assert torch.isfinite(model(ids(1, 40)).logits).all()
+
+
+@pytest.mark.parametrize(("name", "fields"), examples(long=True))
+def test_every_mechanism_makes_steps(name: str, fields: dict[str, Any]) -> None:
+    model = make("llama").float()
+    hf.convert(model, name, **fields)
+    has_parameters = bool(list(hf.mechanisms(model)[0].parameters()))
+    for loss in ("heads", "outputs") if has_parameters else ("outputs",):
+        config = hf.TransferConfig(loss=loss, steps=2)  # type: ignore[arg-type]
+        with hf.Transfer(model, config) as transfer:
+            losses = [transfer.step(batch) for batch in batches(2)]
+            assert all(0 <= value < math.inf for value in losses[-1].values())
+            learned = {name for layer in transfer.layers.values() for name in layer.optimizer.state}
+            assert len(learned) == sum(len(layer.trained) for layer in transfer.layers.values())
     assert torch.isfinite(model(ids(1, 40)).logits).all()
 
 

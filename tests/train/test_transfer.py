@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -187,6 +188,36 @@ def test_a_damaged_checkpoint_is_passed_over(settings: TransferSettings, tmp_pat
     run(settings, tmp_path / "parts", progress=display)
     assert "step-00000008" in display.messages[0]
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_kill_while_the_model_is_written_is_repaired(
+    settings: TransferSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(settings, tmp_path / "whole")
+    replace, instants = os.replace, 0
+    for instant in range(1, 100):
+        calls = 0
+
+        def dying(source: Any, target: Any, instant: int = instant) -> None:
+            nonlocal calls
+            if Path(target).parent == tmp_path / "parts":
+                calls += 1
+                if calls == instant:
+                    raise KeyError
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying)
+            try:
+                run(settings, tmp_path / "parts")
+            except KeyError:
+                instants += 1
+                assert not (tmp_path / "parts" / "config.json").exists()
+            else:
+                break
+    assert instants > 3
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert list((tmp_path / "parts").glob(".*")) == []
 
 
 @pytest.mark.parametrize("order", [((0,), (1,)), ((1,), (0,))])

@@ -346,7 +346,8 @@ def transfer(
         clip: largest norm of the gradient of a layer; 0 = no clipping.
         seed: of dropout in mechanisms and of redrawn projections.
         keep_softmax: number of layers, those with the largest errors, that get their pretrained attention back.
-        distill: number of steps afterwards, on the divergence of the model's predictions from the pretrained model's.
+        distill: number of steps afterwards, on the divergence of the model's predictions from the pretrained model's;
+            these hold the graph of all layers.
         on_step: called with the number of steps done and the losses by layer, except in distillation.
 
     Returns:
