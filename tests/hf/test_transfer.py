@@ -61,7 +61,7 @@ def test_every_mechanism_makes_steps(name: str, fields: dict[str, Any]) -> None:
     hf.convert(model, name, **fields)
     has_parameters = bool(list(hf.mechanisms(model)[0].parameters()))
     for loss in ("heads", "outputs") if has_parameters else ("outputs",):
-        config = hf.TransferConfig(loss=loss, steps=2)  # type: ignore[arg-type]
+        config = hf.TransferConfig(loss=loss, steps=2)
         with hf.Transfer(model, config) as transfer:
             losses = [transfer.step(batch) for batch in batches(2)]
             assert all(0 <= value < math.inf for value in losses[-1].values())
