@@ -268,6 +268,16 @@ def test_a_conversion_of_an_earlier_version_gets_no_sinks(name: str, tmp_path: P
     torch.testing.assert_close(hf.load(tmp_path)(text).logits, before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "fields"), examples())
+@torch.no_grad()
+def test_models_in_half_precision_convert(name: str, fields: dict[str, Any]) -> None:
+    model = make("llama").bfloat16()
+    hf.convert(model, name, **fields)
+    logits = model(ids(1, 20)).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits).all()
+
+
 def test_copies_are_independent() -> None:
     model, text = make("llama"), ids(1, 20)
     before = model(text).logits

@@ -80,7 +80,7 @@ def convert(
     check_output_folder(output, "--output")
     # check everything else first: loading weights may take minutes
     to = renames.mixer(to)
-    fields, numbers = _checked_fields(to, segment, set_ or []), _numbers(layers)
+    fields, numbers = checked_fields(to, segment, set_ or []), _numbers(layers)
     _check_output(model, output)
     from longspan import hf
     from longspan.hf.advice import expectation
@@ -158,7 +158,7 @@ def _show_check(report: "CheckReport", file: Path) -> None:
     )
 
 
-def _checked_fields(to: str, segment: int, assignments: list[str]) -> dict[str, Any]:
+def checked_fields(to: str, segment: int, assignments: list[str]) -> dict[str, Any]:
     """Return the fields of the mixer `to` that the options set; raise ConfigError if one does not fit it."""
     from longspan.config import from_dict, override
     from longspan.contract.registry import mechanism_class

@@ -89,6 +89,9 @@ class Converted(KeepsUnusedModules):
         check_caches(args, kwargs)
         rows, index = longspan_call.rows, self.longspan_index
         x, traits = rows.gather(hidden_states), self.longspan.traits
+        # an attention transfer computes something else in its forward passes
+        if (substitute := self.__dict__.get("longspan_substitute")) is not None:
+            return rows.scatter(substitute(x, rows)), None
         q, k, v, gate = self.longspan_family.projected(self, x, traits.uses_keys)
         hidden = Hidden(x, self.longspan_keys_values) if traits.receives_hidden else None
         # in the recomputation of a backward pass the losses were appended already
@@ -300,26 +303,43 @@ def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def revert(model: Any) -> None:
-    """Undo all conversions of a model, bit for bit; the new parameters of the mixers are dropped.
+def revert(model: Any, layers: Iterable[int] | None = None) -> None:
+    """Undo the conversions of a model, bit for bit; the new parameters of the mixers are dropped.
+
+    Args:
+        model: converted in place by `convert`.
+        layers: indices of the layers to undo, negative ones counting from the end; None = all converted ones.
 
     Raises:
-        ConfigError: the model is not converted.
+        ConfigError: the model, or one of these layers, is not converted.
     """
     model = unwrapped(model)
     modules = attention_modules(model)
-    if not modules.cores:
+    cores = modules.cores
+    if not cores:
         raise ConfigError("revert: this model is not converted, so there is nothing to undo")
-    for index in modules.cores:
+    chosen = tuple(cores) if layers is None else _resolved(layers, len(modules.attentions), "revert")
+    if plain := [index for index in chosen if index not in cores]:
+        raise ConfigError(f"revert: layer {plain[0]} is not converted; leave it out")
+    for index in chosen:
         attention = modules.attentions[index]
         restore_modules(attention)
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
         attention.__dict__.pop(HEADS, None)
         _set_class(attention, original_class(attention))
+    remaining = [
+        {**record, "layers": [index for index in record["layers"] if index not in chosen]}
+        for record in model.config.longspan
+    ]
+    unmark(model.config)
+    if modules.cores:
+        for record in remaining:
+            if record["layers"]:
+                mark(model.config, record)
+        return
     for handle in modules.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
-    unmark(model.config)
 
 
 def mechanisms(model: Any) -> dict[int, Mechanism]:
@@ -340,14 +360,9 @@ def _layers(model: Any, modules: AttentionModules, layers: Iterable[int] | None)
     Raises:
         ConfigError: no such layer, or one without softmax attention.
     """
-    count = len(modules.attentions)
     if layers is None:
         return _all_layers(model, modules)
-    chosen = tuple(dict.fromkeys(layers))
-    bad = [index for index in chosen if not -count <= index < count]
-    if bad or not chosen:
-        raise ConfigError(f"convert: layers = {list(chosen)}: must be among the {count} layers 0 to {count - 1}")
-    resolved = tuple(sorted({index % count for index in chosen}))
+    resolved = _resolved(layers, len(modules.attentions), "convert")
     if others := [index for index in resolved if index in modules.others]:
         raise ConfigError(
             f"convert: layer {others[0]} is linear attention, which cannot be converted; choose among "
@@ -367,6 +382,15 @@ def _all_layers(model: Any, modules: AttentionModules) -> _Layers:
         if window is not None:
             local[window] = (*local.get(window, ()), index)
     return _Layers(seeing_all, local)
+
+
+def _resolved(layers: Iterable[int], count: int, where: str) -> tuple[int, ...]:
+    """Return layer indices sorted, negative ones resolved; raises ConfigError for those that do not exist."""
+    chosen = tuple(dict.fromkeys(layers))
+    bad = [index for index in chosen if not -count <= index < count]
+    if bad or not chosen:
+        raise ConfigError(f"{where}: layers = {list(chosen)}: must be among the {count} layers 0 to {count - 1}")
+    return tuple(sorted({index % count for index in chosen}))
 
 
 @functools.cache

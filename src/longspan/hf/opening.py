@@ -82,7 +82,7 @@ def open_plain(folder: str | Path, dtype: torch.dtype | None = None) -> ModelAnd
         return _open_own(folder, dtype)
     opened = open_pretrained(str(folder), dtype=dtype)
     model: Any = opened.model
-    for window, layers in _layers_by_window(model).items():
+    for window, layers in layers_by_window(model).items():
         if window is None:
             convert(model, "full", layers=layers)
         else:
@@ -100,7 +100,7 @@ def _open_own(folder: str | Path, dtype: torch.dtype | None) -> ModelAndTokenize
     return ModelAndTokenizer(wrapped.model.eval(), tokenizer)
 
 
-def _layers_by_window(model: Any) -> dict[int | None, list[int]]:
+def layers_by_window(model: Any) -> dict[int | None, list[int]]:
     """Return the layer indices for each sliding window; None = layers that see every earlier token.
 
     Raises:
