@@ -14,7 +14,7 @@ from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE
 from longspan.hf.decoder import ConvertedDecoder
 from longspan.hf.families import attention_modules
-from longspan.hf.opening import _layers_by_window
+from longspan.hf.opening import layers_by_window
 from longspan.models.backbone import HuggingFaceBackbone
 
 transformers = pytest.importorskip("transformers")
@@ -241,7 +241,7 @@ def test_local_layers_keep_their_window_and_the_others_get_the_mixer(kind: str) 
     assert [record["mixer"] for record in model.config.longspan] == ["infini", "window"]
     hf.revert(model)
     assert hf.convert(model, "infini", layers=report.layers).local_layers == ()
-    assert _layers_by_window(model) == {None: list(report.layers), WINDOW: list(local)}
+    assert layers_by_window(model) == {None: list(report.layers), WINDOW: list(local)}
 
 
 @pytest.mark.parametrize("kind", ALL_LOCAL)

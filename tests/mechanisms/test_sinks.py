@@ -49,7 +49,7 @@ def rotated(x: Tensor, position: int) -> Tensor:
 
 
 def local_first(name: str, fields: dict[str, Any], i: int) -> int:
-    size = fields.get("segment") or fields["window"]
+    size: int = fields.get("segment") or fields["window"]
     if name == "infini":
         return i // size * size
     return (i // size - 1) * size if fields.get("blocks") else i - size + 1

@@ -12,8 +12,8 @@ from longspan import ops
 from longspan.contract.base import Shape
 from longspan.contract.registry import build_mechanism
 from longspan.contract.rows import BatchLayout
+from longspan.engine.window import window_softmax_cost
 from longspan.errors import ConfigError
-from longspan.mechanisms.window_linear import operation
 
 DIM = 8
 FORMS: list[dict[str, Any]] = [
@@ -138,6 +138,6 @@ def test_bad_input_is_one_line() -> None:
 
 
 def test_cost_counts_what_is_computed() -> None:
-    memory, local = operation.window_linear_cost(100, window=4, features=3, head_dim=DIM, group=2)
+    memory, local = ops.window_linear_cost(100, window=4, features=3, head_dim=DIM, group=2)
     assert memory == 100 * DIM * 3 * 3 + ops.group_cost(100, features=6, head_dim=DIM, group=2)
-    assert local == operation.window_softmax_cost(100, window=4)
+    assert local == window_softmax_cost(100, window=4)

@@ -35,8 +35,8 @@ def window_linear_attention(
     group, scale = heads // kv_heads, dim**-0.5 if scale is None else scale
     # local keys
     visible = visible_keys(q, k, lengths=lengths, start=start, memory_lengths=memory_lengths)
-    i, j = torch.arange(length)[:, None], torch.arange(-memory, length)
-    visible, real = visible & (i - j < window), visible.any(-1)
+    distance = torch.arange(length)[:, None] - torch.arange(-memory, length)
+    visible, real = visible & (distance < window), visible.any(-1)
     wide_k, wide_v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     weight = (q @ wide_k.mT * scale).exp() * visible[:, None]
     upper, lower = weight @ wide_v, weight.sum(-1)
@@ -85,7 +85,8 @@ def _features(x: Tensor, maps: Tensor) -> Tensor:
     x = x * x.shape[-1] ** -0.25
     w = torch.einsum("bhnd,hdm->bhnm", x, maps)
     norm = (-x.square().sum(-1, keepdim=True) / 2).exp()
-    return norm * torch.cat([w.exp(), (-w).exp()], -1) / (2 * maps.shape[2]) ** 0.5
+    features: Tensor = norm * torch.cat([w.exp(), (-w).exp()], -1) / (2 * maps.shape[2]) ** 0.5
+    return features
 
 
 def _log_scale(x: Tensor, maps: Tensor) -> Tensor:

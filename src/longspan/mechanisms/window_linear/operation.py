@@ -102,12 +102,14 @@ def _check_maps(q: Tensor, k: Tensor, map_q: Tensor, map_k: Tensor) -> None:
 
 def _mapped(x: Tensor, maps: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x A (batch, heads, length, features) of x scaled by head_dim ** -0.25."""
-    return (x.to(dtype) * x.shape[-1] ** -0.25) @ maps.to(dtype)
+    mapped: Tensor = (x.to(dtype) * x.shape[-1] ** -0.25) @ maps.to(dtype)
+    return mapped
 
 
 def _half_square(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return -|x|^2 / 2 (batch, heads, length) of x scaled by head_dim ** -0.25."""
-    return x.to(dtype).square().sum(-1) * (-0.5 * x.shape[-1] ** -0.5)
+    half: Tensor = x.to(dtype).square().sum(-1) * (-0.5 * x.shape[-1] ** -0.5)
+    return half
 
 
 def _features(x: Tensor, keys: bool) -> tuple[Tensor, Tensor]:
