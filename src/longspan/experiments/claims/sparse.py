@@ -363,6 +363,6 @@ SPARSE = Claim(
     text="Factorized patterns need time and memory of n sqrt n without loss of quality: fixed ones on text, strided "
     "ones on images.",
     parallel=measure_with(comparison),
-    minutes={"tiny": 0.3, "small": 4, "full": 90},
+    minutes={"tiny": 0.3, "small": 4, "full": 145},
     plans=PLANS,
 )
