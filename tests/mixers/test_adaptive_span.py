@@ -178,3 +178,17 @@ def test_wrong_fields_raise_one_clear_line() -> None:
             build(**fields)
     with pytest.raises(ls.ConfigError, match="bidirectional"):
         build(causal=False)
+
+
+def test_spans_have_a_rate_of_their_own_if_it_is_set() -> None:
+    (group,) = build(persistent=2).core.parameter_groups()
+    assert (group.name, group.lr, group.weight_decay) == ("spans", None, 0.0)
+    assert len(group.parameters) == 3
+    core = build(persistent=2, span_lr=0.02).core
+    spans, persistent = core.parameter_groups()
+    assert (spans.name, spans.lr, spans.weight_decay) == ("spans", 0.02, 0.0)
+    assert spans.parameters[0] is core.span
+    assert (persistent.name, persistent.lr, persistent.weight_decay) == ("persistent", None, 0.0)
+    assert [p.shape[1] for p in persistent.parameters] == [2, 2]
+    dynamic, _ = build(dynamic=True, span_lr=0.02).core.parameter_groups()
+    assert len(dynamic.parameters) == 2

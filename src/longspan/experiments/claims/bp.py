@@ -92,9 +92,9 @@ def models(plan: BpPlan) -> list[ModelSpec]:
 def remedies(plan: BpPlan) -> list[Remedy]:
     """Return the remedies.
 
-    Beyond the nearest eight tokens a token sees means of two and more, whose rotated keys cancel. The heads of the start
-    read single tokens there, most of all in the lower layers. The tree's own relative positions are new, and move by at
-    most 0.17 at 3e-4 in 600 steps.
+    Beyond the nearest eight tokens a token sees means of two and more, whose rotated keys cancel. There the heads of
+    the start read single tokens, most of all in the lower layers. The tree's own relative positions are new, and move
+    by at most 0.17 at 3e-4 in 600 steps.
     """
     sizes = start_model(plan.start)
     heads, layers = sizes["num_heads"], sizes["num_layers"]
