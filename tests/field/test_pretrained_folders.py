@@ -73,8 +73,9 @@ def test_convert_checks_the_loss_before_and_after(
     )
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    wrong = error_line(capfd, "convert", plain, "--to", "full", "-o", tmp_path / "x", "--check", empty)
-    assert "fewer than 2 tokens" in wrong
+    code, _, err = call(capfd, "convert", plain, "--to", "full", "-o", tmp_path / "x", "--check", empty)
+    assert code == 2
+    assert "fewer than 2 tokens" in err.splitlines()[-1]
     assert not (tmp_path / "x").exists()
 
 

@@ -78,10 +78,13 @@ def convert(
       longspan stream out/endless book.txt
     """
     check_output_folder(output, "--output")
+    from longspan.tasks.sources import read_file
+
     # check everything else first: loading weights may take minutes
     to = renames.mixer(to)
     fields, numbers = checked_fields(to, segment, set_ or []), _numbers(layers)
     _check_output(model, output)
+    text = None if check is None else bytes(read_file(check)).decode(errors="replace")
     from longspan import hf
     from longspan.hf.advice import expectation
     from longspan.hf.check import compare, token_nats
@@ -94,7 +97,7 @@ def convert(
     weights = locate_weights(model, gguf)
     opened = open_pretrained(weights.source, gguf=weights.gguf, dtype=parse_dtype(dtype))
     opened.model.to(choose_device(device, what="--device"))
-    before = None if check is None else _read(opened, check, check_tokens)
+    before = None if text is None else _read(opened, text, check_tokens)
     report = hf.convert(opened.model, to, layers=numbers, **fields)
 
     write_folder(output, lambda folder: [part.save_pretrained(folder) for part in opened], seal)
@@ -120,12 +123,10 @@ class _Reading(NamedTuple):
     nats: Any
 
 
-def _read(opened: Any, file: Path, tokens: int) -> _Reading:
-    """Read the first tokens of a file with the model before its conversion."""
+def _read(opened: Any, text: str, tokens: int) -> _Reading:
+    """Read the first tokens of a text with the model before its conversion."""
     from longspan.hf.check import first_tokens, token_nats
-    from longspan.tasks.sources import read_file
 
-    text = bytes(read_file(file)).decode(errors="replace")
     ids = first_tokens(opened.tokenizer, text, tokens)
     return _Reading(ids, token_nats(opened.model.eval(), ids))
 
