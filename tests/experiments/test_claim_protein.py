@@ -94,7 +94,7 @@ def test_agreement_tells_signal_from_noise() -> None:
     assert similarity.rank_of_pair(blosum, "CE") > 180
 
 
-def small_plan(folder: Path) -> performer_protein.Plan:
+def small_plan(folder: Path) -> protein_runs.Plan:
     """A plan of seconds on random sequences."""
     random = np.random.default_rng(0)
     sequences = ["".join(random.choice(list(AMINO_ACIDS), random.integers(40, 60))) for _ in range(60)]
@@ -103,7 +103,7 @@ def small_plan(folder: Path) -> performer_protein.Plan:
         ("task", "source", str(folder / "some.fasta")),
         ("task", "validation_fraction", 0.2),
     )
-    return performer_protein.Plan(
+    return protein_runs.Plan(
         shapes=(Shape(layers=1, dim=16, heads=2, steps=2), Shape(layers=2, dim=16, heads=4, steps=4)),
         scored=9,
         mapped=12,
@@ -210,6 +210,9 @@ def test_the_rows_of_a_curve_mark_what_is_extrapolated() -> None:
     assert lead.ours.startswith("+0.0100 [")
     assert "80 million residues" in lead.what
     assert extrapolated.ours == "not reached; extrapolated 250 million [200 million, never]"
+    alone = reach._replace(low=np.nan, high=np.nan)
+    text = protein_curve.curve_figures([run], counted, {"2x64": alone}, 0.05)[1].ours
+    assert text == "not reached; extrapolated 250 million, no interval"
     reached, counted = falling([4.04] * 10, 4.1)
     assert protein_curve.curve_figures([reached], counted, {"2x64": None}, 0.05)[1].ours == "reached"
     rows = protein_curve.curve_table([run], counted).rows

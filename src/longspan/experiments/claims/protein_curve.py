@@ -25,14 +25,17 @@ LONGEST = 1e15
 
 
 class Reach(NamedTuple):
-    """Residues of training after which a model would reach a goal, with a 95 % interval; infinite: never."""
+    """Residues of training after which a model would reach a goal, with a 95 % interval; infinite: never.
+
+    The ends of the interval are NaN if no resample determines the law.
+    """
 
     residues: float
     low: float
     high: float
 
     def record(self) -> list[float | None]:
-        """Return the three numbers as plain data; None for never."""
+        """Return the three numbers as plain data; None for never, and for an interval that there is not."""
         return [value if math.isfinite(value) else None for value in self]
 
 
@@ -135,7 +138,8 @@ def _reach_text(lead: Interval, reach: Reach | None, goal: float) -> str:
     if reach is None:
         return "not reached, and the curve does not determine where it would be"
     value, low, high = (_millions(number) if math.isfinite(number) else "never" for number in reach)
-    return f"not reached; extrapolated {value} [{low}, {high}]"
+    interval = ", no interval" if math.isnan(reach.low) else f" [{low}, {high}]"
+    return f"not reached; extrapolated {value}{interval}"
 
 
 def _millions(residues: float) -> str:
