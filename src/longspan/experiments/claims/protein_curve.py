@@ -157,7 +157,7 @@ def curve_table(runs: Sequence[TrainedRun], counted: Evaluation) -> Table:
             *(f"{run.folder.name}, {_millions(run.points[-1].residues)} residues" for run in runs),
         ],
         rows=[[f"{(index + 1) / len(rows):.0%}", *row] for index, row in enumerate(rows)],
-        right=range(1, len(runs) + 1),
+        right=list(range(1, len(runs) + 1)),
         caption="Exact attention, bits per residue better than counting the residues of the sequence itself: at the "
         f"full learning rate, and after its decay over the last {1 - CONSTANT:.0%}.",
     )
