@@ -47,14 +47,14 @@ def beyond(counted: Evaluation, run: TrainedRun) -> list[Interval]:
 def extrapolate(run: TrainedRun, counted: Evaluation, goal: float, *, draws: int, seed: int = 0) -> Reach | None:
     """Return after how many residues of training a run would reach the goal, with its own decay at the end.
 
-    The interval is from resamples of the held-out sequences, each with its own fit. It does not say how good the law
-    is, or what happens when the same sequences are read many more times.
+    The interval is from fits to resamples of the held-out sequences and of the points, which scatter at a constant
+    rate. It does not say how good the law is, or what happens when the same sequences are read many more times.
 
     Args:
         run: with at least four points before its decay.
         counted: the evaluation of counting.
         goal: bits per residue better than counting.
-        draws: resamples of the held-out sequences.
+        draws: resamples of the held-out sequences and the points.
         seed: of the resamples.
 
     Returns:
@@ -69,14 +69,18 @@ def extrapolate(run: TrainedRun, counted: Evaluation, goal: float, *, draws: int
     *losses, own = nats.sum(1) / units.sum()
     if own - losses[-1] >= goal:
         return None
-    value = _reach(residues, np.array(losses), own - goal)
+    before = np.flatnonzero(residues <= CONSTANT * residues[-1] * (1 + 1e-9))
+    value = _reach(residues, np.array(losses), own - goal, before)
     if value is None:
         return None
     random, drawn = np.random.default_rng(seed), []
     for _ in range(draws):
         counts = random.multinomial(len(units), np.full(len(units), 1 / len(units)))
         *losses, own = nats @ counts / (units @ counts)
-        drawn.append(_reach(residues, np.array(losses), own - goal))
+        chosen = random.choice(before, len(before))
+        # fewer points than one more than its parameters would fit any law
+        if len(np.unique(chosen)) > 3:
+            drawn.append(_reach(residues, np.array(losses), own - goal, chosen))
     # infinite ends are sorted, not averaged
     known = np.sort([draw for draw in drawn if draw is not None])
     if not len(known):
@@ -85,18 +89,18 @@ def extrapolate(run: TrainedRun, counted: Evaluation, goal: float, *, draws: int
     return Reach(value, low, high)
 
 
-def _reach(residues: Array, losses: Array, target: float) -> float | None:
+def _reach(residues: Array, losses: Array, target: float, fitted: Array) -> float | None:
     """Return after how many residues a curve reaches a loss; None if its points do not determine the law.
 
     Args:
         residues: (points,) of training; the last point is after the decay.
         losses: (points,) bits per residue.
         target: loss to reach.
+        fitted: indices of the points to fit, before the decay.
     """
     if losses[-1] <= target:
         return float(residues[-1])
-    before = residues <= CONSTANT * residues[-1] * (1 + 1e-9)
-    law = fit("floored", {"x": residues[before], "loss": losses[before]}, draws=0)
+    law = fit("floored", {"x": residues[fitted], "loss": losses[fitted]}, draws=0)
     if law.undetermined:
         return None
     decayed = float(law.predict(x=residues[-1])) - losses[-1]

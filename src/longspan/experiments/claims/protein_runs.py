@@ -77,7 +77,7 @@ class Plan:
     relabelings: int = 10_000
     """of the amino acids, for the p-values"""
     draws: int = 200
-    """resamples of the held-out sequences for the interval of the extrapolation; 0: no extrapolation"""
+    """resamples of sequences and points for the interval of the extrapolation; 0: no extrapolation"""
 
     def __post_init__(self) -> None:
         assert all(shape.steps % self.points == 0 for shape in self.shapes), "a measured step needs a checkpoint"
