@@ -61,8 +61,9 @@ class Plan:
     """rows of a batch"""
     length: int = 256
     """residues per row, in training and in scores"""
-    rate: float = 3e-3
-    """learning rate of a width of 64; it falls with the square root of the width"""
+    rate: float = 1e-3
+    """learning rate of a width of 64; it falls with the square root of the width. After 1.6 million residues at a
+    constant rate 2x64 is 0.011 bits better with it than with 3e-3, where losses scatter by a hundredth of a bit"""
     warmup: int = 200
     continued: float = 0.1
     """share of the best model's steps for which it and the models with features continue"""
