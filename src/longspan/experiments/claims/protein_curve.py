@@ -100,7 +100,7 @@ def _reach(residues: Array, losses: Array, target: float, fitted: Array) -> floa
     """
     if losses[-1] <= target:
         return float(residues[-1])
-    law = fit("floored", {"x": residues[fitted], "loss": losses[fitted]}, draws=0)
+    law = fit("floored", {"x": residues[fitted].tolist(), "loss": losses[fitted].tolist()}, draws=0)
     if law.undetermined:
         return None
     decayed = float(law.predict(x=residues[-1])) - losses[-1]

@@ -46,7 +46,7 @@ def window_linear_attention(
         seen = (column >= sinks.first[..., None]) & (column < sinks.last[..., None])
         weight = ((q if sinks.q is None else sinks.q) @ sink_k.mT * scale).exp() * seen[:, None]
         upper, lower = upper + weight @ sink_v, lower + weight.sum(-1)
-    # the memory: at query t the key of column t - window may enter
+    # the memory: at query i the key of column i - window may enter
     phi_q, phi_k = _features(q, map_q), _features(k, map_k)
     enters, factor = enters.expand(batch, -1), gate.exp()[:, None]
     begin = torch.full((batch, length), -1) if start is None else start - memory
@@ -59,21 +59,21 @@ def window_linear_attention(
             values = state.values[row] * most.exp()[:, None, None]
             keys = state.keys[row] * most.exp()[:, None]
         outs = []
-        for t in range(length):
-            if not bool(real[row, t]):
-                outs.append(torch.zeros_like(q[row, :, t]))
+        for i in range(length):
+            if not bool(real[row, i]):
+                outs.append(torch.zeros_like(q[row, :, i]))
                 continue
-            if int(begin[row, t]) == t:
+            if int(begin[row, i]) == i:
                 values, keys, most = torch.zeros_like(values), torch.zeros_like(keys), torch.full_like(most, -1e30)
-            if bool(enters[row, t]):
-                column = memory + t - window
+            if bool(enters[row, i]):
+                column = memory + i - window
                 phi = phi_k[row, :, column]
                 values = values + phi[:, :, None] * v[row, :, column, None]
                 keys, most = keys + phi, torch.maximum(most, _log_scale(k[row, :, column], map_k)).detach()
-            query = phi_q[row, :, t] * factor
+            query = phi_q[row, :, i] * factor
             far = (query[:, None] @ values.repeat_interleave(group, 0))[:, 0]
-            total = lower[row, :, t] + (query * keys.repeat_interleave(group, 0)).sum(-1)
-            outs.append((upper[row, :, t] + far) / total[:, None])
+            total = lower[row, :, i] + (query * keys.repeat_interleave(group, 0)).sum(-1)
+            outs.append((upper[row, :, i] + far) / total[:, None])
         rows.append(torch.stack(outs, 1) if outs else q.new_zeros(heads, 0, dim))
         unit = torch.where(most < -1e29, 0, most).exp()
         sums.append((values / unit[:, None, None], keys / unit[:, None], most))
