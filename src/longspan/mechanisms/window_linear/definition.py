@@ -66,10 +66,10 @@ def window_linear_attention(
             if int(begin[row, i]) == i:
                 values, keys, most = torch.zeros_like(values), torch.zeros_like(keys), torch.full_like(most, -1e30)
             if bool(enters[row, i]):
-                column = memory + i - window
-                phi = phi_k[row, :, column]
-                values = values + phi[:, :, None] * v[row, :, column, None]
-                keys, most = keys + phi, torch.maximum(most, _log_scale(k[row, :, column], map_k)).detach()
+                leaving = memory + i - window
+                phi = phi_k[row, :, leaving]
+                values = values + phi[:, :, None] * v[row, :, leaving, None]
+                keys, most = keys + phi, torch.maximum(most, _log_scale(k[row, :, leaving], map_k)).detach()
             query = phi_q[row, :, i] * factor
             far = (query[:, None] @ values.repeat_interleave(group, 0))[:, 0]
             total = lower[row, :, i] + (query * keys.repeat_interleave(group, 0)).sum(-1)
