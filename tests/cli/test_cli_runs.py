@@ -77,6 +77,22 @@ def test_eval_as_json_agrees_with_a_stream(longspan: Command, byte_run: Path, fo
     assert figures["without_memory"]["bits_per_byte"] != figures["with_memory"]["bits_per_byte"]
 
 
+def test_eval_of_each_branch(longspan: Command, folder: Path, byte_run: Path, tmp_path: Path) -> None:
+    infini = 'model.mixers=[{name="infini", segment=8, gate_init=0.0}]'
+    assert longspan("train", folder / "bytes.toml", "--set", infini, "-o", tmp_path / "run").code == 0
+    figures = json.loads(longspan("eval", tmp_path / "run", "--branches", "--json").out)
+    losses = {name: figures[name]["bits_per_byte"] for name in ("with_memory", "local_attention_alone", "memory_alone")}
+    assert len(set(losses.values())) == 3
+    for name in ("local_attention_alone", "memory_alone"):
+        more = losses[name] - losses["with_memory"]
+        assert figures[name]["difference"]["value"] == pytest.approx(more, abs=1e-6)
+    table = longspan("eval", tmp_path / "run", "--branches").out
+    assert "memory alone: difference" in table
+    outcome = longspan("eval", byte_run, "--branches")
+    assert outcome.code == 2
+    assert "no layer of this model mixes local attention and a memory" in outcome.err
+
+
 def test_eval_of_the_starts_of_documents(longspan: Command, byte_run: Path) -> None:
     figures = json.loads(longspan("eval", byte_run, "--head", 100, "--json").out)
     assert figures["documents"] == 2

@@ -1,6 +1,7 @@
 """Claim performer-protein at a size of seconds, and its statistics against known values."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from longspan.experiments.claims import performer_protein, runs, similarity
+from longspan.errors import LongspanError
+from longspan.experiments.claims import performer_protein, protein_curve, protein_runs, runs, similarity
+from longspan.experiments.claims.protein_runs import Point, Shape, TrainedRun
+from longspan.files import read_json
 from longspan.models import EncoderConfig, MaskedLM
 from longspan.tasks import Documents
 from longspan.tasks.protein import AMINO_ACIDS, BEGIN, END, FIRST, ProteinDocument
 from longspan.tasks.sources import PROTEINS
+from longspan.train import Evaluation
 
 A = {letter: index for index, letter in enumerate(AMINO_ACIDS)}
 
@@ -89,21 +94,36 @@ def test_agreement_tells_signal_from_noise() -> None:
     assert similarity.rank_of_pair(blosum, "CE") > 180
 
 
-def test_the_claim_runs_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def small_plan(folder: Path) -> protein_runs.Plan:
+    """A plan of seconds on random sequences."""
     random = np.random.default_rng(0)
     sequences = ["".join(random.choice(list(AMINO_ACIDS), random.integers(40, 60))) for _ in range(60)]
-    (tmp_path / "some.fasta").write_text("".join(f">s{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
+    (folder / "some.fasta").write_text("".join(f">s{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
     recipe: tuple[tuple[str, str, Any], ...] = (
-        ("task", "source", str(tmp_path / "some.fasta")),
-        *(("model", "dim", 16), ("model", "num_layers", 2), ("model", "num_heads", 4)),
-        *(("train", "segment_length", 32), ("train", "lanes", 2), ("task", "validation_fraction", 0.2)),
+        ("task", "source", str(folder / "some.fasta")),
+        ("task", "validation_fraction", 0.2),
     )
-    plan = performer_protein.Plan(steps=3, scored=9, mapped=12, recipe=recipe)
-    monkeypatch.setitem(performer_protein.PLANS, "small", plan)
+    return protein_runs.Plan(
+        shapes=(Shape(layers=1, dim=16, heads=2, steps=2), Shape(layers=2, dim=16, heads=4, steps=4)),
+        scored=9,
+        mapped=12,
+        points=2,
+        lanes=2,
+        length=32,
+        continued=0.5,
+        features=8,
+        copies=2,
+        recipe=recipe,
+        draws=0,
+    )
+
+
+def test_the_claim_runs_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(performer_protein.PLANS, "small", small_plan(tmp_path))
     monkeypatch.setattr(performer_protein, "agreement", functools.partial(similarity.agreement, samples=100))
     claim, messages = performer_protein.PERFORMER_PROTEIN, list[str]()
     outcome = claim.run(tmp_path / "runs", "small", messages.append)
-    assert len(messages) == 3
+    assert len(messages) == 10, "a line per training, per size and per model"
     frequent = ("frequencies", "frequencies in the sequence itself")
     assert set(outcome.data["bits"]) == {*frequent, "exact", "softmax features", "ReLU features"}
     frequencies = outcome.data["bits"]["frequencies"]
@@ -111,11 +131,92 @@ def test_the_claim_runs_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert frequencies.value == pytest.approx(np.log2(20), abs=0.3)
     assert np.shape(outcome.data["similarity"]["of embeddings"]["exact"]) == (20, 20)
     assert outcome.verdict in ("holds in part", "does not hold")
-    assert outcome.pictures[0].light[:4] == b"\x89PNG"
+    assert [picture.light[:4] for picture in outcome.pictures] == [b"\x89PNG"] * 2
+    curves = outcome.data["curves"]
+    assert [curves[name]["residues"] for name in ("1x16", "2x16")] == [[64, 128], [128, 256]]
+    assert outcome.data["best"] == min(curves, key=lambda name: float(curves[name]["bits"][-1]))
+    assert not [*(tmp_path / "runs").glob("*/checkpoints")], "they are deleted once they are scored"
     monkeypatch.setattr(runs, "run", None)
-    for name in ("evaluate_text", "attention_between"):
-        monkeypatch.setattr(performer_protein, name, None)
+    monkeypatch.setattr(protein_runs, "evaluate_text", None)
+    monkeypatch.setattr(performer_protein, "attention_between", None)
     assert claim.run(tmp_path / "runs", "small", messages.append).data == outcome.data, "a second call measures nothing"
+
+
+def test_models_with_features_continue_from_the_best_exact_one(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path)
+    best = protein_runs.first_job(tmp_path, plan.shapes[1], plan)
+    protein_runs.train_and_score(best)
+    mixer = {**performer_protein.MIXERS["ReLU features"], "num_features": plan.features}
+    job = protein_runs.continued_job(tmp_path, "relu", mixer, best)
+    assert job.recipe["train"]["steps"] == 2
+    protein_runs.train_and_score(job)
+    start = read_json(job.run / "init.json")
+    assert start["start"] == str(best.run)
+    assert start["taken_parameters"] == start["parameters"] > 0
+    assert read_json(job.run / "recipe.json")["model"]["mixers"] == [mixer]
+
+
+def test_several_workers_train_the_same_models_as_one(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path)
+    jobs = [protein_runs.first_job(tmp_path / "alone", shape, plan) for shape in plan.shapes]
+    alone = protein_runs.train_all(jobs, 1, lambda line: None)
+    jobs = [protein_runs.first_job(tmp_path / "together", shape, plan) for shape in plan.shapes]
+    together = protein_runs.train_all(jobs, 2, lambda line: None)
+    assert [run.last.nats.tolist() for run in alone] == [run.last.nats.tolist() for run in together]
+    plan = replace(plan, recipe=(("task", "source", "nothing.fasta"),))
+    failing = [protein_runs.first_job(tmp_path / "failing", plan.shapes[0], plan)]
+    with pytest.raises(LongspanError, match=r"performer-protein: the run 1x16 failed: .*nothing"):
+        protein_runs.train_all(failing, 1, lambda line: None)
+
+
+def falling(bits: list[float], counted: float) -> tuple[TrainedRun, Evaluation]:
+    """A run of ten points with these losses at every sequence, and the evaluation of counting."""
+    units = np.full(50, 100)
+
+    def evaluation(loss: float) -> Evaluation:
+        nats = loss * np.log(2) * units * np.linspace(0.9, 1.1, 50)
+        return Evaluation(tuple(map(str, range(50))), nats, units, units, units // 10, "residue")
+
+    points = [Point((index + 1) * 8_000_000, evaluation(loss)) for index, loss in enumerate(bits)]
+    return TrainedRun(folder=Path("2x64"), parameters=1, seconds=1.0, points=points), evaluation(counted)
+
+
+def test_the_extrapolation_finds_the_training_that_its_law_needs() -> None:
+    pytest.importorskip("scipy")
+    residues = np.arange(1, 11) * 8e6
+
+    def law(x: Any) -> Any:
+        return 4.0 + (3e5 / x) ** 0.5
+
+    decay = np.where(np.arange(10) == 9, 0.01, 0.0)
+    run, counted = falling([*(law(residues) - decay)], 4.1)
+    reach = protein_curve.extrapolate(run, counted, 0.07, draws=5)
+    assert reach is not None
+    assert law(reach.residues) - 0.01 == pytest.approx(4.03, abs=1e-4)
+    assert reach.residues == pytest.approx(3e5 / 0.04**2, rel=0.02)
+    assert reach.low <= reach.residues * 1.02
+    assert reach.high >= reach.residues * 0.98
+    assert protein_curve.extrapolate(run, counted, 0.045, draws=5) is None, "reached"
+    never = protein_curve.extrapolate(run, counted, 0.2, draws=0)
+    assert never is not None
+    assert never.residues == np.inf
+    assert never.record()[0] is None
+
+
+def test_the_rows_of_a_curve_mark_what_is_extrapolated() -> None:
+    run, counted = falling([4.09] * 10, 4.1)
+    reach = protein_curve.Reach(2.5e8, 2e8, np.inf)
+    lead, extrapolated = protein_curve.curve_figures([run], counted, {"2x64": reach}, 0.05)
+    assert lead.ours.startswith("+0.0100 [")
+    assert "80 million residues" in lead.what
+    assert extrapolated.ours == "not reached; extrapolated 250 million [200 million, never]"
+    alone = reach._replace(low=np.nan, high=np.nan)
+    text = protein_curve.curve_figures([run], counted, {"2x64": alone}, 0.05)[1].ours
+    assert text == "not reached; extrapolated 250 million, no interval"
+    reached, counted = falling([4.04] * 10, 4.1)
+    assert protein_curve.curve_figures([reached], counted, {"2x64": None}, 0.05)[1].ours == "reached"
+    rows = protein_curve.curve_table([run], counted).rows
+    assert [row[0] for row in rows][::9] == ["10%", "100%"]
 
 
 def test_counts_of_the_sequence_beat_frequencies_if_compositions_differ() -> None:
@@ -125,12 +226,12 @@ def test_counts_of_the_sequence_beat_frequencies_if_compositions_differ() -> Non
     ]
     even = np.full(20, 1 / 20)
     held_out = Documents(documents, ["L", "S"])
-    flat, own = (performer_protein.by_frequency(held_out, even, prior) for prior in (np.inf, 20))
+    flat, own = (protein_runs.by_frequency(held_out, even, prior) for prior in (np.inf, 20))
     assert flat.bits_per_unit == pytest.approx(np.log2(20))
     assert flat.tokens.tolist() == own.tokens.tolist() == [30, 30]
     assert own.bits_per_unit < 2
     assert own.accuracy > 0.6
-    assert performer_protein.by_frequency(held_out, even, 1e12).nats == pytest.approx(flat.nats)
+    assert protein_runs.by_frequency(held_out, even, 1e12).nats == pytest.approx(flat.nats)
 
 
 def test_similarity_of_embeddings_is_their_correlation() -> None:
@@ -146,8 +247,6 @@ def test_similarity_of_embeddings_is_their_correlation() -> None:
 
 def test_each_part_of_the_claim_is_judged() -> None:
     def scores(exact: float, softmax: float, relu: float) -> Any:
-        from longspan.train import Evaluation
-
         values = {
             "frequencies": 4.2,
             "frequencies in the sequence itself": 4.05,

@@ -10,6 +10,7 @@ from tests.experiments.tiny_runs import shared_folder, tiny_outcome
 import longspan as ls
 from longspan.config import read_toml
 from longspan.experiments.claims import activations, reformer_copy, reformer_depth
+from longspan.files import read_json
 from longspan.models import build_model
 from longspan.train import find_recipe
 
@@ -23,11 +24,24 @@ def test_copy_trains_asks_and_a_second_call_measures_nothing(tmp_path: Path, mon
     outcome = tiny_outcome("reformer-copy", tmp_path)
     assert len(outcome.figures) == 4
     names = {path.name for path in shared_folder(tmp_path, "reformer-copy").iterdir()}
-    assert names == {"full", "strict-4", "sorted-4", "asked"}
+    tried = outcome.data.pop("tried")
+    assert names == {"full", "strict-4", "sorted-4", "asked"} | {
+        f"{selection}-4-remedy-{index}" for selection in ("strict", "sorted") for index in range(3)
+    }
+    # both selections fall short after two steps
+    assert [list(remedies) for remedies in tried.values()] == [[remedy.what for remedy in reformer_copy.REMEDIES]] * 2
+    assert set(tried["sorted"]["twice as many steps"]["4"]) == {"8", "4", "2", "1"}
+    steps = [
+        read_json(shared_folder(tmp_path, "reformer-copy") / run / "recipe.json")["train"]["steps"]
+        for run in ("sorted-4", "sorted-4-remedy-0", "sorted-4-remedy-1")
+    ]
+    assert steps == [2, 4, 2]
     assert set(outcome.data["sorted"]["4"]) == {"full", "8", "4", "2", "1"}
     assert reformer_copy.outcome(outcome.data, reformer_copy.PLANS["tiny"], 1.0).verdict == "does not hold"
     monkeypatch.setattr(reformer_copy, "ask", None)
-    assert tiny_outcome("reformer-copy", tmp_path).data == outcome.data, "a second call measures nothing"
+    assert tiny_outcome("reformer-copy", tmp_path).data == {**outcome.data, "tried": tried}, (
+        "a second call measures nothing"
+    )
 
 
 def test_without_hashing_everything_is_seen() -> None:
@@ -78,6 +92,46 @@ def test_more_rounds_in_training_must_not_be_worse() -> None:
     assert reformer_copy.outcome({"strict": rows}, plan, 1.0).verdict == "holds"
     rows["1"] = row(1.02)
     assert reformer_copy.outcome({"strict": rows}, plan, 1.0).verdict == "holds in part"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_remedies_of_the_copy_are_tried_in_the_trainings_that_fall_short() -> None:
+    plan = reformer_copy.PLANS["full"]
+
+    def row(one: float, more: float = 1.0) -> dict[str, float]:
+        return {"full": 1.0, "8": more, "4": more, "2": more, "1": one}
+
+    good = {"full": row(0.9), "4": row(0.9), "2": row(0.9), "1": row(0.8)}
+    ordered = {**good, "2": row(0.98), "1": row(0.97)}
+    assert reformer_copy.failing({"strict": good, "sorted": ordered}, plan) == {"sorted": [4, 2]}
+    assert reformer_copy.failing({"strict": {**good, "4": row(0.95, 0.98)}}, plan) == {"strict": [4, 2]}
+    assert reformer_copy.failing({"strict": {**good, "1": row(0.8, 0.7)}}, plan) == {"strict": [1]}
+    assert reformer_copy.failing({"strict": good}, plan) == {}
+    tried = {"sorted": {remedy.what: {"4": row(0.97), "2": row(0.98)} for remedy in reformer_copy.REMEDIES}}
+    outcome = reformer_copy.outcome({"strict": good, "sorted": ordered}, plan, 1.0, tried)
+    (table,) = outcome.tables
+    assert outcome.verdict == "holds in part"
+    assert [row[0] for row in table.rows[::2]] == ["none", *(remedy.what for remedy in reformer_copy.REMEDIES)]
+    assert list(table.rows[0][2:]) == ["sorted, 4", "100.0", "100.0", "100.0", "90.0"]
+    assert list(table.rows[3][2:]) == ["sorted, 2", "100.0", "100.0", "100.0", "98.0"]
+
+
+@pytest.mark.parametrize("selection", ["strict", "sorted"])
+def test_remedies_of_the_copy_change_what_they_say(selection: str) -> None:
+    plan = reformer_copy.PLANS["full"]
+    before = reformer_copy.recipe_of(plan, selection, 4)
+    longer, wider, larger = (reformer_copy.recipe_of(plan, selection, 4, remedy) for remedy in reformer_copy.REMEDIES)
+    assert len({remedy.cause for remedy in reformer_copy.REMEDIES}) == 3
+    assert longer == {**before, "train": {**before["train"], "steps": 2000}}
+    assert wider["model"] == {**before["model"], "num_heads": 2}
+    ((mixer,), (other,)) = (recipe["model"]["mixers"] for recipe in (before, larger))
+    assert other == {
+        **mixer,
+        "num_buckets": mixer["num_buckets"] // 2,
+        "bucket_size": 2 * mixer["bucket_size"],
+    }
+    for recipe in (longer, wider, larger):
+        build_model({**recipe["model"], "vocab_size": 128})
 
 
 def test_depth_measures_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,13 +59,40 @@ def test_rmt_counts_every_seed_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_rmt_grid(tmp_path: Any) -> None:
     outcome = tiny_outcome("rmt-grid", tmp_path)
     folder = shared_folder(tmp_path, "rmt-grid")
+    tried = outcome.data.pop("tried")
     assert [len(records) for records in outcome.data.values()] == [2, 2]
+    # texts of at most twice as many segments as the training has
+    assert [len(records) for records in tried.values()] == [2] * len(grid.REMEDIES)
+    (table,) = outcome.tables
+    assert [row[0] for row in table.rows] == ["none", *tried]
+    assert table.columns[2:4] == ["1 segments", "4 segments"]
     for most in (1, 2):
         run = folder / f"detect-up-to-{most}"
         assert (run / "calibrated" / "answers-4x2.json").is_file(), "models are evaluated after their calibration"
         assert read_json(run / "recipe.json")["train"]["max_segments"] == most
     assert "train.mine_every=50" in grid.PLANS["full"].mining
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_remedies_of_the_grid_change_the_weakest_training() -> None:
+    def row(segments: int, k: int, **counts: int) -> dict[str, Any]:
+        zeros = dict.fromkeys(("cut_facts", "missed", "telling", "false_writes", "silent"), 0)
+        return {**zeros, "segments": segments, "k": k, "n": 20, "accuracy": k / 20, "k_of_whole_facts": k, **counts}
+
+    plan = grid.PLANS["full"]
+    rows = {4: [row(4, 2)], 5: [row(4, 20), row(16, 3)], 6: [row(4, 18, cut_facts=1, missed=2, telling=9), row(7, 19)]}
+    # 16 segments are more than twice as many as 5 or 6
+    assert (grid.weakest(rows), grid.verdict_of(rows)) == (6, "holds in part")
+    assert grid.verdict_of({5: rows[5]}) == "holds"
+    assert (grid.weakest({1: [row(1, 1)], 2: [row(1, 20)]}), grid.verdict_of({2: [row(1, 20)]})) == (2, "holds in part")
+    tried = {remedy.what: [row(4, 20, silent=7), row(7, 20)] for remedy in grid.REMEDIES}
+    rows = {5: [row(4, 20), row(7, 20)], 6: rows[6]}
+    (table,) = grid.outcome(rows, tried, plan, 0.0).tables
+    assert table.rows[0][2:] == ["18 of 20", "19 of 20", "37 of 39", "2 of 9", "0 of 0"]
+    assert table.rows[1][2:] == ["20 of 20", "20 of 20", "40 of 40", "0 of 0", "0 of 7"]
+    assert len({remedy.cause for remedy in grid.REMEDIES}) == len(grid.REMEDIES) == 4
+    assert grid.outcome(rows, {}, plan, 0.0).tables == []
 
 
 def test_rmt_maps(tmp_path: Any) -> None:

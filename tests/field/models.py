@@ -14,6 +14,7 @@ VOCAB, DIM, HEADS = 50, 16, 2
 FIELDS: dict[str, dict[str, Any]] = {
     "full": {},
     "window": {"window": 4},
+    "window_linear": {"window": 4, "num_features": 5, "sinks": 2},
     "linear": {},
     "gated_delta": {},
     "performer": {"num_features": 8},

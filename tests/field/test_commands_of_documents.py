@@ -20,6 +20,7 @@ SMALL = {
     "train": "--set train.steps=2 --set train.eval_every=0 --set train.final_eval_tokens=300 --set train.threads=1",
     "eval": "--tokens 600",
     "generate": "--tokens 3",
+    "transfer": "--steps 2 --length 32 --batch 2",
 }
 OF_MEMORY = "--segments 1,2 --count 2"
 # commands that are not run here, and where they are

@@ -19,12 +19,24 @@ SUMS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),
     "linear dpfp": ("linear", {"feature": "dpfp"}),
     "performer": ("performer", {"num_features": 8}),
+    "window_linear": ("window_linear", {"window": 4, "num_features": 4}),
     "performer relu": ("performer", {"num_features": 8, "kind": "relu"}),
     "infini": ("infini", {"segment": 4}),
     "infini delta": ("infini", {"segment": 4, "update": "delta"}),
     "infini gamma": ("infini", {"segment": 4, "normalizer": "gamma"}),
 }
-BOUNDED = ["window", "linear", "performer", "infini", "associative", "bp", "lsh", "routing", "memorizing"]
+BOUNDED = [
+    "window",
+    "window_linear",
+    "linear",
+    "performer",
+    "infini",
+    "associative",
+    "bp",
+    "lsh",
+    "routing",
+    "memorizing",
+]
 BOUNDED += ["gated_delta", "adaptive_span", "transformer_xl", "compressive"]
 
 

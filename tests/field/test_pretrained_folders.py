@@ -53,6 +53,32 @@ def bits_per_byte(folder: Path, text: Path) -> float:
     return loss / math.log(2) * (len(ids) - 1) / len(text.read_bytes())
 
 
+def test_convert_checks_the_loss_before_and_after(
+    capfd: pytest.CaptureFixture[str], plain: Path, text: Path, tmp_path: Path
+) -> None:
+    check = ("--check", text, "--check-tokens", 700)
+    code, out, _ = call(capfd, "convert", plain, "--to", "full", "-o", tmp_path / "full", *check)
+    assert code == 0
+    # the same attention: no difference in any range, nor in the sum
+    assert out.count("+0.000") == 2
+    assert "400 tokens" in out
+    assert "It predicts nearly as before" in out
+    code, out, _ = call(capfd, "convert", plain, "--to", "window", "--set", "window=1", "-o", tmp_path / "one", *check)
+    assert code == 0
+    assert "+0.000" not in out
+    code, out, _ = call(capfd, "convert", plain, "--to", "linear", "-o", tmp_path / "linear")
+    assert "Without training" in out
+    assert "cannot be read" in error_line(
+        capfd, "convert", plain, "--to", "full", "-o", tmp_path / "x", "--check", "no"
+    )
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    code, _, err = call(capfd, "convert", plain, "--to", "full", "-o", tmp_path / "x", "--check", empty)
+    assert code == 2
+    assert "fewer than 2 tokens" in err.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_plain_folder_is_read_as_transformers_reads_it(
     capfd: pytest.CaptureFixture[str], plain: Path, text: Path, tmp_path: Path
 ) -> None:

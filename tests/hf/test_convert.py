@@ -1,6 +1,7 @@
 """Pretrained models converted to other mechanisms: exactness, streaming, saving, training, reverting."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,34 @@ def test_a_saved_conversion_loads_as_it_was(name: str, tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path / "plain")
     with pytest.raises(CheckpointError, match="no conversion"):
         hf.load(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", ["window", "mixed_heads"])
+def test_a_conversion_of_an_earlier_version_gets_no_sinks(name: str, tmp_path: Path) -> None:
+    """Folders of versions without sinks do not record the field, and compute what they did."""
+    window = {"window": 4, "sinks": 0}
+    parts = {"mixers": [{"name": "window", "num_heads": 2, **window}, {"name": "full", "num_heads": 2}]}
+    model, text = make("llama"), ids(1, 30)
+    hf.convert(model, name, **(window if name == "window" else parts))
+    before = model(text).logits
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (record,) = config["longspan"]
+    for fields in (record["fields"], *record["fields"].get("mixers", ())):
+        for later in ("sinks", "sink_positions"):
+            fields.pop(later, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(hf.load(tmp_path)(text).logits, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "fields"), examples())
+@torch.no_grad()
+def test_models_in_half_precision_convert(name: str, fields: dict[str, Any]) -> None:
+    model = make("llama").bfloat16()
+    hf.convert(model, name, **fields)
+    logits = model(ids(1, 20)).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits).all()
 
 
 def test_copies_are_independent() -> None:

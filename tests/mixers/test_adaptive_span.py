@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import longspan as ls
+from longspan.models import model_hash
 
 DIM, HEADS = 32, 4
 
@@ -178,3 +179,31 @@ def test_wrong_fields_raise_one_clear_line() -> None:
             build(**fields)
     with pytest.raises(ls.ConfigError, match="bidirectional"):
         build(causal=False)
+
+
+def test_spans_have_a_rate_of_their_own_if_it_is_set() -> None:
+    (group,) = build(persistent=2).core.parameter_groups()
+    assert (group.name, group.lr, group.weight_decay) == ("spans", None, 0.0)
+    assert len(group.parameters) == 3
+    core = build(persistent=2, span_lr=0.02).core
+    spans, persistent = core.parameter_groups()
+    assert (spans.name, spans.lr, spans.weight_decay) == ("spans", 0.02, 0.0)
+    assert spans.parameters[0] is core.span
+    assert (persistent.name, persistent.lr, persistent.weight_decay) == ("persistent", None, 0.0)
+    assert [p.shape[1] for p in persistent.parameters] == [2, 2]
+    dynamic, _ = build(dynamic=True, span_lr=0.02).core.parameter_groups()
+    assert len(dynamic.parameters) == 2
+
+
+def test_a_rate_that_is_not_set_does_not_change_the_hash_of_a_model() -> None:
+    """States of earlier versions name a model without this field."""
+
+    def model(**fields: Any) -> ls.Decoder:
+        torch.manual_seed(0)
+        mixer = {"name": "adaptive_span", "max_span": 8, **fields}
+        mixed = {"name": "mixed_heads", "mixers": [{**mixer, "num_heads": 1}, {"name": "full", "num_heads": 1}]}
+        return ls.Decoder(ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=2, mixers=(mixer, mixed)))
+
+    before = model_hash(model())
+    assert model_hash(model(span_lr=None)) == before
+    assert model_hash(model(span_lr=0.1)) != before

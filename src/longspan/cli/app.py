@@ -21,6 +21,7 @@ from longspan.cli.recipes import recipes
 from longspan.cli.show import patterns, scaling, spans, support
 from longspan.cli.stream import stream
 from longspan.cli.train import train
+from longspan.cli.transfer import transfer
 from longspan.errors import LongspanError
 from longspan.experiments.quickstart import quickstart
 from longspan.experiments.quickstart_lm import quickstart_lm
@@ -43,8 +44,8 @@ A typical workflow, from a recipe to generated text:
 `eval` measures how well the model predicts a text, with and without its memory. `stream` reads one text of any length
 and can be stopped and resumed anywhere. `generate` continues a prompt or a saved state.
 
-For a pretrained Hugging Face model, `longspan convert` replaces the attention by another mechanism; every other command
-takes the folder that it writes, like a run.
+For a pretrained Hugging Face model, `longspan convert` replaces the attention by another mechanism, and `longspan
+transfer` also teaches it what the attention computed; every other command takes the folder that they write, like a run.
 
 `longspan show` writes HTML reports: which keys each mechanism reads, the learned spans and sparsity of the heads of a
 run, and scaling laws fitted to many runs.
@@ -65,6 +66,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "stream": stream,
     "generate": generate,
     "convert": convert,
+    "transfer": transfer,
     "mixers": mixers,
     "recipes": recipes,
     "reproduce": reproduce,

@@ -3,15 +3,18 @@
 import functools
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from longspan import renames
-from longspan.cli.console import console, print_command, say
+from longspan.cli.console import console, print_command, print_table, say
 from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.outputs import check_output_folder
 from longspan.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from longspan.hf.check import CheckReport
 
 
 def convert(
@@ -46,6 +49,15 @@ def convert(
         str,
         typer.Option("--layers", metavar="N,...", help="Layers to convert; negative numbers count from the last one."),
     ] = "all",
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", metavar="FILE", help="Measure the loss on a text file before and after.", show_default=False
+        ),
+    ] = None,
+    check_tokens: Annotated[
+        int, typer.Option("--check-tokens", min=2, help="Tokens of the file to read with --check, its first ones.")
+    ] = 4096,
     gguf: Annotated[
         str | None,
         typer.Option("--gguf", metavar="FILE", help="Name of the GGUF file to read, if MODEL contains several."),
@@ -62,15 +74,20 @@ def convert(
 
     Examples:
       longspan convert ./SmolLM2-135M --to infini --segment 2048 -o out/endless
-      longspan convert ./SmolLM2-135M --to window --set window=1024 -o out/window
+      longspan convert ./SmolLM2-135M --to window --set window=1024 -o out/window --check book.txt
       longspan stream out/endless book.txt
     """
     check_output_folder(output, "--output")
+    from longspan.tasks.sources import read_file
+
     # check everything else first: loading weights may take minutes
     to = renames.mixer(to)
-    fields, numbers = _checked_fields(to, segment, set_ or []), _numbers(layers)
+    fields, numbers = checked_fields(to, segment, set_ or []), _numbers(layers)
     _check_output(model, output)
+    text = None if check is None else bytes(read_file(check)).decode(errors="replace")
     from longspan import hf
+    from longspan.hf.advice import expectation
+    from longspan.hf.check import compare, token_nats
     from longspan.hf.decoder import open_pretrained
     from longspan.hf.opening import locate_weights
     from longspan.train.distributed import choose_device
@@ -80,12 +97,18 @@ def convert(
     weights = locate_weights(model, gguf)
     opened = open_pretrained(weights.source, gguf=weights.gguf, dtype=parse_dtype(dtype))
     opened.model.to(choose_device(device, what="--device"))
+    before = None if text is None else _read(opened, text, check_tokens)
     report = hf.convert(opened.model, to, layers=numbers, **fields)
 
     write_folder(output, lambda folder: [part.save_pretrained(folder) for part in opened], seal)
     console().print(str(report), markup=False)
     if not report.bounded:
         say("note: the state of this model grows with the length of the text")
+    if check is None or before is None:
+        console().print(expectation(report), markup=False)
+    else:
+        after = token_nats(opened.model, before.ids)
+        _show_check(compare(opened.tokenizer, before.ids, before.nats, after), check)
     name = shlex.quote(str(output))
     print_command(
         f"next: longspan stream {name} FILE | longspan generate {name} -p TEXT | "
@@ -93,7 +116,50 @@ def convert(
     )
 
 
-def _checked_fields(to: str, segment: int, assignments: list[str]) -> dict[str, Any]:
+class _Reading(NamedTuple):
+    """The tokens of a text, and their losses in nats."""
+
+    ids: Any
+    nats: Any
+
+
+def _read(opened: Any, text: str, tokens: int) -> _Reading:
+    """Read the first tokens of a text with the model before its conversion."""
+    from longspan.hf.check import first_tokens, token_nats
+
+    ids = first_tokens(opened.tokenizer, text, tokens)
+    return _Reading(ids, token_nats(opened.model.eval(), ids))
+
+
+def _signed(value: float) -> str:
+    """Return a number with its sign and three digits; zero is +0.000."""
+    return f"{round(value, 3) + 0.0:+.3f}"
+
+
+def _show_check(report: "CheckReport", file: Path) -> None:
+    """Print the losses by position, and what they mean."""
+    from longspan.hf.advice import advice
+    from longspan.report import Table
+
+    rows = [
+        (
+            f"{part.first:,} to {part.last:,}",
+            f"{part.before:.3f}",
+            f"{part.after:.3f}",
+            _signed(part.after - part.before),
+        )
+        for part in report.ranges
+    ]
+    columns = ("tokens", "original, nats per token", "converted", "difference")
+    print_table(Table(columns=columns, rows=rows, right=(1, 2, 3)), console())
+    console().print(
+        f"{file}, {report.tokens:,} tokens: {report.before:.3f} bits per byte before, {report.after:.3f} after "
+        f"({_signed(report.after - report.before)}). {advice(report.after - report.before)}",
+        markup=False,
+    )
+
+
+def checked_fields(to: str, segment: int, assignments: list[str]) -> dict[str, Any]:
     """Return the fields of the mixer `to` that the options set; raise ConfigError if one does not fit it."""
     from longspan.config import from_dict, override
     from longspan.contract.registry import mechanism_class

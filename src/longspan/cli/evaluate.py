@@ -1,5 +1,6 @@
 """`longspan eval`."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -80,6 +81,13 @@ class EvaluateOptions:
             "N/2) are scored; '' for none.",
         ),
     ] = "256,1024,4096,16384,65536"
+    branches: Annotated[
+        bool,
+        typer.Option(
+            "--branches",
+            help="Also without the memory of infini, memorizing or window_linear, and without their local attention.",
+        ),
+    ] = False
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="DIR", help="With --task lm: write an HTML report to this folder.")
     ] = ""
@@ -113,6 +121,8 @@ def evaluate(options: EvaluateOptions) -> None:
 
     With --task lm, also: bits per character, perplexity per token and per word, and the loss by position in the
     document, by word frequency in the training text and by context length; -o writes an HTML report.
+
+    With --branches, what each branch of a gated mechanism is worth: a converted model may live off its window alone.
 
     Without memory every segment starts from an empty state. Brackets are 95 % bootstrap intervals from 10,000
     resamples of the documents; the difference is paired by document, so its interval is much narrower.
@@ -217,15 +227,23 @@ def _segment(run: str, model: Any) -> int:
 
 def _eval_text(model: Any, task: Any, documents: "Documents", options: EvaluateOptions) -> None:
     """Evaluate the documents with memory and without, and print the results."""
+    from longspan.contract.branches import Branch, only_branch
     from longspan.train import evaluate_text
 
     streams, segment = model.traits.streams, options.segment
     chunk = min(segment, CHUNK) if streams else segment
     evaluations: dict[str, Evaluation] = {}
     without: dict[str, Any] = {"memory": False, "segment_length": segment}
-    for name, reading in (("with memory", {}), ("without memory", without)):
+    readings: list[tuple[str, dict[str, Any], Branch | None]] = [
+        ("with memory", {}, None),
+        ("without memory", without, None),
+    ]
+    if options.branches:
+        readings += [("local attention alone", {}, "local"), ("memory alone", {}, "memory")]
+    for name, reading, branch in readings:
         if streams or reading:
-            with reading_progress(f"reading {name}") as progress:
+            alone = only_branch(model, branch) if branch else contextlib.nullcontext()
+            with alone, reading_progress(f"reading {name}") as progress:
                 evaluations[name] = evaluate_text(
                     model, documents, unit=task.unit, chunk=chunk, progress=progress, **reading
                 )
@@ -243,7 +261,10 @@ def _figures(evaluations: "dict[str, Evaluation]") -> dict[str, Any]:
     }
     without = evaluations["without memory"]
     if "with memory" in evaluations:
-        figures["difference"] = plain_interval(evaluations["with memory"].minus(without))
+        both = evaluations["with memory"]
+        figures["difference"] = plain_interval(both.minus(without))
+        for name in evaluations.keys() - {"with memory", "without memory"}:
+            figures[name.replace(" ", "_")]["difference"] = plain_interval(evaluations[name].minus(both))
     return {**figures, "documents": len(without.names)}
 
 
@@ -257,7 +278,13 @@ def _show(evaluations: "dict[str, Evaluation]", what: str, segment: int) -> None
         for name, evaluation in evaluations.items()
     ]
     if "with memory" in evaluations:
-        rows.append(("difference", interval(evaluations["with memory"].minus(without)), ""))
+        both = evaluations["with memory"]
+        rows.append(("difference", interval(both.minus(without)), ""))
+        rows += [
+            (f"{name}: difference", interval(evaluation.minus(both)), "")
+            for name, evaluation in evaluations.items()
+            if name not in ("with memory", "without memory")
+        ]
     out = console()
     documents = f"{len(without.names):,} document{'s' if len(without.names) > 1 else ''}"
     read = f"{int(without.units.sum()):,} {without.unit}s, {int(without.tokens.sum()):,} tokens"

@@ -127,8 +127,8 @@ def pick_columns(x: Tensor, index: Tensor) -> Tensor:
         (batch, heads, new columns, dim).
     """
     index = index[:, None].expand(-1, x.shape[1], -1) if index.ndim == 2 else index
-    if not index.shape[2]:
-        return x.new_zeros(*x.shape[:2], 0, x.shape[3])
+    if not index.shape[2] or not x.shape[2]:
+        return x.new_zeros(*x.shape[:2], index.shape[2], x.shape[3])
     picked = x.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3]))
     return picked.masked_fill((index < 0)[..., None], 0)
 

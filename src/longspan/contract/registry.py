@@ -19,6 +19,7 @@ from longspan.errors import ConfigError
 _MECHANISMS = {
     "full": "longspan.mechanisms.full.layer:FullMechanism",
     "window": "longspan.mechanisms.window.layer:WindowMechanism",
+    "window_linear": "longspan.mechanisms.window_linear.layer:WindowLinearMechanism",
     "linear": "longspan.mechanisms.linear.layer:LinearMechanism",
     "gated_delta": "longspan.mechanisms.gated_delta.layer:GatedDeltaMechanism",
     "performer": "longspan.mechanisms.performer.layer:PerformerMechanism",

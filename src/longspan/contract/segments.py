@@ -14,6 +14,7 @@ from torch import Tensor
 from longspan import host, ops
 from longspan.contract.kv_cache import carry, join, rotate_by_column
 from longspan.contract.rows import BatchLayout
+from longspan.contract.sinks import spread_sinks
 from longspan.contract.sizes import BoundedMechanism, pairs_within
 
 
@@ -72,6 +73,9 @@ class SegmentMechanism(BoundedMechanism):
             dtype = self.memory_dtype(k.device, k.dtype)
             before = ops.SegmentMemory(state.values.to(dtype), state.keys.to(dtype), rows.offset // segment)
         attend, attend_open = self.operations()
+        sinks = self.sinks_of_call(state, q, k, v, rows)
+        # operations of mechanisms without sinks do not have this argument
+        extra: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
         if rows.inside(segment):
             keys, values, older = join(state, k, v, grows=False)
             out, memory = attend_open(
@@ -83,21 +87,33 @@ class SegmentMechanism(BoundedMechanism):
                 lengths=rows.lengths,
                 memory_lengths=rows.opened(segment) if older else None,
                 closes=rows.closes(segment),
+                **extra,
             )
         elif rows.plain and rows.aligned(segment):
-            out, memory = attend(q, k, v, state=before, local=self._rotated(q, k, rows, segment))
+            out, memory = attend(q, k, v, state=before, local=self._rotated(q, k, rows, segment), **extra)
         else:
             layout = rows.segments(segment)
             begins = rows.cached(("begins", segment), lambda: host.put(layout.begins(), rows.device))
             old_k, old_v = (None, None) if state is None else (state.k, state.v)
             spread_q, spread_k, spread_v = layout.spread(q), layout.spread(k, old_k), layout.spread(v, old_v)
             local = self._rotated(spread_q, spread_k, rows, segment)
+            if sinks is not None:
+                extra = {"sinks": spread_sinks(sinks, layout)}
             out, memory = attend(
-                spread_q, spread_k, spread_v, state=before, local=local, real=layout.real, begins=begins
+                spread_q, spread_k, spread_v, state=before, local=local, real=layout.real, begins=begins, **extra
             )
             out = layout.collect(out)
         memory_values, memory_keys = rows.clear_reset(memory.values), rows.clear_reset(memory.keys)
-        return out, self.State(memory_values, memory_keys, *carry(state, k, v, rows, segment - 1), rows.live)
+        fields = SegmentState(memory_values, memory_keys, *carry(state, k, v, rows, segment - 1), rows.live)
+        return out, self.next_state(fields, state, k, v, rows)
+
+    def sinks_of_call(self, state: Any, q: Tensor, k: Tensor, v: Tensor, rows: BatchLayout) -> "ops.Sinks | None":
+        """Return the sinks of a call, from q, k and v before positions; None if it needs none."""
+        return None
+
+    def next_state(self, fields: SegmentState, state: Any, k: Tensor, v: Tensor, rows: BatchLayout) -> Any:
+        """Return the next state from its fields; state, k, v and rows are those of the call."""
+        return self.State(*fields)
 
     def _rotated(self, q: Tensor, k: Tensor, rows: BatchLayout, period: int | None) -> Local:
         """Return q and k rotated by RoPE, taking columns (modulo `period`) as positions;

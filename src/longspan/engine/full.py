@@ -8,6 +8,7 @@ from longspan.engine import Round, Schedule, attention, flash
 from longspan.engine.arguments import Call, read_call
 from longspan.engine.decode import decode, is_decode
 from longspan.engine.first_order import scaled_dot_product_attention
+from longspan.engine.sinks import Sinks, decode_with_sinks, join_sinks
 from longspan.engine.tiles import make_open_plan, make_plan, trim_plan
 
 FORWARD_TILE = 256
@@ -24,6 +25,7 @@ def full_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
+    sinks: Sinks | None = None,
 ) -> Tensor:
     """Scaled dot-product attention over every visible key (Vaswani et al. 2017, equation 1).
 
@@ -39,12 +41,19 @@ def full_attention(
         start: (batch, length) first visible key column of each query; if not causal, the column at which a token's
             document starts (without older keys). None = no limit.
         memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+        sinks: more keys, those of the first tokens of documents, where k and v are only a segment; None = none.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
     """
     call = read_call(q, k, v, causal=causal, keep=None, lengths=lengths, start=start, memory_lengths=memory_lengths)
-    return attend_call(call, causal=causal, scale=flash.default_scale(q, scale))
+    scale = flash.default_scale(q, scale)
+    if sinks is None or call.empty:
+        return attend_call(call, causal=causal, scale=scale)
+    if is_decode(call):
+        return decode_with_sinks(call, sinks, scale=scale)
+    out, lse = attention(call.q, call.k, call.v, Schedule((_tiles(call, causal),), scale))
+    return call.zero_masked(join_sinks(out, lse, call.q, sinks, scale=scale)[0])
 
 
 def attend_call(call: Call, *, causal: bool, scale: float) -> Tensor:
@@ -58,24 +67,30 @@ def attend_call(call: Call, *, causal: bool, scale: float) -> Tensor:
         return call.zero_masked(_library(q, k, v, causal, scale))
     if call.visibility is None and flash.fused(*_upcast(q, k, v)):
         return call.zero_masked(_extend(q, k, v, scale))
-    size = q.shape[2], call.memory
+    return call.zero_masked(attention(q, k, v, Schedule((_tiles(call, causal),), scale))[0])
+
+
+def _tiles(call: Call, causal: bool) -> Round:
+    """Return the tiles of a call that the library's kernel does not compute."""
+    size = call.q.shape[2], call.memory
     forward = make_plan(*size, tile=FORWARD_TILE, causal=causal)
     backward = make_plan(*size, tile=BACKWARD_TILE, causal=causal)
     if call.visibility is not None and causal:
         forward, backward = (trim_plan(plan, call.visibility) for plan in (forward, backward))
-    return call.zero_masked(attention(q, k, v, Schedule((Round(forward, backward, call.visibility),), scale))[0])
+    return Round(forward, backward, call.visibility)
 
 
-def full_cost(length: int, *, causal: bool = True) -> int:
+def full_cost(length: int, *, causal: bool = True, sinks: bool = False) -> int:
     """Return the number of scores that `full_attention` computes per head without older keys: length * length.
 
     Forward FLOPs are 4 * head_dim * heads * batch times this.
 
     Args:
         length: queries.
-        causal: ignored, as the full square is counted.
+        causal: ignored, as the full square is counted, unless there are sinks.
+        sinks: the call has sinks, whose own scores are not counted here: it is computed in tiles.
     """
-    return length * length
+    return make_plan(length, 0, tile=FORWARD_TILE, causal=causal).pairs() if sinks else length * length
 
 
 def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -134,11 +134,14 @@ def feature_attention(
     state: LinearSums | None,
     lengths: Tensor | None,
     start: Tensor | None,
+    log_totals: bool = False,
 ) -> tuple[Tensor, LinearSums | None]:
     """Compute `linear_attention` of q, k with features made block by block, so that those of the whole call never
     exist.
 
     `features` maps q or k to `num_features` features and log-scales; other arguments are those of `linear_attention`.
+    With `log_totals` (causal only, and with log-scales of queries) out has one more column, the logarithm of the
+    denominator, `EMPTY` where a query sees no key; out is then in fp32 at least.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     with flash.full_precision(q.device):
@@ -153,8 +156,24 @@ def feature_attention(
         sums = state or empty_sums(v.shape[0], v.shape[1], num_features, v.shape[3], v.device, dtype)
         wide = sums_dtype(v.device)
         sums = LinearSums(sums.values.to(wide), sums.keys.to(wide), sums.maximum.to(dtype))
-        out, *after = _Blocked.apply(features, real, start, q, k, values, *sums)
-    return out.to(v.dtype), LinearSums(*after)
+        out, *after = _Blocked.apply(Call(features, real, start, log_totals), q, k, values, *sums)
+    return (out if log_totals else out.to(v.dtype)), LinearSums(*after)
+
+
+class Call(NamedTuple):
+    """What all blocks of a call share.
+
+    Attributes:
+        features: see `Features`.
+        real: (batch, length) bool, columns with a token; None = all.
+        start: (batch, length) first column of each token's document; None = no limit.
+        log_totals: whether outputs have a column with the logarithms of the denominators.
+    """
+
+    features: Features
+    real: Tensor | None
+    start: Tensor | None
+    log_totals: bool
 
 
 def empty_sums(
@@ -175,18 +194,16 @@ class _Blocked(FirstOrder):
     what = "linear attention"
 
     @staticmethod
-    def forward(
-        ctx: Any, features: Features, real: Any, start: Any, q: Tensor, k: Tensor, v: Tensor, *sums: Any
-    ) -> Any:
+    def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, *sums: Any) -> Any:
         """Compute the output and the sums after the call."""
-        out = v.new_empty(*q.shape[:3], v.shape[3])
+        out = v.new_empty(*q.shape[:3], v.shape[3] + call.log_totals)
         carried, borders = LinearSums(*sums), []
         for first in range(0, q.shape[2], BLOCK):
             borders.append(carried)
             parts = [t[:, :, first : first + BLOCK] for t in (q, k, v)]
-            out[:, :, first : first + BLOCK], carried = _run_block(first, features, real, start, parts, carried)
+            out[:, :, first : first + BLOCK], carried = _run_block(first, call, parts, carried)
         ctx.save_for_backward(q, k, v, *(t for border in borders for t in border))
-        ctx.features, ctx.real, ctx.start = features, real, start
+        ctx.call = call
         ctx.mark_non_differentiable(carried.maximum)
         # never return inputs, which autograd would take for outputs computed in place
         return out, *(t.clone() if any(t is before for before in sums) else t for t in carried)
@@ -204,23 +221,21 @@ class _Blocked(FirstOrder):
             leaves += [values.requires_grad_(), keys.requires_grad_()]
             with torch.enable_grad():
                 before = LinearSums(values, keys, maximum)
-                out, after = _run_block(first, ctx.features, ctx.real, ctx.start, leaves[:3], before)
+                out, after = _run_block(first, ctx.call, leaves[:3], before)
             block_grads = torch.autograd.grad(
                 (out, after.values, after.keys), leaves, (d_out[:, :, first : first + BLOCK], d_values, d_keys)
             )
             for grad, part in zip(grads, block_grads, strict=False):
                 grad[:, :, first : first + BLOCK] = part
             d_values, d_keys = block_grads[3:]
-        return None, None, None, *grads, d_values, d_keys, None
+        return None, *grads, d_values, d_keys, None
 
 
-def _run_block(
-    first: int, features: Features, real: Tensor | None, start: Tensor | None, parts: list[Tensor], sums: LinearSums
-) -> tuple[Tensor, LinearSums]:
+def _run_block(first: int, call: Call, parts: list[Tensor], sums: LinearSums) -> tuple[Tensor, LinearSums]:
     """Return the outputs of the block of a call that begins at column `first`, from its q, k, v, and the next sums."""
-    live = None if real is None else real[:, first : first + BLOCK]
-    begin = None if start is None else start[:, first : first + BLOCK] - first
-    return _one_block(features, parts[0], parts[1], parts[2], sums, live, begin)
+    real = None if call.real is None else call.real[:, first : first + BLOCK]
+    start = None if call.start is None else call.start[:, first : first + BLOCK] - first
+    return _one_block(call._replace(real=real, start=start), parts[0], parts[1], parts[2], sums)
 
 
 def _blocks(*tensors: Tensor) -> Any:
@@ -240,17 +255,14 @@ def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def _one_block(
-    features: Features, q: Tensor, k: Tensor, v: Tensor, sums: LinearSums, real: Tensor | None, start: Tensor | None
-) -> tuple[Tensor, LinearSums]:
+def _one_block(block: Call, q: Tensor, k: Tensor, v: Tensor, sums: LinearSums) -> tuple[Tensor, LinearSums]:
     """Return the causal outputs of a block and the sums after it: whole chunks, then the rest as a shorter chunk.
 
-    `real` (batch, columns) bool marks columns with a token, None = all. `start` (batch, columns) is the first column of
-    each token's document, counted from the block's first; None = no limit.
+    `block` is the call with `real` and `start` of the block's columns, counted from its first.
     """
-    phi_q, _ = features(q, False)
-    phi_k, scale = _masked(*features(k, True), real)
-    length = q.shape[2]
+    phi_q, log_q = block.features(q, False)
+    phi_k, scale = _masked(*block.features(k, True), block.real)
+    length, start = q.shape[2], block.start
     whole = length // CHUNK * CHUNK
     outs = []
     for first, last, size in ((0, whole, CHUNK), (whole, length, length - whole)):
@@ -265,9 +277,13 @@ def _one_block(
             sums,
             None if start is None else start[:, part] - first,
             size,
+            block.log_totals,
         )
         outs.append(out)
-    return (torch.cat(outs, 2) if len(outs) > 1 else outs[0]), sums
+    out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
+    if block.log_totals and log_q is not None:
+        out = torch.cat([out[..., :-1], out[..., -1:] + log_q[..., None]], -1)
+    return out, sums
 
 
 def _masked(phi: Tensor, scale: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -279,9 +295,16 @@ def _masked(phi: Tensor, scale: Tensor | None, real: Tensor | None) -> tuple[Ten
 
 
 def _chunks(
-    phi_q: Tensor, phi_k: Tensor, v: Tensor, scale: Tensor | None, sums: LinearSums, start: Tensor | None, size: int
+    phi_q: Tensor,
+    phi_k: Tensor,
+    v: Tensor,
+    scale: Tensor | None,
+    sums: LinearSums,
+    start: Tensor | None,
+    size: int,
+    log_totals: bool,
 ) -> tuple[Tensor, LinearSums]:
-    """Return the causal outputs of whole chunks of `size` columns, and the sums after them.
+    """Return the causal outputs of whole chunks of `size` columns (see `_divided`), and the sums after them.
 
     The chunks are computed together, except for the sums that pass from one to the next. Letters in shapes: B batch, K
     kv heads, G query heads of each, n chunks, C = size, m features, e = head_dim + 1: values with a column of ones, so
@@ -310,7 +333,7 @@ def _chunks(
     if scale is None:
         weights = None
         before, after = _plain_sums(keys, ones, sums, own, continues)
-        unit = None
+        unit = most = None
     else:
         logs = scale.reshape(batch, kv_heads, count, 1, size)
         units = logs.detach()
@@ -320,7 +343,8 @@ def _chunks(
         if start is not None:
             most = torch.where(inherits, most, largest)
         weights = torch.exp(visible - most[..., None])
-        unit = torch.exp(entering[..., None] - most)
+        # a query that sees no key and begins a document would have an infinite factor, and NaN as its gradient
+        unit = torch.exp((entering[..., None] - most).clamp(max=0))
     inter = rows @ before
     if unit is not None:
         inter = inter * _per_group(unit[..., None], group)
@@ -329,8 +353,10 @@ def _chunks(
     scores = scores if weights is None else scores * _per_group(weights, group)
     # masked and not multiplied, because zero times infinity is NaN
     total = scores.masked_fill(~_per_group(seen, group), 0) @ ones + inter
-    out = _divided(total).view(batch, kv_heads, count, group, size, v.shape[3]).transpose(2, 3)
-    return out.reshape(batch, heads, length, v.shape[3]), after
+    log_unit = None if most is None or not log_totals else _per_group(most[..., None], group)
+    out = _divided(total, log_totals=log_totals, unit=log_unit)
+    out = out.view(batch, kv_heads, count, group, size, out.shape[-1]).transpose(2, 3)
+    return out.reshape(batch, heads, length, out.shape[-1]), after
 
 
 def _per_group(t: Tensor, group: int) -> Tensor:
@@ -338,11 +364,19 @@ def _per_group(t: Tensor, group: int) -> Tensor:
     return t if group == 1 else t.repeat(*(1,) * (t.ndim - 2), group, 1)
 
 
-def _divided(total: Tensor) -> Tensor:
-    """Divide numerators (..., :-1) by denominators (..., -1:); zeros where a denominator is zero."""
+def _divided(total: Tensor, *, log_totals: bool = False, unit: Tensor | None = None) -> Tensor:
+    """Divide numerators (..., :-1) by denominators (..., -1:); zeros where a denominator is zero.
+
+    With `log_totals` a last column has the logarithm of the denominator, plus `unit` (..., 1), or `EMPTY`.
+    """
     lower = total[..., -1:]
     tiny = lower.abs() < smallest(lower.dtype)
-    return (total[..., :-1] / torch.where(tiny, 1.0, lower)).masked_fill(tiny, 0)
+    lower = torch.where(tiny, 1.0, lower)
+    out = (total[..., :-1] / lower).masked_fill(tiny, 0)
+    if not log_totals:
+        return out
+    log = lower.log() if unit is None else lower.log() + unit
+    return torch.cat([out, log.masked_fill(tiny, EMPTY)], -1)
 
 
 def _values_and_keys(sums: LinearSums) -> Tensor:

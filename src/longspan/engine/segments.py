@@ -14,6 +14,7 @@ from torch import Tensor
 from longspan import host
 from longspan.engine import flash
 from longspan.engine.full import full_attention, full_cost
+from longspan.engine.sinks import Sinks
 
 
 class SegmentMemory(NamedTuple):
@@ -84,6 +85,7 @@ def attend_segments(
     *,
     state: SegmentMemory | None,
     local: tuple[Tensor, Tensor] | None,
+    sinks: Sinks | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
     """Attend in segments, where column 0 starts a segment.
 
@@ -94,13 +96,14 @@ def attend_segments(
         layout: segments of the call.
         state: the memory before the call; None = empty.
         local: q and k for the local attention (with RoPE); None = q and k.
+        sinks: of the local attention; None = none.
 
     Returns:
         The output (batch, heads, length, head_dim) and the memory after all full segments.
     """
     batch, length, size = q.shape[0], q.shape[2], layout.segment
     memory = state or empty_memory(batch, k.shape[1], rule.features, v.shape[3], q.device, rule.memory_dtype(v))
-    inside, count = attend_inside(q, k, v, layout, local), -(-length // size)
+    inside, count = attend_inside(q, k, v, layout, local, sinks), -(-length // size)
     left = segments_left(layout, batch, length, q.device) if layout.horizon is not None else None
     outs = []
     for index in range(count):
@@ -130,6 +133,7 @@ def attend_open(
     lengths: Tensor | None,
     memory_lengths: Tensor | None,
     closes: Tensor | None,
+    sinks: Sinks | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
     """Attend in a call within the current segment of every row.
 
@@ -143,12 +147,15 @@ def attend_open(
         lengths: (batch,) real tokens of each row; None = all.
         memory_lengths: (batch,) how many older keys are real, newest last; None = all.
         closes: (batch,) bool, rows whose segment is complete after the call; None = none.
+        sinks: of the local attention; None = none.
 
     Returns:
         The output (batch, heads, length, head_dim) and the memory after the call.
     """
     local_q, local_k = (q, k) if local is None else local
-    inside = full_attention(local_q, local_k, v, causal=True, lengths=lengths, memory_lengths=memory_lengths)
+    inside = full_attention(
+        local_q, local_k, v, causal=True, lengths=lengths, memory_lengths=memory_lengths, sinks=sinks
+    )
     if state is None:
         dtype = rule.memory_dtype(v)
         out, memory = inside, empty_memory(q.shape[0], k.shape[1], rule.features, v.shape[3], q.device, dtype)
@@ -169,7 +176,14 @@ def attend_open(
     return out.to(v.dtype), memory
 
 
-def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[Tensor, Tensor] | None) -> Tensor:
+def attend_inside(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    local: tuple[Tensor, Tensor] | None,
+    sinks: Sinks | None = None,
+) -> Tensor:
     """Return causal attention inside segments, without their memory: (batch, heads, length, head_dim).
 
     Whole segments are computed at once, then the incomplete last one.
@@ -179,6 +193,7 @@ def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[
         k, v: (batch, kv_heads, length, head_dim).
         layout: segments of the call.
         local: q and k with RoPE, used instead of q and k; None = q and k themselves.
+        sinks: of the queries; None = none.
     """
     q, k = (q, k) if local is None else local
     length, size = q.shape[2], layout.segment
@@ -192,9 +207,23 @@ def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[
         real = None
         if layout.real is not None:
             real = host.derive(partial(_count_real, first=first, last=last, size=part), layout.real)
-        out = full_attention(*rows, causal=True, lengths=real)
+        of_rows = None if sinks is None else _sinks_of_segments(sinks, slice(first, last), count)
+        out = full_attention(*rows, causal=True, lengths=real, sinks=of_rows)
         outs.append(out.unflatten(0, (q.shape[0], count)).transpose(1, 2).flatten(2, 3))
     return torch.cat(outs, 2) if len(outs) != 1 else outs[0]
+
+
+def _sinks_of_segments(sinks: Sinks, columns: slice, count: int) -> Sinks:
+    """Return the sinks for some columns of queries, cut into `count` segments that are rows of a batch."""
+    batch = sinks.k.shape[0]
+
+    def of_queries(t: Tensor) -> Tensor:
+        """Cut (batch or 1, length) into (batch * count, columns per segment)."""
+        return t[:, columns].expand(batch, -1).reshape(batch * count, -1)
+
+    q = None if sinks.q is None else sinks.q[:, :, columns].unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
+    k, v = (t.repeat_interleave(count, 0) for t in (sinks.k, sinks.v))
+    return Sinks(k, v, of_queries(sinks.first), of_queries(sinks.last), q)
 
 
 def _count_real(real: Any, *, first: int, last: int, size: int) -> Any:
@@ -242,7 +271,13 @@ def detach_memory(memory: SegmentMemory, horizon: int | None, left: Tensor) -> S
     return memory._replace(values=values, keys=torch.where(here[:, None, None], memory.keys.detach(), memory.keys))
 
 
-def inside_cost(length: int, segment: int) -> int:
-    """Return the number of scores of `attend_inside`, per head."""
+def inside_cost(length: int, segment: int, *, sinks: bool = False) -> int:
+    """Return the number of scores of `attend_inside`, per head, without those of sinks.
+
+    Args:
+        length: queries.
+        segment: see `Layout`.
+        sinks: the call has sinks.
+    """
     whole, rest = divmod(length, segment)
-    return whole * full_cost(segment, causal=True) + (full_cost(rest, causal=True) if rest else 0)
+    return whole * full_cost(segment, sinks=sinks) + (full_cost(rest, sinks=sinks) if rest else 0)

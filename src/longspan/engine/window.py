@@ -1,13 +1,16 @@
 """Attention to the nearest keys: a sliding window, or blocks that also see their neighbors."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from longspan.engine import Round, Schedule, attention
-from longspan.engine.arguments import check_positive, read_call
+from longspan.engine.arguments import Call, check_positive, read_call
 from longspan.engine.decode import decode, is_decode
 from longspan.engine.flash import default_scale
 from longspan.engine.full import attend_call, full_cost
-from longspan.engine.tiles import Plan, make_plan
+from longspan.engine.sinks import Sinks, decode_with_sinks, join_sinks
+from longspan.engine.tiles import HIDDEN, Plan, make_plan
 
 FORWARD_TILE = 64
 BACKWARD_TILE = 64
@@ -25,6 +28,7 @@ def window_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
+    sinks: Sinks | None = None,
 ) -> Tensor:
     """Attention to the nearest keys, in time and memory linear in the length (Beltagy et al. 2020, section 3.1).
 
@@ -44,6 +48,7 @@ def window_attention(
         start: (batch, length) first visible key column of each query; if not causal, the column at which a token's
             document starts (without older keys). None = no limit.
         memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+        sinks: the first keys of documents, for queries whose window has passed them; None = none.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
@@ -52,13 +57,61 @@ def window_attention(
     keep = window if blocks else window - 1
     call = read_call(q, k, v, causal=causal, keep=keep, lengths=lengths, start=start, memory_lengths=memory_lengths)
     scale = default_scale(q, scale)
-    if call.empty or _unlimited(q.shape[2], call.memory, window, causal, blocks):
+    if call.empty or (sinks is None and _unlimited(q.shape[2], call.memory, window, causal, blocks)):
         return attend_call(call, causal=causal, scale=scale)
     if is_decode(call):
-        return decode(call, scale=scale)
+        return decode(call, scale=scale) if sinks is None else decode_with_sinks(call, sinks, scale=scale)
     size = q.shape[2], call.memory, window, causal, blocks
     tiles = Round(_plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size), call.visibility)
-    return call.zero_masked(attention(call.q, call.k, call.v, Schedule((tiles,), scale))[0])
+    out, lse = attention(call.q, call.k, call.v, Schedule((tiles,), scale))
+    if sinks is not None:
+        out, _ = join_sinks(out, lse, call.q, sinks, scale=scale)
+    return call.zero_masked(out)
+
+
+def window_softmax_cost(length: int, *, window: int) -> int:
+    """Return the number of scores that `window_softmax` computes per head without older keys and sinks."""
+    return _plan(FORWARD_TILE, length, 0, window, True, False).pairs()
+
+
+class WindowSoftmax(NamedTuple):
+    """Window attention as one part of a larger softmax.
+
+    Attributes:
+        call: the arguments, checked.
+        out: (batch, heads, length, value_dim); finite where a query sees no key.
+        lse: (batch, heads, length) the log-sum-exps of its scores; below HIDDEN / 2 where a query sees no key.
+    """
+
+    call: Call
+    out: Tensor
+    lse: Tensor
+
+
+def window_softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    scale: float | None,
+    sinks: Sinks | None,
+    lengths: Tensor | None,
+    start: Tensor | None,
+    memory_lengths: Tensor | None,
+) -> WindowSoftmax:
+    """Return causal `window_attention` with its log-sum-exps; arguments as there."""
+    check_positive("window", window)
+    call = read_call(q, k, v, causal=True, keep=window - 1, lengths=lengths, start=start, memory_lengths=memory_lengths)
+    if call.empty:
+        return WindowSoftmax(call, q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], HIDDEN))
+    scale = default_scale(q, scale)
+    size = q.shape[2], call.memory, window, True, False
+    tiles = Round(_plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size), call.visibility)
+    out, lse = attention(call.q, call.k, call.v, Schedule((tiles,), scale))
+    if sinks is not None:
+        out, lse = join_sinks(out, lse, call.q, sinks, scale=scale)
+    return WindowSoftmax(call, out, lse)
 
 
 def window_cost(length: int, *, window: int, causal: bool = True, blocks: bool = False) -> int:

@@ -21,6 +21,8 @@ from longspan.hf.import_checkpoint import import_checkpoint
 from longspan.hf.loading import load, register
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
 from longspan.hf.training import AfterStep, TrainerLoss
+from longspan.hf.transfer import Transfer, TransferReport, transfer
+from longspan.hf.transfer_layer import TransferConfig
 from longspan.lazy import submodules_of
 from longspan.renames import accept_old_names, old_names
 
@@ -39,6 +41,9 @@ __all__ = [
     "StateCache",
     "StateLayer",
     "TrainerLoss",
+    "Transfer",
+    "TransferConfig",
+    "TransferReport",
     "after_step",
     "aux_losses",
     "convert",
@@ -47,6 +52,7 @@ __all__ = [
     "mechanisms",
     "parameter_groups",
     "revert",
+    "transfer",
 ]
 
 transformers.AutoConfig.register("longspan", LongspanConfig, exist_ok=True)

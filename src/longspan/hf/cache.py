@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -61,16 +61,19 @@ def on_device(state: Any, device: torch.device) -> Any:
 class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Cache layer of transformers that holds the state of one layer, or of a whole longspan model.
 
+    transformers 5.23 and newer list it under `_layer_type` among the layers that caches can be made of.
+
     Attributes:
         state: None before the first token.
         columns: number of columns read so far, padding included: the sequence length of transformers.
         device: where the layer computes, also while its state is offloaded; None before the first token.
     """
 
+    _layer_type = "longspan_state"
     is_croppable = False
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, **unused: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.state: Any = None
         self.columns = 0
@@ -141,10 +144,15 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Raise, because a state cannot drop its last tokens."""
-        raise UnsupportedError(
-            "a longspan state cannot be cropped; use neither assisted decoding nor contrastive search, which need a KV "
-            "cache"
-        )
+        refuse_crop()
+
+
+def refuse_crop() -> NoReturn:
+    """Raise, because a state cannot drop its last tokens."""
+    raise UnsupportedError(
+        "a longspan state cannot be cropped, and assisted decoding rolls back the tokens that it rejects; leave out "
+        "assistant_model and prompt_lookup_num_tokens, and use no contrastive search"
+    )
 
 
 class StateCache(Cache):
@@ -152,7 +160,8 @@ class StateCache(Cache):
     crops.
 
     Args:
-        layers: one entry per layer of the model: True = a state, False = keys and values as in transformers.
+        layers: one entry per layer of the model: True = a state, False = keys and values, or the state of linear
+            attention, as in transformers.
         config: configuration of the model, so that layers with keys and values store them as in its own cache (a window
             of them for sliding windows). None: they store all.
         offloading: states stay on the CPU while their layer does not compute.
@@ -181,8 +190,7 @@ class StateCache(Cache):
         """Start a call: save the current contents, after restoring those from before an interrupted call."""
         self._restore()
         rest = {name: value for name, value in self.__dict__.items() if name not in ("layers", "_open")}
-        # layers replace their tensors and never write into them, so that no copy is needed
-        self._open = rest, [dict(layer.__dict__) for layer in self.layers]
+        self._open = rest, [_contents(layer) for layer in self.layers]
 
     def end(self) -> None:
         """Finish a successful call in one step, dropping the saved contents."""
@@ -210,6 +218,10 @@ class StateCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of columns read, padding included, without those of an unfinished call."""
+        if is_linear(self.layers[layer_idx]):
+            # linear attention does not count, but all layers read the same columns
+            counting = (index for index, layer in enumerate(self.layers) if not is_linear(layer))
+            layer_idx = next(counting, layer_idx)
         layer: Any = self.layers[layer_idx]
         if self._open is not None:
             # keys of the call may be in it already
@@ -244,14 +256,25 @@ class StateCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Select batch rows by index."""
         self._restore()
-        super().batch_select_indices(indices)
+        for layer in self.layers:
+            _select_rows(layer, indices)
         self._change_rows(lambda rows: rows[indices.to(rows.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row `repeats` times."""
         self._restore()
-        super().batch_repeat_interleave(repeats)
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if is_linear(layer):
+                count = next((tensor.shape[0] for tensor in _linear_states(layer)), 0)
+                _select_rows(layer, torch.arange(count).repeat_interleave(repeats))
+            else:
+                layer.batch_repeat_interleave(repeats)
         self._change_rows(lambda rows: rows.repeat_interleave(repeats))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Raise, because a state cannot drop its last tokens."""
+        refuse_crop()
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a selection of batch rows to `shift` and `first_columns`."""
@@ -262,10 +285,52 @@ class StateCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all states, keys and values."""
-        carried = [layer.state for layer in self.state_layers.values() if layer.state is not None]
-        pairs: list[Any] = [layer for layer in self.layers if not isinstance(layer, StateLayer)]
-        carried += [(layer.keys, layer.values) for layer in pairs if layer.is_initialized]
+        carried: list[Any] = [layer.state for layer in self.state_layers.values() if layer.state is not None]
+        others: list[Any] = [layer for layer in self.layers if not isinstance(layer, StateLayer)]
+        for layer in others:
+            if is_linear(layer):
+                carried.append(tuple(_linear_states(layer)))
+            elif layer.is_initialized:
+                carried.append((layer.keys, layer.values))
         return sum(states.nbytes(state) for state in carried)
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a cache layer holds the state of linear attention of transformers, without keys and values."""
+    return hasattr(layer, "update_recurrent_state") and not hasattr(layer, "get_seq_length")
+
+
+def _linear_states(layer: Any) -> list[Tensor]:
+    """Return the tensors of a cache layer of linear attention."""
+    values = [
+        part for field in vars(layer).values() for part in (field.values() if isinstance(field, dict) else [field])
+    ]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _select_rows(layer: Any, indices: Tensor) -> None:
+    """Select batch rows of a cache layer; for linear attention, reordering is the selection."""
+    if not is_linear(layer):
+        layer.batch_select_indices(indices)
+    elif _linear_states(layer):
+        layer.reorder_cache(indices)
+
+
+def _contents(layer: Any) -> dict[str, Any]:
+    """Return the attributes of a cache layer, which restore it later.
+
+    Layers replace their tensors and never write into them, so that no copy is needed, except linear attention, whose
+    state has a constant size.
+    """
+    contents = dict(layer.__dict__)
+    return {name: _cloned(value) for name, value in contents.items()} if is_linear(layer) else contents
+
+
+def _cloned(value: Any) -> Any:
+    """Return a value with its tensors cloned, also those in dictionaries; deepcopy refuses tensors with a graph."""
+    if isinstance(value, dict):
+        return {key: _cloned(inner) for key, inner in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def own_cache(cache: Any, make: Callable[[], StateCache]) -> StateCache:

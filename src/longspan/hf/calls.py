@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import Cache, masking_utils
 
@@ -12,7 +14,7 @@ from longspan import host
 from longspan import state as states
 from longspan.contract.base import why_no_stream
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.cache import CACHE, CACHE_NAMES, StateCache, own_cache, take_cache
+from longspan.hf.cache import CACHE, CACHE_NAMES, StateCache, is_linear, own_cache, take_cache
 from longspan.hf.families import AttentionModules, attention_modules
 from longspan.hf.keywords import PASSED_ON, check_keywords, known_keywords
 from longspan.hf.positions import PACKING, Documents, Past, documents
@@ -106,6 +108,9 @@ def prepare_call(
         keywords["reset"] = reset
     cache = _cache(base, modules, keywords, take_cache(keywords))
     passed = PASSED_ON if modules.family.causal else PASSED_ON - {"shift_labels"}
+    if hasattr(base.config, "output_router_logits"):
+        # a mixture of experts
+        passed = passed | {"output_router_logits"}
     check_keywords(keywords, {*known, *passed, *PACKING, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
     attentions = keywords.get("output_attentions")
     if getattr(base.config, "output_attentions", False) if attentions is None else attentions:
@@ -150,6 +155,11 @@ def _cache(base: Any, modules: AttentionModules, keywords: dict[str, Any], cache
         return None
     layers = [index in cores for index in range(len(modules.attentions))]
     carried = own_cache(cache, lambda: StateCache(layers, base.config))
+    if not all(is_linear(carried.layers[index]) for index in modules.others):
+        raise UnsupportedError(
+            f"{base.config.model_type}: transformers {transformers.__version__} has no cache layer for linear "
+            "attention; pass use_cache=False, or install transformers>=5.23"
+        )
     carried.begin()
     return carried
 
@@ -169,6 +179,11 @@ def _build_call(
         )
     past = Past(live, 0 if cache is None else cache.get_seq_length(), None if cache is None else cache.shift)
     packed = documents(inputs, past, keywords, modules.family.first_position(base))
+    if packed.reset is not None and modules.others:
+        raise UnsupportedError(
+            f"{base.config.model_type}: a document starts inside a row, but linear attention of transformers (layer "
+            f"{modules.others[0]}) cannot be reset there; give every document a row of its own"
+        )
     reads: dict[Hashable, Tensor] = {}
     for index, core in modules.cores.items():
         reads |= core.layout_inputs(before.get(index))
@@ -235,6 +250,9 @@ def _attention_mask(
     past = 0 if cache is None else cache.get_seq_length()
     wide = keywords.get("attention_mask")
     wide = mask if wide is None else wide
+    if len(modules.cores) == len(modules.convertible):
+        # linear attention needs the padding of this call only
+        return None if wide is None else F.pad(wide[:, wide.shape[1] - rows.columns :], (past, 0), value=1)
     if wide is not None and wide.shape[1] != past + rows.columns:
         raise ConfigError(
             f"attention_mask has shape {tuple(wide.shape)}; the layers that were not converted keep the keys of "

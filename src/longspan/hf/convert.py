@@ -9,7 +9,7 @@ import functools
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from longspan.hf.aux_losses import LastAuxLosses
 from longspan.hf.cache import on_device, take_cache
 from longspan.hf.calls import Call, check_caches, prepare_call
 from longspan.hf.converted_config import CORE, mark, unmark
-from longspan.hf.families import Family, attention_modules
+from longspan.hf.families import AttentionModules, Family, attention_modules
+from longspan.hf.families.base import HEADS
 from longspan.hf.resting import KeepsUnusedModules, restore_modules, set_aside_modules
 from longspan.models.backbone import foreign_optimizer_groups
 from longspan.models.wrappers import unwrap_once, unwrapped
@@ -41,6 +42,7 @@ class Report:
         fields: fields of the mixer, with defaults.
         new_parameters: names of the parameters that the conversion added.
         bounded: the state of the whole model does not grow with the text.
+        local_layers: indices of the layers that keep their sliding window, as the mixer `window`.
     """
 
     name: str
@@ -48,12 +50,15 @@ class Report:
     fields: dict[str, Any]
     new_parameters: tuple[str, ...]
     bounded: bool
+    local_layers: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """Return a one-line summary for printing."""
         fields = ", ".join(f"{key}={value!r}" for key, value in self.fields.items())
         state = "state of constant size" if self.bounded else "state that grows with the text"
-        return f"{len(self.layers)} layers: {self.name}({fields}), {len(self.new_parameters)} new parameters, {state}"
+        local = f", {len(self.local_layers)} local layers keep their window" if self.local_layers else ""
+        parameters = f"{len(self.new_parameters)} new parameters"
+        return f"{len(self.layers)} layers: {self.name}({fields}){local}, {parameters}, {state}"
 
 
 class Converted(KeepsUnusedModules):
@@ -84,7 +89,10 @@ class Converted(KeepsUnusedModules):
         check_caches(args, kwargs)
         rows, index = longspan_call.rows, self.longspan_index
         x, traits = rows.gather(hidden_states), self.longspan.traits
-        q, k, v = self.longspan_family.project(self, x, traits.uses_keys)
+        # an attention transfer computes something else in its forward passes
+        if (substitute := self.__dict__.get("longspan_substitute")) is not None:
+            return rows.scatter(substitute(x, rows)), None
+        q, k, v, gate = self.longspan_family.projected(self, x, traits.uses_keys)
         hidden = Hidden(x, self.longspan_keys_values) if traits.receives_hidden else None
         # in the recomputation of a backward pass the losses were appended already
         aux_losses: list[Tensor] = [] if states.recomputing() else longspan_call.aux_losses
@@ -95,7 +103,7 @@ class Converted(KeepsUnusedModules):
             _check_reentry(self.longspan, len(aux_losses) > known)
         longspan_call.finish(index, next_state, hidden_states.device)
         # gates and projections may have another dtype than the model
-        y = self.longspan_family.output(self, out.to(hidden_states.dtype))
+        y = self.longspan_family.output(self, out.to(hidden_states.dtype), gate)
         return rows.scatter(y), None
 
     def longspan_keys_values(self, x: Tensor, kv_heads: slice | None = None) -> tuple[Tensor, Tensor]:
@@ -126,11 +134,18 @@ def _check_reentry(core: Mechanism, has_penalties: bool) -> None:
 def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fields: Any) -> Report:
     """Replace the attention of a pretrained model by a mixer, in place.
 
+    Layers that have a sliding window of their own are local already. With `layers = None`, a model that mixes them with
+    layers that see the whole text (Gemma 2 and 3, OLMo 3, Qwen2 with `use_sliding_window`) gets the mixer in the
+    latter, and its local layers become `window` of their own size, which changes no output. If all layers are local
+    (Mistral), all get the mixer, and so does every layer that `layers` names: the window of such a layer no longer
+    applies; `window` of the same size with `sinks=0` is exact. Linear attention of hybrids (Qwen3-Next) stays as it is.
+
     Args:
-        model: a transformers model, with or without a head, perhaps inside PEFT: Llama, Mistral, Qwen2, Qwen3, SmolLM,
-            GPT-2, BERT and similar ones (`longspan.hf.families`). `revert` undoes the conversion.
+        model: a transformers model, with or without a head, perhaps inside PEFT: Llama, Mistral, Mixtral, Qwen2, Qwen3,
+            Qwen3-MoE, Qwen3-Next, SmolLM, Gemma, Phi-3, OLMo, Granite, Command R7B, StarCoder2, GPT-NeoX, GPT-2, BERT
+            and similar ones (`longspan.hf.families`). `revert` undoes the conversion.
         name: name of the mixer. Mixers whose traits are not `convertible` (`transformer_xl`) cannot be used.
-        layers: indices of the layers to convert; negative ones count from the end; None = all.
+        layers: indices of the layers to convert; negative ones count from the end; None = all, see above.
         fields: fields of the mixer; some have other defaults than in a new model (`Mechanism.conversion_fields`). The
             gates of `infini` and `memorizing` start at -4, so that a text of one segment gives the original logits and
             a longer one nearly those of local attention; `lsh` and `routing` use the model's keys.
@@ -139,46 +154,100 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         A summary of the conversion.
 
     Raises:
-        UnsupportedError: the model's family, its positions, or the mixer do not allow it.
-        ConfigError: an unknown mixer or field (with the nearest name), or layers that do not exist.
+        UnsupportedError: the model's family, its positions, caps of its scores, or the mixer do not allow it.
+        ConfigError: an unknown mixer or field (with the nearest name), or layers that do not exist or have no softmax
+            attention.
     """
+    name = renames.mixer(name)
+    return _convert(model, name, layers, _defaults(name, renames.fields(name, fields)))
+
+
+def convert_again(model: Any, record: dict[str, Any]) -> None:
+    """Repeat a conversion as it is recorded in a configuration.
+
+    Fields that a version of the library added later have the defaults of a new model, which change nothing, and not
+    those of conversions.
+    """
+    name = renames.mixer(record["mixer"])
+    _convert(model, name, record["layers"], renames.fields(name, record["fields"]))
+
+
+def _convert(model: Any, name: str, layers: Iterable[int] | None, fields: dict[str, Any]) -> Report:
+    """Replace the attention of some layers by a mixer; see `convert`."""
     outside, model = model, unwrapped(model)
     modules = attention_modules(model)
-    chosen = _layers(layers, len(modules.attentions))
-    name = renames.mixer(name)
-    fields = _defaults(name, renames.fields(name, fields))
-    if taken := [index for index in chosen if index in modules.cores]:
-        raise ConfigError(f"convert: layer {taken[0]} is already converted; call longspan.hf.revert(model) first")
+    chosen, local = _layers(model, modules, layers)
+    plan = _Plan(name, chosen, _build(model, modules, name, fields, chosen))
+    plans = [plan]
+    for window, indices in local.items():
+        plans.append(_Plan("window", indices, _build(model, modules, "window", {"window": window}, indices)))
+    for part in plans:
+        _install(model, modules, part)
+    base = modules.family.base(model)
+    if "longspan_hooks" not in base.__dict__:
+        before = base.register_forward_pre_hook(prepare_call, with_kwargs=True)
+        base.__dict__["longspan_hooks"] = [before, base.register_forward_hook(_store_states, with_kwargs=True)]
+    cores = modules.cores
+    report = Report(
+        name=name,
+        layers=chosen,
+        fields=plan.record["fields"],
+        new_parameters=tuple(key for key, _ in model.named_parameters() if f".{CORE}." in key),
+        bounded=len(cores) == len(modules.convertible) and all(core.traits.bounded for core in cores.values()),
+        local_layers=tuple(sorted(index for indices in local.values() for index in indices)),
+    )
+    _save_with_adapters(outside, [modules.attentions[index] for index in chosen])
+    return report
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The layers that get one mixer, with their cores by layer index."""
+
+    name: str
+    layers: tuple[int, ...]
+    cores: dict[int, Mechanism]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The conversion as plain data, for the configuration."""
+        config = to_dict(next(iter(self.cores.values())).config)
+        return {"mixer": self.name, "layers": list(self.layers), "fields": config}
+
+
+def _build(
+    model: Any, modules: AttentionModules, name: str, fields: dict[str, Any], layers: tuple[int, ...]
+) -> dict[int, Mechanism]:
+    """Build the cores of some layers; nothing of the model changes.
+
+    Raises:
+        UnsupportedError: the model or the mixer do not allow it.
+        ConfigError: wrong fields, or a layer is converted already.
+    """
     cores = {}
-    for index in chosen:
+    for index in layers:
+        if index in modules.cores:
+            raise ConfigError(f"convert: layer {index} is already converted; call longspan.hf.revert(model) first")
         attention = modules.attentions[index]
         core = build_mechanism(name, modules.family.shape(model, attention), dict(fields), f"convert to {name}")
         _check_fit(name, core, modules.family, model.config.model_type)
         cores[index] = core.to(device_and_dtype(attention).device)
-    for index, core in cores.items():
+    return cores
+
+
+def _install(model: Any, modules: AttentionModules, plan: _Plan) -> None:
+    """Put cores into their attention modules, and record this in the configuration."""
+    for index, core in plan.cores.items():
         attention = modules.attentions[index]
+        layout = modules.family.layout(model, attention)
         original: Any = type(attention)
         _set_class(attention, converted_class(original))
         attention.add_module(CORE, core)
         if not core.traits.uses_keys:
             set_aside_modules(attention, modules.family.key_maps)
         attention.longspan_family, attention.longspan_index = modules.family, index
-    base = modules.family.base(model)
-    if "longspan_hooks" not in base.__dict__:
-        before = base.register_forward_pre_hook(prepare_call, with_kwargs=True)
-        base.__dict__["longspan_hooks"] = [before, base.register_forward_hook(_store_states, with_kwargs=True)]
-    record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
-    mark(model.config, record)
-    report = Report(
-        name=name,
-        layers=chosen,
-        fields=record["fields"],
-        new_parameters=tuple(key for key, _ in model.named_parameters() if f".{CORE}." in key),
-        bounded=len(modules.cores) == len(modules.attentions)
-        and all(core.traits.bounded for core in modules.cores.values()),
-    )
-    _save_with_adapters(outside, [modules.attentions[index] for index in chosen])
-    return report
+        attention.__dict__[HEADS] = layout
+    mark(model.config, plan.record)
 
 
 def _check_fit(name: str, core: Mechanism, family: Family, model_type: str) -> None:
@@ -234,25 +303,43 @@ def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def revert(model: Any) -> None:
-    """Undo all conversions of a model, bit for bit; the new parameters of the mixers are dropped.
+def revert(model: Any, layers: Iterable[int] | None = None) -> None:
+    """Undo the conversions of a model, bit for bit; the new parameters of the mixers are dropped.
+
+    Args:
+        model: converted in place by `convert`.
+        layers: indices of the layers to undo, negative ones counting from the end; None = all converted ones.
 
     Raises:
-        ConfigError: the model is not converted.
+        ConfigError: the model, or one of these layers, is not converted.
     """
     model = unwrapped(model)
     modules = attention_modules(model)
-    if not modules.cores:
+    cores = modules.cores
+    if not cores:
         raise ConfigError("revert: this model is not converted, so there is nothing to undo")
-    for index in modules.cores:
+    chosen = tuple(cores) if layers is None else _resolved(layers, len(modules.attentions), "revert")
+    if plain := [index for index in chosen if index not in cores]:
+        raise ConfigError(f"revert: layer {plain[0]} is not converted; leave it out")
+    for index in chosen:
         attention = modules.attentions[index]
         restore_modules(attention)
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
+        attention.__dict__.pop(HEADS, None)
         _set_class(attention, original_class(attention))
+    remaining = [
+        {**record, "layers": [index for index in record["layers"] if index not in chosen]}
+        for record in model.config.longspan
+    ]
+    unmark(model.config)
+    if modules.cores:
+        for record in remaining:
+            if record["layers"]:
+                mark(model.config, record)
+        return
     for handle in modules.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
-    unmark(model.config)
 
 
 def mechanisms(model: Any) -> dict[int, Mechanism]:
@@ -260,13 +347,50 @@ def mechanisms(model: Any) -> dict[int, Mechanism]:
     return attention_modules(unwrapped(model)).cores
 
 
-def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
-    """Return the sorted indices of the chosen layers, negative ones resolved; None = all `count` layers."""
-    chosen = tuple(range(count)) if layers is None else tuple(dict.fromkeys(layers))
+class _Layers(NamedTuple):
+    """The layers that get the mixer, and the local layers by the window that they keep."""
+
+    chosen: tuple[int, ...]
+    local: dict[int, tuple[int, ...]]
+
+
+def _layers(model: Any, modules: AttentionModules, layers: Iterable[int] | None) -> _Layers:
+    """Return the sorted indices of the layers to convert, negative ones resolved; see `convert`.
+
+    Raises:
+        ConfigError: no such layer, or one without softmax attention.
+    """
+    if layers is None:
+        return _all_layers(model, modules)
+    resolved = _resolved(layers, len(modules.attentions), "convert")
+    if others := [index for index in resolved if index in modules.others]:
+        raise ConfigError(
+            f"convert: layer {others[0]} is linear attention, which cannot be converted; choose among "
+            f"{', '.join(map(str, modules.convertible))}"
+        )
+    return _Layers(resolved, {})
+
+
+def _all_layers(model: Any, modules: AttentionModules) -> _Layers:
+    """Return the layers to convert if the user names none."""
+    windows = {index: modules.family.window(model, modules.attentions[index]) for index in modules.convertible}
+    seeing_all = tuple(index for index, window in windows.items() if window is None)
+    if not seeing_all:
+        return _Layers(tuple(windows), {})
+    local: dict[int, tuple[int, ...]] = {}
+    for index, window in windows.items():
+        if window is not None:
+            local[window] = (*local.get(window, ()), index)
+    return _Layers(seeing_all, local)
+
+
+def _resolved(layers: Iterable[int], count: int, where: str) -> tuple[int, ...]:
+    """Return layer indices sorted, negative ones resolved; raises ConfigError for those that do not exist."""
+    chosen = tuple(dict.fromkeys(layers))
     bad = [index for index in chosen if not -count <= index < count]
     if bad or not chosen:
-        raise ConfigError(f"convert: layers = {list(chosen)}: must be among the {count} layers 0 to {count - 1}")
-    return tuple(sorted(index % count for index in chosen))
+        raise ConfigError(f"{where}: layers = {list(chosen)}: must be among the {count} layers 0 to {count - 1}")
+    return tuple(sorted({index % count for index in chosen}))
 
 
 @functools.cache

@@ -53,6 +53,8 @@ class ConvertedConfig:
 
 def _activation(kind: str) -> str:
     """Return the name of the field with the activation function for a model type."""
+    if kind in ("gemma2", "gemma3_text"):
+        return "hidden_activation"
     return "activation_function" if kind == "gpt2" else "hidden_act"
 
 

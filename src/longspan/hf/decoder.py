@@ -19,7 +19,7 @@ from longspan.hf.families import attention_modules
 from longspan.hf.loading import load
 from longspan.hf.modeling import LongspanForCausalLM, LongspanPreTrainedModel
 from longspan.models import Head, StackState
-from longspan.models.head import CalledHead, linear_head
+from longspan.models.head import CalledHead, final_logits, linear_head
 from longspan.models.wrappers import OPENERS, unwrapped
 from longspan.state import all_or_nothing
 
@@ -47,6 +47,11 @@ class ConvertedDecoder(nn.Module):
         # adapters of PEFT act inside the model of transformers
         model = self.inner = unwrapped(model)
         layers, modules = mechanisms(model), attention_modules(model)
+        if modules.others:
+            raise UnsupportedError(
+                f"layer {modules.others[0]} of this {model.config.model_type} is linear attention of transformers, "
+                "whose state only a cache of transformers carries; call the model itself, or its generate"
+            )
         if unconverted := len(modules.attentions) - len(layers):
             raise UnsupportedError(f"{unconverted} layers of this model are not converted; convert all of them")
         if not self.traits.streams:
@@ -146,12 +151,12 @@ class ConvertedDecoder(nn.Module):
         return out.logits[:, -1], next_state
 
     def head(self) -> Head | CalledHead:
-        """Return the language-model head.
+        """Return the language-model head, with the cap or scale of its outputs if the model has one.
 
         Raises:
             UnsupportedError: it is not a plain linear map.
         """
-        return linear_head(self.inner.get_output_embeddings())
+        return linear_head(self.inner.get_output_embeddings(), final_logits(self.inner.config))
 
     def _run(
         self, model: Any, tokens: Tensor, state: StackState | None, call: CallOptions, **options: Any

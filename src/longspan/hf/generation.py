@@ -8,7 +8,7 @@ from transformers import GenerationMixin
 
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.cache import CACHE, StateCache, own_cache, take_cache
+from longspan.hf.cache import CACHE, StateCache, own_cache, refuse_crop, take_cache
 from longspan.hf.positions import Past
 
 
@@ -41,7 +41,18 @@ class StateGeneration(GenerationMixin):
         return Past(live.to(inputs.device), cache.get_seq_length(), cache.shift)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as in transformers; `mask` and `reset` (batch, length) have the same meaning as in a call."""
+        """Generate as in transformers; `mask` and `reset` (batch, length) have the same meaning as in a call.
+
+        Raises:
+            UnsupportedError: assisted decoding (`assistant_model`, `prompt_lookup_num_tokens`).
+        """
+        settings = (kwargs.get("generation_config"), self.generation_config)
+        lookup = [
+            kwargs.get("prompt_lookup_num_tokens"),
+            *(getattr(s, "prompt_lookup_num_tokens", 0) for s in settings),
+        ]
+        if kwargs.get("assistant_model") is not None or any(lookup):
+            refuse_crop()
         mask = kwargs.pop("mask", None)
         if mask is not None:
             if kwargs.get("attention_mask") is not None:

@@ -82,11 +82,11 @@ def open_plain(folder: str | Path, dtype: torch.dtype | None = None) -> ModelAnd
         return _open_own(folder, dtype)
     opened = open_pretrained(str(folder), dtype=dtype)
     model: Any = opened.model
-    for window, layers in _layers_by_window(model).items():
+    for window, layers in layers_by_window(model).items():
         if window is None:
             convert(model, "full", layers=layers)
         else:
-            convert(model, "window", layers=layers, window=window)
+            convert(model, "window", layers=layers, window=window, sinks=0)
     return ModelAndTokenizer(ConvertedDecoder(model.eval()), opened.tokenizer)
 
 
@@ -100,25 +100,18 @@ def _open_own(folder: str | Path, dtype: torch.dtype | None) -> ModelAndTokenize
     return ModelAndTokenizer(wrapped.model.eval(), tokenizer)
 
 
-def _layers_by_window(model: Any) -> dict[int | None, list[int]]:
+def layers_by_window(model: Any) -> dict[int | None, list[int]]:
     """Return the layer indices for each sliding window; None = layers that see every earlier token.
 
     Raises:
         UnsupportedError: the family cannot be converted, or is bidirectional.
     """
-    family = attention_modules(model)
-    if not family.family.causal:
+    modules = attention_modules(model)
+    if not modules.family.causal:
         raise UnsupportedError(
             f"a model of type {model.config.model_type!r} is bidirectional and does not stream; use a causal one"
         )
-    config = model.config
-    kinds = list(getattr(config, "layer_types", None) or [])
     layers: dict[int | None, list[int]] = {}
-    for index, attention in enumerate(family.attentions):
-        window = getattr(attention, "sliding_window", None)
-        if window is None and index < len(kinds) and kinds[index] == "sliding_attention":
-            window = config.sliding_window
-        if window is None and not kinds and config.model_type == "mistral":
-            window = getattr(config, "sliding_window", None)
-        layers.setdefault(window, []).append(index)
+    for index in modules.convertible:
+        layers.setdefault(modules.family.window(model, modules.attentions[index]), []).append(index)
     return layers

@@ -131,9 +131,10 @@ def add_adapters(model: Any, config: TunedConfig) -> None:
     from transformers.pytorch_utils import Conv1D
 
     prefixes = {id(layer): name for name, layer in model.named_modules()}
-    attentions = attention_modules(model).attentions
+    modules = attention_modules(model)
+    first = modules.convertible[0]
     # the common prefix of all attention modules is the list of layers
-    layers = prefixes[id(attentions[0])].rsplit(".0.", 1)[0]
+    layers = prefixes[id(modules.attentions[first])].rsplit(f".{first}.", 1)[0]
     maps = {
         name: module
         for name, module in model.named_modules()

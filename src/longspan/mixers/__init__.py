@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from longspan.contract.base import Hidden, Mechanism, Mixer, ParameterGroup, Shape, Traits, with_aux_losses
+from longspan.contract.branches import only_branch
 from longspan.contract.projections import Projections
 from longspan.contract.registry import build, examples, names, register
 from longspan.contract.rows import BatchLayout, SegmentLayout
@@ -28,6 +29,7 @@ __all__ = [
     "build",
     "examples",
     "names",
+    "only_branch",
     "probe",
     "register",
     "with_aux_losses",

@@ -18,7 +18,7 @@ from longspan.contract.maps import device_and_dtype, is_hooked
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
-from longspan.models.head import AdaptiveHead, CalledHead, Head, linear_head
+from longspan.models.head import AdaptiveHead, CalledHead, Head, final_logits, linear_head
 from longspan.models.stack import LayerHooks
 
 
@@ -236,7 +236,10 @@ class HuggingFaceBackbone:
     def output(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., dim) to logits, or return them unchanged for an encoder."""
         layer = self.output_layer
-        return hidden if layer is None else cast(Tensor, layer(hidden))
+        if layer is None:
+            return hidden
+        change = final_logits(getattr(self.module, "config", None))
+        return cast(Tensor, layer(hidden) if change is None else change(layer(hidden)))
 
     def output_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the output layer; none for an encoder."""
@@ -245,7 +248,7 @@ class HuggingFaceBackbone:
 
     def head(self) -> Head | CalledHead:
         """Return the output layer; raises UnsupportedError if the model has no linear one."""
-        return linear_head(self.output_layer)
+        return linear_head(self.output_layer, final_logits(getattr(self.module, "config", None)))
 
     def init_state(self, batch_size: int, **options: Any) -> None:
         """Return None, because no state is carried."""

@@ -168,8 +168,44 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def linear_head(module: Any) -> Head | CalledHead:
+class ChangedHead(CalledHead):
+    """An output head whose outputs are capped or scaled before they are logits (Gemma 2, Granite).
+
+    Args:
+        head: a linear map.
+        change: maps its outputs to logits of the same shape.
+    """
+
+    def __init__(self, head: Head | CalledHead, change: Callable[[Tensor], Tensor]) -> None:
+        self.head, self.change = head, change
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (..., dim) to logits (..., vocab_size)."""
+        return self.change(self.head.logits(hidden))
+
+
+def final_logits(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return what a foreign model does to the outputs of its head: Gemma caps them, Granite and Cohere scale them.
+
+    Args:
+        config: configuration of a transformers model.
+
+    Returns:
+        A function from outputs to logits of the same shape; None = the outputs are the logits.
+    """
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        return lambda outputs: (outputs / cap).tanh() * cap
+    factor, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    return None if factor == divisor == 1 else lambda outputs: outputs * (factor / divisor)
+
+
+def linear_head(module: Any, change: Callable[[Tensor], Tensor] | None = None) -> Head | CalledHead:
     """Return the head of a foreign model's output layer, adapters included.
+
+    Args:
+        module: the output layer.
+        change: what the model does to its outputs, by `final_logits`.
 
     Raises:
         UnsupportedError: the layer is not a linear map.
@@ -179,8 +215,6 @@ def linear_head(module: Any) -> Head | CalledHead:
         raise UnsupportedError(
             f"computing the loss in chunks needs a linear output layer; this model has {layer}; set loss_chunk = 0"
         )
-    return (
-        Head(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
-        if is_plain(module)
-        else CalledHead(module)
-    )
+    plain = is_plain(module)
+    head = Head(cast(Tensor, module.weight), cast("Tensor | None", module.bias)) if plain else CalledHead(module)
+    return head if change is None else ChangedHead(head, change)

@@ -25,6 +25,8 @@ _ADDED_FIELDS: dict[str, Any] = {
     "tie_projections": "all",
     "position_dims": [],
 }
+# the same, of mechanisms
+_ADDED_MIXER_FIELDS: dict[str, Any] = {"span_lr": None}
 _EARLIER_HASH = "_longspan_earlier_hash"
 
 
@@ -136,8 +138,17 @@ def _digest(model: torch.nn.Module, unused: dict[str, torch.Tensor]) -> str:
     """Return the digest of a model's configuration and weights, and of unused weights of its file."""
     described = {k: v for k, v in describe_model(model).items() if k not in ("checkpoint", "dropout", "ffn_chunk")}
     described = {k: v for k, v in described.items() if k not in _ADDED_FIELDS or v != _ADDED_FIELDS[k]}
-    digest = hashlib.sha256(json.dumps(renames.recorded(described), sort_keys=True).encode())
+    recorded = _without_added(renames.recorded(described))
+    digest = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode())
     for name, tensor in sorted({**model.state_dict(), **unused}.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _without_added(described: Any) -> Any:
+    """Return plain data without the fields of mechanisms, at any depth, that were added with this value."""
+    if isinstance(described, dict):
+        added = {key for key, value in _ADDED_MIXER_FIELDS.items() if key in described and described[key] == value}
+        return {key: _without_added(value) for key, value in described.items() if key not in added}
+    return [_without_added(value) for value in described] if isinstance(described, list | tuple) else described

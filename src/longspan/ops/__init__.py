@@ -12,6 +12,7 @@ from longspan.engine.linear import EMPTY, LinearSums
 from longspan.engine.ring_buffer import LSHRings, push_rings, push_token
 from longspan.engine.rotary import rotary_table, rotate
 from longspan.engine.segments import SegmentMemory, empty_memory
+from longspan.engine.sinks import Sinks
 from longspan.engine.sums import sums_dtype
 from longspan.mechanisms.adaptive_span.operation import adaptive_span_attention, adaptive_span_cost, span_reach
 from longspan.mechanisms.associative.operation import (
@@ -53,6 +54,7 @@ from longspan.mechanisms.routing.operation import routing_attention, routing_clu
 from longspan.mechanisms.sparse.operation import sparse_attention, sparse_cost
 from longspan.mechanisms.transformer_xl.operation import relative_attention, relative_cost, relative_decode
 from longspan.mechanisms.window.operation import window_attention, window_cost
+from longspan.mechanisms.window_linear.operation import window_linear_attention, window_linear_cost
 from longspan.renames import accept_old_names
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "LSHRings",
     "LinearSums",
     "SegmentMemory",
+    "Sinks",
     "TreeNodes",
     "adaptive_span_attention",
     "adaptive_span_cost",
@@ -129,6 +132,8 @@ __all__ = [
     "unit_vectors",
     "window_attention",
     "window_cost",
+    "window_linear_attention",
+    "window_linear_cost",
 ]
 
 if not TYPE_CHECKING:  # a checker of types shall see today's signatures alone

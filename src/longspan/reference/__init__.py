@@ -24,6 +24,7 @@ from longspan.mechanisms.routing.definition import routing_attention, routing_cl
 from longspan.mechanisms.sparse.definition import sparse_attention
 from longspan.mechanisms.transformer_xl.definition import relative_attention, relative_decode
 from longspan.mechanisms.window.definition import window_attention
+from longspan.mechanisms.window_linear.definition import window_linear_attention
 from longspan.renames import accept_old_names
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "short_convolution",
     "sparse_attention",
     "window_attention",
+    "window_linear_attention",
 ]
 
 if not TYPE_CHECKING:  # a checker of types shall see today's signatures alone

@@ -35,11 +35,12 @@ def attend_segments(
     real: Tensor | None,
     begins: Tensor | None,
     bptt_segments: int | None,
+    sinks: Any = None,
 ) -> tuple[Tensor, SegmentMemory]:
     """Attend segment by segment and row by row: read the memory, mix, write the segment.
 
     Args:
-        q, k, v, segment, state, local, real, begins, bptt_segments: as of `longspan.ops.infini_attention`.
+        q, k, v, segment, state, local, real, begins, bptt_segments, sinks: as of `longspan.ops.infini_attention`.
         read: maps queries (heads, n, head_dim), memory, and local attention (heads, n, head_dim) to the output.
         write: maps keys and values (kv_heads, segment, head_dim) of a full segment, and memory, to its new values and
             keys.
@@ -60,13 +61,22 @@ def attend_segments(
             if bptt_segments is not None and left and left % bptt_segments == 0:
                 memory = SegmentMemory(*(t.detach() for t in memory))
             count = real[row : row + 1, part].sum(1)
-            inside = full_attention(*(t[row : row + 1, :, part] for t in (local_q, local_k, v)), lengths=count)[0]
+            own = None if sinks is None else sinks_of(sinks, row, part)
+            parts_of_row = (t[row : row + 1, :, part] for t in (local_q, local_k, v))
+            inside = full_attention(*parts_of_row, lengths=count, sinks=own)[0]
             parts.append(read(q[row, :, part], memory, inside))
             if int(count) == segment:
                 memory = SegmentMemory(*write(k[row, :, part], v[row, :, part], memory), memory.written + 1)
         outs.append(torch.cat(parts, 1))
         memories.append(memory)
     return torch.stack(outs), stacked(memories)
+
+
+def sinks_of(sinks: Any, row: int, part: slice) -> Any:
+    """Return the sinks of some queries of one row."""
+    first, last = (t.expand(sinks.k.shape[0], -1)[row : row + 1, part] for t in (sinks.first, sinks.last))
+    q = None if sinks.q is None else sinks.q[row : row + 1, :, part]
+    return sinks._replace(k=sinks.k[row : row + 1], v=sinks.v[row : row + 1], first=first, last=last, q=q)
 
 
 def memory_of(state: Any, row: int, k: Tensor, v: Tensor, features: int) -> SegmentMemory:

@@ -10,6 +10,8 @@ heads. The first `memory` key columns are older keys; query i is at key column m
 import torch
 from torch import Tensor
 
+from longspan.engine.sinks import Sinks
+
 
 def visible_keys(
     q: Tensor,
@@ -85,12 +87,13 @@ def full_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
+    sinks: Sinks | None = None,
 ) -> Tensor:
     """Scaled dot-product attention over every visible key (Vaswani et al. 2017, equation 1);
-    arguments as in `visible_keys`.
+    arguments as in `visible_keys`, sinks as in `window_attention`.
     """
     visible = visible_keys(q, k, causal=causal, lengths=lengths, start=start, memory_lengths=memory_lengths)
-    return attend(q, k, v, visible, scale)
+    return attend(q, k, v, visible, scale) if sinks is None else _attend_both(q, k, v, visible, sinks, scale)
 
 
 def window_attention(
@@ -105,6 +108,7 @@ def window_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
+    sinks: Sinks | None = None,
 ) -> Tensor:
     """Return softmax attention to the nearest keys, (batch, heads, length, head_dim).
 
@@ -121,6 +125,7 @@ def window_attention(
         lengths: see `visible_keys`.
         start: see `visible_keys`.
         memory_lengths: see `visible_keys`.
+        sinks: more keys and values, of which query i sees the columns first_i .. last_i - 1.
     """
     visible = visible_keys(q, k, causal=causal, lengths=lengths, start=start, memory_lengths=memory_lengths)
     memory = k.shape[2] - q.shape[2]
@@ -131,7 +136,23 @@ def window_attention(
         near = distance.abs() <= 1
     else:
         near = (i - j).abs() < window
-    return attend(q, k, v, visible & near, scale)
+    if sinks is None:
+        return attend(q, k, v, visible & near, scale)
+    return _attend_both(q, k, v, visible & near, sinks, scale)
+
+
+def _attend_both(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Sinks, scale: float | None) -> Tensor:
+    """Attend to the visible keys (batch, length, columns) and to sinks with one softmax."""
+    group, column = q.shape[1] // k.shape[1], torch.arange(sinks.k.shape[2], device=q.device)
+    seen = (column >= sinks.first[..., None]) & (column < sinks.last[..., None])
+    # a query that sees no key is padding
+    seen = seen & visible.any(-1, keepdim=True)
+    k, v, sink_k, sink_v = (t.repeat_interleave(group, 1) for t in (k, v, sinks.k, sinks.v))
+    scores = torch.cat([q @ k.mT, (q if sinks.q is None else sinks.q) @ sink_k.mT], -1)
+    weights = masked_softmax(
+        scores * (q.shape[-1] ** -0.5 if scale is None else scale), torch.cat([visible, seen], -1)[:, None]
+    )
+    return weights @ torch.cat([v, sink_v], 2)
 
 
 def relative_attention(

@@ -18,15 +18,19 @@ from longspan.experiments.claims.continued import (
     Judgment,
     ModelSpec,
     Plan,
+    Remedy,
     Results,
     TrainedRuns,
+    another_rate,
     as_good,
     bit_figures,
+    changed_model,
     criteria_text,
     grade,
     measure_with,
     plans,
 )
+from longspan.experiments.claims.continued.plan import floor_and_ceiling, start_model
 from longspan.experiments.claims.growth import growth_picture, power
 from longspan.experiments.claims.runs import evenly
 from longspan.mechanisms.bp.definition import spans
@@ -83,6 +87,29 @@ def models(plan: BpPlan) -> list[ModelSpec]:
     """Return BP-Transformer, with enough levels to cover the pieces, which are those of dense attention."""
     mixer = {"name": "bp", "k": NEAREST, "max_level": plan.length.bit_length()}
     return [ModelSpec(name=BP, model={"mixers": [mixer]}, carries=False)]
+
+
+def remedies(plan: BpPlan) -> list[Remedy]:
+    """Return the remedies.
+
+    Beyond the nearest eight tokens a token sees means of two and more, whose rotated keys cancel. There the heads of
+    the start read single tokens, most of all in the lower layers. The tree's own relative positions are new, and move
+    by at most 0.17 at 3e-4 in 600 steps.
+    """
+    sizes = start_model(plan.start)
+    heads, layers = sizes["num_heads"], sizes["num_layers"]
+    (ours,), ceiling = models(plan), floor_and_ceiling(plan)[1]
+    (mixer,) = ours.model["mixers"]
+    window = {"name": "window", "window": plan.floor_window}
+    halves = [{**window, "num_heads": heads - heads // 2}, {**mixer, "num_heads": heads // 2}]
+    upper = [window] * (layers - layers // 2) + [mixer] * (layers // 2)
+    more, local = f"{4 * NEAREST} spans per level", f"half of the heads with a window of {plan.floor_window}"
+    return [
+        changed_model(ours, CEILING, more, "storing", mixers=[{**mixer, "k": 4 * NEAREST}]),
+        changed_model(ours, CEILING, local, "retrieving", mixers=[{"name": "mixed_heads", "mixers": halves}]),
+        changed_model(ours, CEILING, "windows in the lower half of the layers", "retaining", mixers=upper),
+        another_rate("1e-3", ours, ceiling),
+    ]
 
 
 def growth() -> dict[str, dict[str, dict[int, float]]]:
@@ -220,6 +247,7 @@ def comparison(plan: BpPlan) -> Comparison:
         pairs=[(BP, CEILING)],
         judge=lambda results: judge(results, plan),
         inspect=lambda runs, say: inspect(runs, say, plan),
+        remedies=remedies(plan),
     )
 
 
@@ -230,6 +258,6 @@ BP_TRANSFORMER = Claim(
     text="Attention to near tokens individually and to far ones as increasingly coarse spans costs n log n and models "
     "text as well as dense attention.",
     parallel=measure_with(comparison),
-    minutes={"tiny": 0.3, "small": 4, "full": 80},
+    minutes={"tiny": 0.3, "small": 4, "full": 140},
     plans=PLANS,
 )

@@ -1,6 +1,7 @@
 """`routing`: half of the heads routed by content against local heads of equal FLOPs, and the usage of clusters."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,16 @@ from longspan.experiments.claims.continued import (
     CEILING,
     Comparison,
     Judgment,
+    Look,
     ModelSpec,
     Plan,
+    Remedy,
     Results,
     TrainedRuns,
     ahead,
+    another_rate,
     bit_figures,
+    changed_model,
     criteria_text,
     grade,
     measure_with,
@@ -39,26 +44,35 @@ PLANS = plans(Plan, tiny={"models": (ROUTED, LOCAL)}, small={"models": (ROUTED, 
 
 
 def routed_mixer(plan: Plan, num_heads: int, **fields: Any) -> dict[str, Any]:
-    """Return a mixer with half of the heads local and half routed, with a cluster per `WINDOW` tokens of a piece."""
+    """Return a mixer with half of the heads local and half routed, with as many clusters as fill a piece.
+
+    Args:
+        plan: sizes.
+        num_heads: of the layer.
+        fields: of the routed heads; their window, which is the size of a cluster too, is `WINDOW` otherwise.
+    """
     half = num_heads // 2
     local = {"name": "window", "window": WINDOW, "num_heads": num_heads - half}
-    clusters = max(plan.length // WINDOW, 2)
-    routed = {"name": "routing", "num_clusters": clusters, "window": WINDOW, "num_heads": half, **fields}
+    routed = {"name": "routing", "window": WINDOW, "num_heads": half, **fields}
+    routed["num_clusters"] = max(plan.length // routed["window"], 2)
     return {"name": "mixed_heads", "mixers": [local, routed]}
 
 
-def flops(plan: Plan, sizes: Mapping[str, Any], mixer: Mapping[str, Any]) -> int:
-    """Return the FLOPs of a forward pass over a piece of a model with this mixer in every layer; nothing is stored.
+def flops(plan: Plan, sizes: Mapping[str, Any], *mixers: Mapping[str, Any]) -> int:
+    """Return the FLOPs of a forward pass over a piece of a model with these mixers by layer; nothing is stored.
 
     `sizes`: the `[model]` table of the start.
     """
     with torch.device("meta"):
-        return int(build_model({**sizes, "vocab_size": 256, "mixers": [dict(mixer)]}).flops(plan.length))
+        return int(build_model({**sizes, "vocab_size": 256, "mixers": [*map(dict, mixers)]}).flops(plan.length))
 
 
-def equal_window(plan: Plan, sizes: Mapping[str, Any]) -> int:
-    """Return the smallest window with which local heads cost at least the FLOPs of routed and local ones."""
-    least = flops(plan, sizes, routed_mixer(plan, sizes["num_heads"]))
+def equal_window(plan: Plan, sizes: Mapping[str, Any], **fields: Any) -> int:
+    """Return the smallest window with which local heads cost at least the FLOPs of routed and local ones.
+
+    `fields`: of the routed heads.
+    """
+    least = flops(plan, sizes, routed_mixer(plan, sizes["num_heads"], **fields))
     low, high = 1, plan.length
     while low < high:
         middle = (low + high) // 2
@@ -76,6 +90,38 @@ def models(plan: Plan) -> list[ModelSpec]:
         BALANCED: routed_mixer(plan, sizes["num_heads"], selection="balanced"),
     }
     return [ModelSpec(name=name, model={"mixers": [mixer]}, carries=False) for name, mixer in table.items()]
+
+
+def remedies(plan: Plan, ours: ModelSpec, local: ModelSpec) -> list[Remedy]:
+    """Return the remedies.
+
+    Routed heads use their queries as keys, so they lose the keys of the start. They see the last tokens of a cluster,
+    and the token that matters may be in another one. Lower layers need near tokens most.
+
+    Args:
+        plan: sizes.
+        ours, local: the models that are compared.
+    """
+    sizes = start_model(plan.start)
+    heads, layers = sizes["num_heads"], sizes["num_layers"]
+    large = 2 * WINDOW
+    separate = routed_mixer(plan, heads, shared_qk=False)
+    upper = [local.model["mixers"][0]] * (layers - layers // 2) + [ours.model["mixers"][0]] * (layers // 2)
+    wide = {"name": "window", "window": equal_window(plan, sizes, window=large)}
+    wide_spec = ModelSpec(name=f"{LOCAL}, window {wide['window']}", model={"mixers": [wide]}, carries=False)
+    clusters = changed_model(
+        ours,
+        wide_spec.name,
+        f"clusters of {large}",
+        "retrieving",
+        mixers=[routed_mixer(plan, heads, window=large)],
+    )
+    return [
+        changed_model(ours, LOCAL, "keys of their own", "retaining", mixers=[separate]),
+        replace(clusters, models=[*clusters.models, wide_spec]),
+        changed_model(ours, LOCAL, "routed heads in the upper half of the layers", "needing", mixers=upper),
+        another_rate("1e-3", ours, local),
+    ]
 
 
 def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
@@ -99,7 +145,8 @@ def usage(model: Any, documents: Documents, length: int) -> list[list[float]]:
         length: of a piece.
     """
     counts: list[np.ndarray[Any, Any]] = []
-    clusters = model.config.mixers[0]["mixers"][1]["num_clusters"]
+    # the last layers route, if any do
+    clusters = model.config.mixers[-1]["mixers"][1]["num_clusters"]
     for document in documents.items:
         tokens = torch.from_numpy(np.asarray(document.cut(0, min(len(document), length)).tokens)).long()
         choices = Choices()
@@ -126,10 +173,16 @@ def inspect(runs: TrainedRuns, say: Say, plan: Plan, specs: Sequence[ModelSpec])
     return {"shares": shares, "flops": {CEILING: flops(plan, sizes, {"name": "full"}), **costs}, "window": window}
 
 
-def _used(runs: TrainedRuns, plan: Plan, seed: int) -> dict[str, Any]:
+def _used(runs: TrainedRuns, plan: Plan, seed: int, name: str = ROUTED) -> dict[str, Any]:
     """Measure the usage of clusters by the model of a run on the held-out documents."""
-    model, task = runs.opened(ROUTED, seed)
+    model, task = runs.opened(name, seed)
     return {"shares": usage(model, runs.documents(task, plan.documents, plan.length), plan.length)}
+
+
+def shown(runs: TrainedRuns, name: str, plan: Plan) -> str:
+    """Describe how many clusters of a model are used."""
+    shares = _used(runs, plan, 0, name)["shares"]
+    return f"{np.mean(_busy(shares)):.1f} of {len(shares[0])}"
 
 
 def judge(results: Results) -> Judgment:
@@ -213,6 +266,8 @@ def comparison(plan: Plan) -> Comparison:
         pairs=[(ROUTED, LOCAL)],
         judge=judge,
         inspect=lambda runs, say: inspect(runs, say, plan, specs),
+        remedies=remedies(plan, *specs[:2]),
+        look=Look(column="busy clusters", measure=lambda runs, name: shown(runs, name, plan)),
     )
 
 
@@ -222,6 +277,6 @@ ROUTING = Claim(
     source="Roy et al. 2021, sections 5.2 to 5.5, tables 2 to 5",
     text="Routed and local heads together are better than local heads alone at the same cost.",
     parallel=measure_with(comparison),
-    minutes={"tiny": 0.3, "small": 4, "full": 100},
+    minutes={"tiny": 0.3, "small": 4, "full": 150},
     plans=PLANS,
 )

@@ -30,6 +30,7 @@ from longspan.experiments.claims.continued import (
     measure_with,
     plans,
 )
+from longspan.experiments.claims.tries import Try, tries_table
 from longspan.experiments.figures import picture_of
 from longspan.models import build_model, describe_model, load_weights
 from longspan.report import Picture, Table
@@ -284,15 +285,14 @@ def judge(results: Results, plan: XlPlan) -> Judgment:
 def _remedies_table(tried: Mapping[str, Mapping[str, float]]) -> Table:
     """Return the table of tries: bits per byte with the two longest memories, with every remedy."""
     lengths = list(next(iter(tried.values())))
-    return Table(
-        columns=["remedy", "failure that it is for", *(f"memory of {int(length):,}" for length in lengths)],
-        rows=[
-            [remedy.what, remedy.cause, *(number(tried[remedy.what][length], 4) for length in lengths)]
-            for remedy in REMEDIES
-            if remedy.what in tried
-        ],
-        right=list(range(2, 2 + len(lengths))),
-        caption="Tries: held-out bits per byte with the two longest memories at evaluation.",
+    rows = [
+        Try(remedy.what, remedy.cause, [number(tried[remedy.what][length], 4) for length in lengths])
+        for remedy in REMEDIES
+        if remedy.what in tried
+    ]
+    columns = [f"memory of {int(length):,}" for length in lengths]
+    return tries_table(
+        rows, columns, "held-out bits per byte with the two longest memories at evaluation.", numeric=True
     )
 
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +30,11 @@ class AdaptiveSpanConfig:
         include_self: if True, a token sees itself; the paper excludes it.
         dynamic: if True, every token has its own span, computed from its hidden state; else one span per head.
         initial: initial z' (span / max_span) in [0, 1]; dynamic spans start at sigmoid(-4) instead, as in the paper.
+            1 in conversions, where training shortens spans that a pretrained model does not need.
         penalty: coefficient of the auxiliary loss, the mean span in tokens; the paper uses 2e-6, and 0.5e-6 where
             max_span is 8192.
         persistent: number of learned key-value pairs per kv head that every token sees in addition to the text.
+        span_lr: learning rate of the spans, of which one is the whole of max_span; None = that of the run.
     """
 
     max_span: int = 1024
@@ -42,6 +44,7 @@ class AdaptiveSpanConfig:
     initial: float = 0.0
     penalty: float = 2e-6
     persistent: int = 0
+    span_lr: float | None = None
 
     def __post_init__(self) -> None:
         check_least(self, "adaptive_span", {"max_span": 1, "ramp": 1, "persistent": 0, "penalty": 0})
@@ -64,6 +67,7 @@ class AdaptiveSpanMechanism(BoundedMechanism):
 
     Config = AdaptiveSpanConfig
     config: AdaptiveSpanConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"initial": 1.0}
     examples = (
         {"max_span": 9, "ramp": 3, "initial": 0.4},
         {"max_span": 6, "ramp": 2},
@@ -209,8 +213,19 @@ class AdaptiveSpanMechanism(BoundedMechanism):
                 self.span.clamp_(0, 1)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return the optimizer group of spans and persistent vectors: no weight decay."""
-        return [ParameterGroup("spans", list(self.parameters()), weight_decay=0.0)]
+        """Return the optimizer group of spans and persistent vectors: no weight decay.
+
+        With `span_lr` spans have that rate, and persistent vectors a group of their own.
+        """
+        if self.config.span_lr is None:
+            return [ParameterGroup("spans", list(self.parameters()), weight_decay=0.0)]
+        named = dict(self.named_parameters())
+        spans = [parameter for name, parameter in named.items() if name.startswith("span")]
+        vectors = [parameter for name, parameter in named.items() if not name.startswith("span")]
+        return [
+            ParameterGroup("spans", spans, lr=self.config.span_lr, weight_decay=0.0),
+            ParameterGroup("persistent", vectors, weight_decay=0.0),
+        ]
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> AdaptiveSpanState:
         """Return the empty state of `batch_size` rows, with the cache capacity that the current spans need."""

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ class EntmaxConfig:
 
     Attributes:
         window: number of keys each token sees, itself included; None = all.
-        alpha_init: initial alpha of every head, in [1, 2]: 1 is the softmax, 2 the sparsemax.
+        alpha_init: initial alpha of every head, in [1, 2]: 1 is the softmax, 2 the sparsemax. 1.05 in conversions:
+            nearly the softmax of a pretrained model.
         alpha_lr: learning rate of the alphas; None = that of the run.
     """
 
@@ -42,6 +43,7 @@ class EntmaxMechanism(KeyValueMechanism):
 
     Config = EntmaxConfig
     config: EntmaxConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"alpha_init": 1.05}
     examples = ({}, {"window": 5, "alpha_init": 1.3}, {"alpha_init": 1.0}, {"alpha_init": 2.0})
 
     def __init__(self, shape: Shape, config: EntmaxConfig) -> None:

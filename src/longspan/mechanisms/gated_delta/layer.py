@@ -128,18 +128,20 @@ class GatedDeltaMechanism(BoundedMechanism):
             for new, weight, old in zip((q, k, v), (self.q_conv, self.k_conv, self.v_conv), past, strict=True)
         )
         dtype = mixed_v.dtype
-        rate, step = self.A_log.to(dtype).exp(), F.softplus(self.decay(hidden.x).to(dtype) + self.dt_bias.to(dtype))
+        # a converted model may have another dtype than the parameters of its mechanisms
+        x = hidden.x.to(self.dt_bias.dtype)
+        rate, step = self.A_log.to(dtype).exp(), F.softplus(self.decay(x).to(dtype) + self.dt_bias.to(dtype))
         out, memory = ops.gated_delta_attention(
             ops.unit_vectors(mixed_q),
             ops.unit_vectors(mixed_k),
             mixed_v,
             -(rate * step).mT,
-            self.strength(hidden.x).to(dtype).sigmoid().mT,
+            self.strength(x).to(dtype).sigmoid().mT,
             state=None if state is None else state.memory,
             lengths=rows.lengths,
             start=rows.origin,
         )
-        gate = F.silu(self.gate(hidden.x).to(dtype)).unflatten(2, (self.shape.num_heads, -1)).transpose(1, 2)
+        gate = F.silu(self.gate(x).to(dtype)).unflatten(2, (self.shape.num_heads, -1)).transpose(1, 2)
         out = F.rms_norm(out, (self.value_dim,), self.norm.to(dtype), self.config.norm_eps) * gate
         tail_q, tail_k, tail_v = (rows.carry(old, new, columns) for old, new in zip(past, (q, k, v), strict=True))
         next_state = GatedDeltaState(rows.clear_reset(memory), tail_q, tail_k, tail_v, rows.live)

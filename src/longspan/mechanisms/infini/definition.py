@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine.definitions.linear import elu_features
-from longspan.engine.definitions.segments import SegmentMemory, attend_segments, memory_of, stacked
+from longspan.engine.definitions.segments import SegmentMemory, attend_segments, memory_of, sinks_of, stacked
 from longspan.engine.definitions.softmax import full_attention
 
 
@@ -27,6 +27,7 @@ def infini_attention(
     real: Tensor | None = None,
     begins: Tensor | None = None,
     bptt_segments: int | None = None,
+    sinks: Any = None,
 ) -> tuple[Tensor, Any]:
     """Return outputs (batch, heads, length, head_dim) and the final memory: read, mix, write, one segment at a time.
 
@@ -45,6 +46,7 @@ def infini_attention(
         real=real,
         begins=begins,
         bptt_segments=bptt_segments,
+        sinks=sinks,
     )
 
 
@@ -63,6 +65,7 @@ def infini_open(
     memory_lengths: Tensor | None = None,
     closes: Tensor | None = None,
     bptt_segments: int | None = None,
+    sinks: Any = None,
 ) -> tuple[Tensor, Any]:
     """Return outputs and the final memory of a call inside one incomplete segment per row, one row at a time.
 
@@ -78,7 +81,10 @@ def infini_open(
         count = q.shape[2] if lengths is None else int(lengths[row])
         part = slice(older - opened, older + count)
         inside = full_attention(
-            local_q[row : row + 1, :, :count], local_k[row : row + 1, :, part], v[row : row + 1, :, part]
+            local_q[row : row + 1, :, :count],
+            local_k[row : row + 1, :, part],
+            v[row : row + 1, :, part],
+            sinks=None if sinks is None else sinks_of(sinks, row, slice(count)),
         )[0]
         out = _mix(q[row, :, :count], memory, inside, gate=gate)
         outputs.append(torch.cat([out, out.new_zeros(q.shape[1], q.shape[2] - count, v.shape[-1])], 1))

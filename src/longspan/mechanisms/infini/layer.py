@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
-from longspan.contract.segments import Operation, SegmentMechanism
+from longspan.contract.branches import GatedBranches
+from longspan.contract.rows import BatchLayout
+from longspan.contract.segments import Operation, SegmentMechanism, SegmentState
+from longspan.contract.sinks import LocalStart, SinkPositions, carry_sinks, read_sinks, sink_entries
 from longspan.errors import ConfigError
 
 
@@ -26,7 +29,11 @@ class InfiniConfig:
         normalizer: "paper" counts every key; "gamma" does not count again what is already stored for a key.
         gate_init: initial value of the gates, before the sigmoid; -4 makes attention almost purely local.
         gate_lr: learning rate of the gates.
-        bptt_segments: number of segments through which gradients flow back in the memory; None = all.
+        bptt_segments: number of segments through which gradients flow back in the memory; None = all. With it, no
+            gradients flow to sinks.
+        sinks: number of first tokens of a document that local attention sees in every later segment.
+        sink_positions: position of a query relative to sinks: "absolute", its own, or "cache", its column in a cache of
+            sinks and its segment.
     """
 
     segment: int = 512
@@ -35,9 +42,11 @@ class InfiniConfig:
     gate_init: float = 0.0
     gate_lr: float = 0.01
     bptt_segments: int | None = None
+    sinks: int = 0
+    sink_positions: SinkPositions = "absolute"
 
     def __post_init__(self) -> None:
-        check_least(self, "infini", {"segment": 1, "bptt_segments": 1})
+        check_least(self, "infini", {"segment": 1, "bptt_segments": 1, "sinks": 0})
 
 
 class InfiniState(NamedTuple):
@@ -61,18 +70,40 @@ class InfiniState(NamedTuple):
         return "values", "keys"
 
 
-class InfiniMechanism(SegmentMechanism):
+class InfiniSinkState(NamedTuple):
+    """State of `infini` with sinks: that of `InfiniState`, and keys and values of the first tokens."""
+
+    values: Tensor
+    keys: Tensor
+    k: Tensor
+    v: Tensor
+    sink_k: Tensor  # (batch, kv_heads, sinks, head_dim), before RoPE, zeros where the document has fewer tokens
+    sink_v: Tensor  # like sink_k
+    live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Names of the fields that stay in fp32 or wider when the state is cast."""
+        return "values", "keys"
+
+    def sums(self) -> tuple[str, ...]:
+        """Names of the fields that are ever-growing sums and stay in fp64 when the state is cast."""
+        return "values", "keys"
+
+
+class InfiniMechanism(GatedBranches, SegmentMechanism):
     """Infini-attention without projections: takes q, k, v, the memory and the keys of the incomplete segment."""
 
     State = InfiniState
     Config = InfiniConfig
     config: InfiniConfig
-    conversion_fields: ClassVar[dict[str, Any]] = {"gate_init": -4.0}
+    conversion_fields: ClassVar[dict[str, Any]] = {"gate_init": -4.0, "sinks": 4, "sink_positions": "cache"}
     examples = (
         {"segment": 4},
         {"segment": 4, "update": "delta", "normalizer": "gamma"},
         {"segment": 3, "update": "delta", "bptt_segments": 2},
         {"segment": 4, "normalizer": "gamma", "gate_init": -1.0},
+        {"segment": 3, "sinks": 2},
+        {"segment": 2, "sinks": 3, "sink_positions": "cache", "update": "delta", "bptt_segments": 2},
     )
 
     def __init__(self, shape: Shape, config: InfiniConfig) -> None:
@@ -111,16 +142,58 @@ class InfiniMechanism(SegmentMechanism):
 
     def operations(self) -> tuple[Operation, Operation]:
         """Return `ops.infini_attention`, and `ops.infini_open` for incomplete segments, bound to this config."""
-        fields = {"gate": self.gate, **self.rule}
+        fields = {"gate": self.mixing_gate, **self.rule}
         return partial(ops.infini_attention, **fields), partial(ops.infini_open, **fields)
 
     def memory_cost(self, length: int) -> tuple[int, int]:
         """Count multiply-adds of the memory per kv head, and local score entries per query head."""
-        return ops.infini_cost(
+        of_sinks = sink_entries(length, self.config.sinks, self._start)
+        memory, local = ops.infini_cost(
             length,
             segment=self.segment,
             head_dim=self.shape.head_dim,
             group=self.shape.group,
             delta=self.config.update == "delta",
             adds=self.adds,
+            sinks=of_sinks > 0,
         )
+        return memory, local + of_sinks
+
+    @property
+    def _start(self) -> LocalStart:
+        """The first position that local attention sees."""
+        return LocalStart(self.segment, back=0)
+
+    def sinks_of_call(self, state: Any, q: Tensor, k: Tensor, v: Tensor, rows: BatchLayout) -> ops.Sinks | None:
+        """Return the sinks of a call; see `SegmentMechanism`."""
+        if not self.config.sinks:
+            return None
+        sinks = read_sinks(
+            state,
+            q,
+            k,
+            v,
+            rows,
+            count=self.config.sinks,
+            local=self._start,
+            rope=self.shape.rope,
+            positions=self.config.sink_positions,
+        )
+        if sinks is None or self.config.bptt_segments is None:
+            return sinks
+        return sinks._replace(k=sinks.k.detach(), v=sinks.v.detach())
+
+    def next_state(self, fields: SegmentState, state: Any, k: Tensor, v: Tensor, rows: BatchLayout) -> Any:
+        """Return the next state, with sinks if there are any; see `SegmentMechanism`."""
+        if not self.config.sinks:
+            return InfiniState(*fields)
+        sink_k, sink_v = carry_sinks(state, k, v, rows, self.config.sinks)
+        return InfiniSinkState(fields.values, fields.keys, fields.k, fields.v, sink_k, sink_v, fields.live)
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> Any:
+        """Return a state with an empty memory and no tokens."""
+        state = super().init_state(batch_size, device, dtype)
+        if not self.config.sinks:
+            return state
+        first = state.k.new_zeros(batch_size, self.shape.num_kv_heads, self.config.sinks, self.shape.head_dim)
+        return InfiniSinkState(state.values, state.keys, state.k, state.v, first, first.clone(), state.live)

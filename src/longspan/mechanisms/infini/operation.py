@@ -31,6 +31,7 @@ from longspan.engine.segments import (
     empty_memory,
     inside_cost,
 )
+from longspan.engine.sinks import Sinks
 from longspan.engine.sums import smallest, sums_dtype
 
 BUDGET = 64 * 2**20
@@ -51,6 +52,7 @@ def infini_attention(
     real: Tensor | None = None,
     begins: Tensor | None = None,
     bptt_segments: int | None = None,
+    sinks: Sinks | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
     """Run Infini-attention on a call that begins at a segment boundary; return outputs and the next memory.
 
@@ -67,6 +69,7 @@ def infini_attention(
         real: (batch, length) bool, columns that hold a token, first in each segment; None = all.
         begins: (batch, segments) bool, segments at which a document begins; None = none.
         bptt_segments: number of segments through which gradients flow back, a row's last one included; None = all.
+        sinks: the first keys of documents for the local attention of later segments; None = none.
 
     Returns:
         Outputs (batch, heads, length, head_dim) in v's dtype, and the memory after all complete segments.
@@ -74,9 +77,9 @@ def infini_attention(
     rule, layout = InfiniRule(gate, update, normalizer, q.shape[3]), Layout(segment, real, begins, bptt_segments)
     whole = q.shape[2] // segment * segment
     if not rule.adds or layout != Layout(segment) or whole <= segment:
-        return attend_segments(q, k, v, rule, layout, state=state, local=local)
+        return attend_segments(q, k, v, rule, layout, state=state, local=local, sinks=sinks)
     memory = state or empty_memory(len(q), k.shape[1], q.shape[3], v.shape[3], q.device, rule.memory_dtype(v))
-    inside = attend_inside(q, k, v, layout, local)
+    inside = attend_inside(q, k, v, layout, local, sinks)
     parts = [t[:, :, :whole] for t in (q, k, v, inside)]
     with flash.full_precision(q.device):
         out, memory = _attend_full_segments(parts[0], parts[1], parts[2], rule, memory, parts[3], segment)
@@ -100,6 +103,7 @@ def infini_open(
     memory_lengths: Tensor | None = None,
     closes: Tensor | None = None,
     bptt_segments: int | None = None,
+    sinks: Sinks | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
     """Run Infini-attention on a call that stays inside the incomplete segment of every row, as in decoding.
 
@@ -112,6 +116,7 @@ def infini_open(
         lengths: (batch,) number of real tokens of each row, which come first; None = all.
         memory_lengths: (batch,) number of earlier keys that belong to the segment, newest last; None = all.
         closes: (batch,) bool, rows whose segment is complete after this call, so that it is written; None = none.
+        sinks: as in `infini_attention`.
 
     Returns:
         Outputs (batch, heads, length, head_dim) in v's dtype, and the memory after the call.
@@ -127,6 +132,7 @@ def infini_open(
         lengths=lengths,
         memory_lengths=memory_lengths,
         closes=closes,
+        sinks=sinks,
     )
 
 
@@ -237,12 +243,15 @@ def _gated(read: Tensor, gate: Tensor, inside: Tensor, filled: Tensor) -> Tensor
     return share * read + (1 - share) * inside
 
 
-def infini_cost(length: int, *, segment: int, head_dim: int, group: int, delta: bool, adds: bool) -> tuple[int, int]:
+def infini_cost(
+    length: int, *, segment: int, head_dim: int, group: int, delta: bool, adds: bool, sinks: bool = False
+) -> tuple[int, int]:
     """Count the memory's multiply-adds per kv head (query heads included) and the local score entries per query head.
 
     For `length` tokens from an empty state, with `group` query heads per kv head. `delta`: the update is "delta";
-    `adds`: the update is "linear" with the normalizer "paper".
+    `adds`: the update is "linear" with the normalizer "paper". `sinks`: the call has sinks; their own scores are not
+    counted.
     """
     write = segment * head_dim * head_dim * (2 if delta else 1) + (0 if adds else segment * head_dim)
     read = group * length * head_dim * (head_dim + 1) if length > segment else 0
-    return read + length // segment * write, inside_cost(length, segment)
+    return read + length // segment * write, inside_cost(length, segment, sinks=sinks)

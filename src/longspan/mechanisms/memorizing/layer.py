@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
+from longspan.contract.branches import GatedBranches
 from longspan.contract.kv_cache import carry, join, pick_columns, rotate_by_column, visible
 from longspan.contract.rows import BatchLayout
+from longspan.contract.sinks import (
+    LocalStart,
+    SinkPositions,
+    carry_sinks,
+    read_sinks,
+    sink_entries,
+    sink_pairs,
+)
 from longspan.contract.sizes import BoundedMechanism, pairs_within
 from longspan.engine import flash
 from longspan.errors import ConfigError, UnsupportedError
@@ -35,6 +44,9 @@ class MemorizingConfig:
         scale_init: initial factor of the cosines; None = sqrt(head_dim), at which random vectors give the same softmax
             as without normalization.
         gate_lr: learning rate of gates and scales.
+        sinks: number of first tokens of a document that local attention always sees; they get no gradients through it.
+        sink_positions: position of a query relative to sinks: "absolute", its own, or "cache", its column in a cache of
+            sinks and window.
     """
 
     window: int = 512
@@ -43,9 +55,11 @@ class MemorizingConfig:
     gate_init: float = 0.0
     scale_init: float | None = None
     gate_lr: float = 0.01
+    sinks: int = 0
+    sink_positions: SinkPositions = "absolute"
 
     def __post_init__(self) -> None:
-        check_least(self, "memorizing", {"window": 1, "max_memories": 1, "k": 1})
+        check_least(self, "memorizing", {"window": 1, "max_memories": 1, "k": 1, "sinks": 0})
         if self.scale_init is not None and self.scale_init <= 0:
             raise ConfigError(f"memorizing.scale_init = {self.scale_init}: must be above 0, or None for sqrt(head_dim)")
 
@@ -63,17 +77,31 @@ class MemorizingState(NamedTuple):
     live: Tensor  # (batch,) tokens since the last reset
 
 
-class MemorizingMechanism(BoundedMechanism):
+class MemorizingSinkState(NamedTuple):
+    """State of `memorizing` with sinks: that of `MemorizingState`, and keys and values of the first tokens."""
+
+    store_k: Tensor
+    store_v: Tensor
+    k: Tensor
+    v: Tensor
+    sink_k: Tensor  # (batch, kv_heads, sinks, head_dim), before RoPE, zeros where the document has fewer tokens
+    sink_v: Tensor  # like sink_k
+    live: Tensor
+
+
+class MemorizingMechanism(GatedBranches, BoundedMechanism):
     """Memorizing Transformer attention without projections: window attention plus retrieval, mixed by learned gates."""
 
     Config = MemorizingConfig
     config: MemorizingConfig
-    conversion_fields: ClassVar[dict[str, Any]] = {"gate_init": -4.0}
+    conversion_fields: ClassVar[dict[str, Any]] = {"gate_init": -4.0, "sinks": 4, "sink_positions": "cache"}
     examples = (
         {"window": 4, "max_memories": 10, "k": 3},
         {"window": 5, "max_memories": 1000, "k": 1000, "gate_init": 1.0},
         {"window": 6, "max_memories": 4, "k": 2},
         {"window": 1, "max_memories": 7, "k": 2},
+        {"window": 3, "max_memories": 7, "k": 2, "sinks": 2},
+        {"window": 2, "max_memories": 5, "k": 2, "sinks": 3, "sink_positions": "cache"},
     )
 
     def __init__(self, shape: Shape, config: MemorizingConfig) -> None:
@@ -138,8 +166,8 @@ class MemorizingMechanism(BoundedMechanism):
         self.attached = ()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: MemorizingState | None, rows: BatchLayout, **unused: Any
-    ) -> tuple[Tensor, MemorizingState]:
+        self, q: Tensor, k: Tensor, v: Tensor, state: Any, rows: BatchLayout, **unused: Any
+    ) -> tuple[Tensor, MemorizingState | MemorizingSinkState]:
         """Return outputs (batch, heads, length, head_dim) of local attention and retrieval, and the next state.
 
         Args:
@@ -154,7 +182,8 @@ class MemorizingMechanism(BoundedMechanism):
         """
         window = self.config.window
         recent_k, recent_v, num_recent = join(state, k, v, grows=False)
-        local = self._attend_local(q, recent_k, recent_v, num_recent, rows)
+        sinks = self._sinks(state, q, k, v, rows)
+        local = self._attend_local(q, recent_k, recent_v, num_recent, sinks, rows)
         inside = rows.inside(window)
         closes = (rows.offsets % window + rows.lengths_read == window).any()
         pairs = None if inside and not closes and rows.emptied is None else self._stored_pairs(state, k, v, rows)
@@ -166,16 +195,40 @@ class MemorizingMechanism(BoundedMechanism):
         else:
             out = local if state is None else self._retrieve(q, state.store_k, state.store_v, local, rows)
         store = self._next_store(state, pairs, k, rows)
-        return out, MemorizingState(*store, *carry(state, k, v, rows, window - 1), rows.live)
+        recent = carry(state, k, v, rows, window - 1)
+        if not self.config.sinks:
+            return out, MemorizingState(*store, *recent, rows.live)
+        first = carry_sinks(state, k.detach(), v.detach(), rows, self.config.sinks)
+        return out, MemorizingSinkState(*store, *recent, *first, rows.live)
 
-    def _attend_local(self, q: Tensor, k: Tensor, v: Tensor, num_recent: int, rows: BatchLayout) -> Tensor:
+    def _sinks(self, state: Any, q: Tensor, k: Tensor, v: Tensor, rows: BatchLayout) -> ops.Sinks | None:
+        """Return the sinks of a call, which get no gradients as they are farther away than `traits.horizon`; None if it
+        needs none.
+        """
+        if not self.config.sinks:
+            return None
+        return read_sinks(
+            state,
+            q,
+            k.detach(),
+            v.detach(),
+            rows,
+            count=self.config.sinks,
+            local=LocalStart(self.config.window),
+            rope=self.shape.rope,
+            positions=self.config.sink_positions,
+        )
+
+    def _attend_local(
+        self, q: Tensor, k: Tensor, v: Tensor, num_recent: int, sinks: ops.Sinks | None, rows: BatchLayout
+    ) -> Tensor:
         """Return window attention (batch, heads, length, head_dim), with RoPE where the model uses it.
 
         The first `num_recent` columns of k and v are earlier tokens from the state.
         """
         if self.shape.rope is not None and rows.length:
             q, k = rotate_by_column(q, k, self.shape.rope, rows)
-        return ops.window_attention(q, k, v, window=self.config.window, **visible(rows, num_recent))
+        return ops.window_attention(q, k, v, window=self.config.window, sinks=sinks, **visible(rows, num_recent))
 
     def _retrieve(
         self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, rows: BatchLayout, older: int | None = None
@@ -206,7 +259,7 @@ class MemorizingMechanism(BoundedMechanism):
 
         first, last = rows.cached(("memorizing", window, max_memories, older), bounds)
         return ops.memorizing_attention(
-            q, k, v, local, self.gate, self.scale, top=self.config.k, first=first, last=last
+            q, k, v, local, self.mixing_gate, self.scale, top=self.config.k, first=first, last=last
         )
 
     def _stored_pairs(
@@ -296,7 +349,7 @@ class MemorizingMechanism(BoundedMechanism):
                     if len(store):
                         part = slice(begin, end)
                         out[row, :, part] = read_store(
-                            store, q[row, :, part], local[row, :, part], self.gate, self.config.k
+                            store, q[row, :, part], local[row, :, part], self.mixing_gate, self.config.k
                         )
                     if store.write and (position + end - begin) % window == 0:
                         closed = slice(num_recent + end - window, num_recent + end)
@@ -305,7 +358,9 @@ class MemorizingMechanism(BoundedMechanism):
                     store.clear()
         return out
 
-    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> MemorizingState:
+    def init_state(
+        self, batch_size: int, device: torch.device | None, dtype: torch.dtype
+    ) -> MemorizingState | MemorizingSinkState:
         """Return the empty state of `batch_size` rows: store and window at full capacity (zeros)."""
         shape, config = self.shape, self.config
 
@@ -315,12 +370,16 @@ class MemorizingMechanism(BoundedMechanism):
 
         live = torch.zeros(batch_size, dtype=torch.int64, device=device)
         store, recent = config.max_memories, config.window - 1
-        return MemorizingState(zeros(store), zeros(store), zeros(recent), zeros(recent), live)
+        stored_and_recent = zeros(store), zeros(store), zeros(recent), zeros(recent)
+        if not config.sinks:
+            return MemorizingState(*stored_and_recent, live)
+        return MemorizingSinkState(*stored_and_recent, zeros(config.sinks), zeros(config.sinks), live)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Count the FLOPs (2 per multiply-add) for `batch_size` rows of `length` tokens."""
         shape, config = self.shape, self.config
         local = ops.window_cost(length, window=config.window)
+        local += sink_entries(length, config.sinks, LocalStart(config.window))
         scores, values = ops.memorizing_cost(
             length, window=config.window, max_memories=config.max_memories, top=config.k, group=shape.group
         )
@@ -333,7 +392,8 @@ class MemorizingMechanism(BoundedMechanism):
             min(config.k, config.max_memories, first) * min(window, length - first)
             for first in range(0, length, window)
         )
-        return self.shape.num_heads * (pairs_within(length, window) + retrieved)
+        of_sinks = sink_pairs(length, config.sinks, LocalStart(window))
+        return self.shape.num_heads * (pairs_within(length, window) + of_sinks + retrieved)
 
 
 def _check_follows(store: MemoryStore, closed: int) -> None:

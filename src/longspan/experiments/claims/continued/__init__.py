@@ -16,7 +16,7 @@ from longspan.experiments.claims.continued.criteria import (
     if_flat,
 )
 from longspan.experiments.claims.continued.plan import CEILING, FLOOR, ModelSpec, Plan, from_recipe
-from longspan.experiments.claims.continued.remedies import Remedy
+from longspan.experiments.claims.continued.remedies import Look, Remedy, another_rate, changed_model
 from longspan.experiments.claims.continued.report import bit_figures
 from longspan.experiments.claims.continued.results import Pair, Results
 from longspan.experiments.claims.continued.sizes import plans
@@ -29,6 +29,7 @@ __all__ = [
     "Comparison",
     "Criterion",
     "Judgment",
+    "Look",
     "ModelSpec",
     "Pair",
     "Plan",
@@ -36,8 +37,10 @@ __all__ = [
     "Results",
     "TrainedRuns",
     "ahead",
+    "another_rate",
     "as_good",
     "bit_figures",
+    "changed_model",
     "criteria_text",
     "from_recipe",
     "grade",

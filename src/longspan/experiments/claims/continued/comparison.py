@@ -10,7 +10,7 @@ from longspan.errors import ConfigError, LongspanError
 from longspan.experiments.claims.base import Figure, Outcome, Say, Verdict
 from longspan.experiments.claims.continued import report
 from longspan.experiments.claims.continued.plan import EARLY, ModelSpec, Plan, floor_and_ceiling
-from longspan.experiments.claims.continued.remedies import Remedy, remedies_table
+from longspan.experiments.claims.continued.remedies import Look, Remedy, looks_at, remedies_table
 from longspan.experiments.claims.continued.results import Pair, Results, bits_per_byte, needs_seeds
 from longspan.experiments.claims.continued.single_run import Job, train_and_measure
 from longspan.experiments.claims.continued.trained import TrainedRuns
@@ -53,6 +53,8 @@ class Comparison:
     """measures trained runs beside their losses; returns plain data, which becomes `Results.inspected`"""
     remedies: Sequence[Remedy] = ()
     """tried at sizes that ask for it (`Plan.remedies`), unless the claim holds as a whole"""
+    look: Look | None = None
+    """at models with a remedy, where the verdict asks for more than losses"""
 
     def measure(self, folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
         """Train, measure and judge; a second call with the same folder resumes.
@@ -75,8 +77,10 @@ class Comparison:
             specs = {spec.name: spec for remedy in self.remedies for spec in remedy.models}
             runs, failures = _collected(_train_first([*specs.values()], folder, plan, say, jobs))
             every = replace(results, runs={**results.runs, **runs}, failures={**results.failures, **failures})
-            tables.insert(0, remedies_table(every, self.pairs, self.remedies))
-            tried = {"models": runs, "failures": failures}
+            opened = TrainedRuns(folder=folder, plan=plan)
+            shown = {} if self.look is None else looks_at(self.look, opened, self.pairs, self.remedies)
+            tables.insert(0, remedies_table(every, self.pairs, self.remedies, self.look, shown))
+            tried = {"models": runs, "failures": failures, "looks": shown}
         return Outcome(
             verdict=judgment.verdict,
             figures=judgment.figures,

@@ -1,16 +1,15 @@
 """Remedies that are tried where a claim does not hold as a whole, for different causes, in a table of tries."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from longspan.experiments.claims.base import signed
-from longspan.experiments.claims.continued.plan import ModelSpec
+from longspan.experiments.claims.continued.plan import ModelSpec, run_folder
 from longspan.experiments.claims.continued.results import Pair, Results
+from longspan.experiments.claims.continued.trained import TrainedRuns
+from longspan.experiments.claims.tries import Cause, Try, tries_table
 from longspan.report import Table
-
-Cause = Literal["storing", "retaining", "retrieving", "optimizing", "needing"]
-"""What a remedy takes the model to fail at; "needing": the text, as it is read, asks for nothing from far away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,26 +24,76 @@ class Remedy:
     """those of the pair that the comparison does not have"""
 
 
-def remedies_table(results: Results, pairs: Sequence[Pair], remedies: Sequence[Remedy]) -> Table:
+def changed_model(ours: ModelSpec, base: str, what: str, cause: Cause, **fields: Any) -> Remedy:
+    """Return a remedy that changes one model of a pair.
+
+    Args:
+        ours: the model, which gets the remedy's name as a part of its own.
+        base: name of the other model.
+        what, cause: of the remedy.
+        fields: of `[model]`, in place of those of `ours`.
+    """
+    spec = replace(ours, name=f"{ours.name}, {what}", model={**ours.model, **fields})
+    return Remedy(what=what, cause=cause, pair=(spec.name, base), models=[spec])
+
+
+def another_rate(rate: str, ours: ModelSpec, base: ModelSpec) -> Remedy:
+    """Return a remedy that trains both models at another learning rate, such as "1e-3"."""
+    specs = [
+        replace(spec, name=f"{spec.name}, rate {rate}", train={**spec.train, "lr": float(rate)})
+        for spec in (ours, base)
+    ]
+    return Remedy(what=f"a rate of {rate}", cause="optimizing", pair=(specs[0].name, specs[1].name), models=specs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What the verdict asks of a trained model besides its loss."""
+
+    column: str
+    """heading in the table of tries"""
+    measure: Callable[[TrainedRuns, str], str]
+    """returns it as text, for the name of a model"""
+
+
+def looks_at(look: Look, runs: TrainedRuns, pairs: Sequence[Pair], remedies: Sequence[Remedy]) -> dict[str, str]:
+    """Return what a look shows of the first model of every pair, as compared and with remedies, by its name."""
+    names = dict.fromkeys(pair[0] for pair in (*pairs, *(remedy.pair for remedy in remedies)))
+    shown = {}
+    for name in names:
+        if runs.seeds(name):
+            record = f"look-{run_folder(runs.folder, name, 0).parent.name}"
+            shown[name] = runs.once(record, lambda: {"text": look.measure(runs, name)})["text"]  # noqa: B023 - at once
+    return shown
+
+
+def remedies_table(
+    results: Results,
+    pairs: Sequence[Pair],
+    remedies: Sequence[Remedy],
+    look: Look | None = None,
+    shown: Mapping[str, str] | None = None,
+) -> Table:
     """Return the table of tries: every pair on which the verdict hangs as it is, then with every remedy.
 
     Args:
         results: with the runs of all remedies.
         pairs: on which the verdict hangs.
         remedies: to show; those whose runs were not made are left out.
+        look: of the comparison; None: losses are all that the verdict asks for.
+        shown: what the look showed, by model.
     """
     known = {*results.runs, *results.failures}
-    rows = [["none", "", *_compared(results, pair)] for pair in pairs if set(pair) <= known]
-    rows += [
-        [remedy.what, remedy.cause, *_compared(results, remedy.pair)]
-        for remedy in remedies
-        if set(remedy.pair) <= known
-    ]
-    return Table(
-        columns=["remedy", "failure that it is for", "models", "bits per byte", "last quarter"],
-        rows=rows,
-        caption="Tries: the difference of two models as compared and with a remedy.",
-    )
+
+    def tried(what: str, cause: str, pair: Pair) -> Try:
+        """Return the row of a pair."""
+        cells = _compared(results, pair)
+        return Try(what, cause, cells if look is None else [*cells, (shown or {}).get(pair[0], "")])
+
+    rows = [tried("none", "", pair) for pair in pairs if set(pair) <= known]
+    rows += [tried(remedy.what, remedy.cause, remedy.pair) for remedy in remedies if set(remedy.pair) <= known]
+    columns = ["models", "bits per byte", "last quarter", *([] if look is None else [look.column])]
+    return tries_table(rows, columns, "the difference of two models as compared and with a remedy.")
 
 
 def _compared(results: Results, pair: Pair) -> list[str]:

@@ -1,0 +1,222 @@
+"""Sinks of a layer: which first tokens of a document a call reads beside its local attention, and what a state carries.
+
+Keys of sinks are carried before RoPE. A sink is at position j of its document. With `positions = "absolute"` a query is
+at its own position; with "cache" it is at the column that it would have in a cache of sinks and local keys alone, so
+that no distance exceeds what local attention and sinks span (Xiao et al. 2024, StreamingLLM, section 3.2).
+"""
+
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from longspan import host, ops
+from longspan.contract.kv_cache import pick_columns
+from longspan.contract.rows import BatchLayout, SegmentLayout
+from longspan.engine.rotary import halves, rotate_halves
+from longspan.host import Array
+
+SinkPositions = Literal["absolute", "cache"]
+
+
+class HasSinks(Protocol):
+    """A state with keys and values (batch, kv_heads, sinks, head_dim) of the first tokens, before RoPE."""
+
+    @property
+    def sink_k(self) -> Tensor:
+        """Keys, zeros where the document has fewer tokens."""
+
+    @property
+    def sink_v(self) -> Tensor:
+        """Values, zeros where the document has fewer tokens."""
+
+
+class LocalStart(NamedTuple):
+    """The first position that a token's local attention sees.
+
+    Attributes:
+        size: tokens of a window, or of a segment.
+        back: None: the last `size` positions, the token's own included; else its own segment of `size` positions and as
+            many before it.
+    """
+
+    size: int
+    back: int | None = None
+
+    def __call__(self, position: Array) -> Array:
+        """Return the first positions of tokens at `position`; negative where the document has no such position."""
+        if self.back is None:
+            return position - self.size + 1
+        first: Array = (position // self.size - self.back) * self.size
+        return first
+
+
+class SinkColumns(NamedTuple):
+    """Which sinks a call reads.
+
+    Attributes:
+        of_state: (batch, columns) int64, the sink of the state in each column; negative = none.
+        of_call: (batch, columns) int64, the token of the call in each column; negative = none.
+        first, last: (batch or 1, length) int64, the columns that a query sees; see `ops.Sinks`.
+        shift: (batch or 1, length) int64, by how much the position of a query exceeds its column in a cache.
+    """
+
+    of_state: Tensor
+    of_call: Tensor
+    first: Tensor
+    last: Tensor
+    shift: Tensor
+
+
+def read_sinks(
+    state: HasSinks | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: BatchLayout,
+    *,
+    count: int,
+    local: LocalStart,
+    rope: float | tuple[float, ...] | None,
+    positions: SinkPositions,
+) -> "ops.Sinks | None":
+    """Return the sinks of a call; None if no token has any outside its local attention.
+
+    Args:
+        state: sinks of the documents that the call continues; None = empty past.
+        q: (batch, heads, length, head_dim), before RoPE.
+        k, v: (batch, kv_heads, length, head_dim) of the call, before RoPE.
+        rows: batch layout of the call.
+        count: sinks of a document.
+        local: first position that local attention sees.
+        rope: of the layer; None = no positions.
+        positions: of the queries; see the module.
+    """
+    columns = rows.cached(("sinks", count, local), lambda: _columns(rows, count, local))
+    if columns is None:
+        return None
+    keys, values = (
+        _picked(None if state is None else old, new, columns)
+        for old, new in ((getattr(state, "sink_k", None), k), (getattr(state, "sink_v", None), v))
+    )
+    if rope is not None:
+        dim, dtype = q.shape[-1], q.dtype
+        key = ("sinks", count, local, rope, positions, dim, dtype)
+
+        def tables() -> list[tuple[Tensor, Tensor]]:
+            """Return the factors of the queries and of the sinks."""
+            index = np.arange(columns.of_state.shape[1])[None] % count
+            queries = rows.positions - columns.shift if positions == "cache" else rows.positions
+            of = queries, host.put(index, rows.device)
+            return [halves(*ops.rotary_table(part, dim, base=rope, dtype=dtype)) for part in of]
+
+        of_queries, of_sinks = rows.cached(key, tables)
+        q, keys = rotate_halves(q, *of_queries), rotate_halves(keys, *of_sinks)
+    return ops.Sinks(keys, values, columns.first, columns.last, q)
+
+
+def _columns(rows: BatchLayout, count: int, local: LocalStart) -> SinkColumns | None:
+    """Return which sinks the tokens of a call read; None if no token reads any."""
+    position = rows.positions_read
+    first = local(position)
+    seen = first.clip(0, count)
+    if rows.lengths is not None:
+        seen = seen * (np.arange(rows.length) < rows.lengths_read[:, None])
+    if not seen.any():
+        return None
+    shift = np.where(first > count, first - count, 0)
+    begins, document = -rows.offsets[:, None], np.zeros((1, rows.length), np.int64)
+    if rows.origin is not None:
+        begins, document = _documents(host.known(rows.origin), seen > 0)
+    column = (begins[:, :, None] + np.arange(count)).reshape(len(begins), -1)
+    index = np.broadcast_to(np.tile(np.arange(count), begins.shape[1]), column.shape)
+    # a column past the call belongs to a document that is too short to have it; no query sees it
+    inside = (column >= 0) & (column < rows.length)
+    before, after = document * count, document * count + seen
+    return SinkColumns(
+        of_state=host.put(np.where(column < 0, index, -1), rows.device),
+        of_call=host.put(np.where(inside, column, -1), rows.device),
+        first=host.put(np.broadcast_to(before, after.shape), rows.device),
+        last=host.put(after, rows.device),
+        shift=host.put(shift, rows.device),
+    )
+
+
+def _documents(origin: Array, reads: Array) -> tuple[Array, Array]:
+    """Return the first columns (batch, documents) of the documents that have queries with sinks, and the index
+    (batch, length) of every query's document among them.
+
+    Args:
+        origin: (batch, length) the column where the document of each token starts.
+        reads: (batch, length) queries that see sinks.
+    """
+    starts = [np.unique(row[mask]) for row, mask in zip(origin, reads, strict=True)]
+    begins = np.zeros((len(origin), max(len(row) for row in starts)), np.int64)
+    document = np.zeros(origin.shape, np.int64)
+    for row, start in enumerate(starts):
+        begins[row, : len(start)] = start
+        document[row] = np.searchsorted(start, origin[row]).clip(max=max(len(start) - 1, 0))
+    return begins, document
+
+
+def _picked(old: Tensor | None, new: Tensor, columns: SinkColumns) -> Tensor:
+    """Return the sinks (batch, kv_heads, columns, head_dim) from those of the state and the tokens of the call."""
+    if old is not None and bool((host.known(columns.of_call) < 0).all()):
+        same = host.known(columns.of_state) == np.arange(old.shape[2])
+        return old if same.shape[1] == old.shape[2] and bool(same.all()) else pick_columns(old, columns.of_state)
+    picked = pick_columns(new, columns.of_call)
+    return picked if old is None else picked + pick_columns(old, columns.of_state)
+
+
+def spread_sinks(sinks: "ops.Sinks", layout: SegmentLayout) -> "ops.Sinks":
+    """Return the sinks of a call for queries that are arranged over whole segments; holes see none."""
+    batch, length = layout.rows.batch, layout.rows.length
+    seen = (np.broadcast_to(host.known(t), (batch, length)) for t in (sinks.first, sinks.last))
+    first, last = (host.put(layout.spread_read(columns), sinks.k.device) for columns in seen)
+    q = None if sinks.q is None else layout.spread(sinks.q)
+    return sinks._replace(first=first, last=last, q=q)
+
+
+def carry_sinks(state: HasSinks | None, k: Tensor, v: Tensor, rows: BatchLayout, count: int) -> tuple[Tensor, Tensor]:
+    """Return the sinks (batch, kv_heads, count, head_dim) of the next state: the first tokens of the last documents.
+
+    Args:
+        state: the previous state; None = empty past.
+        k, v: (batch, kv_heads, length, head_dim) of the call, before RoPE.
+        rows: batch layout of the call.
+        count: sinks of a document.
+    """
+    if state is not None and rows.origin is None and rows.emptied is None and rows.offset_range[0] >= count:
+        return state.sink_k, state.sink_v
+    columns = rows.cached(("next sinks", count), lambda: _next_columns(rows, count))
+    old_k, old_v = (None, None) if state is None else (state.sink_k, state.sink_v)
+    return _picked(old_k, k, columns), _picked(old_v, v, columns)
+
+
+def _next_columns(rows: BatchLayout, count: int) -> SinkColumns:
+    """Return where the sinks of the next state are in the state and in the call; no query sees them."""
+    begin = -rows.offsets
+    if rows.origin is not None and rows.length:
+        last = (rows.lengths_read - 1).clip(min=0)
+        of_last = np.take_along_axis(host.known(rows.origin), last[:, None], 1)[:, 0]
+        begin = np.where(rows.lengths_read > 0, of_last, begin)
+    index = np.broadcast_to(np.arange(count), (rows.batch, count))
+    column, real = begin[:, None] + index, index < rows.lives[:, None]
+    none = host.put(np.zeros((1, 0), np.int64), rows.device)
+    return SinkColumns(
+        of_state=host.put(np.where(real & (column < 0), index, -1), rows.device),
+        of_call=host.put(np.where(real & (column >= 0), column, -1), rows.device),
+        first=none,
+        last=none,
+        shift=none,
+    )
+
+
+def sink_pairs(length: int, count: int, local: LocalStart) -> int:
+    """Return the number of (query, sink) pairs per head of `length` tokens from an empty past."""
+    return int(local(np.arange(length)).clip(0, count).sum())
+
+
+def sink_entries(length: int, count: int, local: LocalStart) -> int:
+    """Return the number of scores with sinks per query head that a call of `length` tokens computes."""
+    return length * count if sink_pairs(length, count, local) else 0
