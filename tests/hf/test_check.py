@@ -41,6 +41,7 @@ def test_ranges_are_means_and_bits_count_bytes() -> None:
     assert [part[:2] for part in report.ranges] == [(0, 512), (512, 1024), (1024, 1299)]
     assert [part.after for part in report.ranges] == [3, 2, 3]
     assert report.before == pytest.approx(1 / np.log(2) / 2)
+    assert report.more == pytest.approx((787 * 2 + 512) / 1299)
     assert report.tokens == 1300
 
 

@@ -154,7 +154,7 @@ def _show_check(report: "CheckReport", file: Path) -> None:
     print_table(Table(columns=columns, rows=rows, right=(1, 2, 3)), console())
     console().print(
         f"{file}, {report.tokens:,} tokens: {report.before:.3f} bits per byte before, {report.after:.3f} after "
-        f"({_signed(report.after - report.before)}). {advice(report.after - report.before)}",
+        f"({_signed(report.after - report.before)}). {advice(report.more)}",
         markup=False,
     )
 

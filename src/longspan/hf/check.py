@@ -31,12 +31,14 @@ class CheckReport(NamedTuple):
     Attributes:
         ranges: by position in the text.
         before, after: bits per byte of the whole text.
+        more: by how many nats per token the loss is larger after the conversion.
         tokens: number of tokens read.
     """
 
     ranges: tuple[Range, ...]
     before: float
     after: float
+    more: float
     tokens: int
 
 
@@ -93,4 +95,5 @@ def compare(tokenizer: Any, ids: Tensor, before: Array, after: Array) -> CheckRe
             ranges.append(Range(first, part.stop, float(before[part].mean()), float(after[part].mean())))
     size = len(tokenizer.decode(ids[0, 1:], skip_special_tokens=True).encode())
     bits = [float(losses.sum()) / np.log(2) / max(size, 1) for losses in (before, after)]
-    return CheckReport(tuple(ranges), bits[0], bits[1], length + 1)
+    more = float((after - before).mean())
+    return CheckReport(ranges=tuple(ranges), before=bits[0], after=bits[1], more=more, tokens=length + 1)
