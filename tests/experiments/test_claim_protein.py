@@ -118,6 +118,7 @@ def small_plan(folder: Path) -> protein_runs.Plan:
     )
 
 
+@pytest.mark.long
 def test_the_claim_runs_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(performer_protein.PLANS, "small", small_plan(tmp_path))
     monkeypatch.setattr(performer_protein, "agreement", functools.partial(similarity.agreement, samples=100))
@@ -156,6 +157,7 @@ def test_models_with_features_continue_from_the_best_exact_one(tmp_path: Path) -
     assert read_json(job.run / "recipe.json")["model"]["mixers"] == [mixer]
 
 
+@pytest.mark.long
 def test_several_workers_train_the_same_models_as_one(tmp_path: Path) -> None:
     plan = small_plan(tmp_path)
     jobs = [protein_runs.first_job(tmp_path / "alone", shape, plan) for shape in plan.shapes]

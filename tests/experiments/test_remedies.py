@@ -98,6 +98,7 @@ LOOKED_AT = {
 }
 
 
+@pytest.mark.long
 @needs_text
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("claim", LOOKED_AT, ids=lambda claim: claim.__name__.rpartition(".")[2])

@@ -100,10 +100,9 @@ class InfiniMechanism(GatedBranches, SegmentMechanism):
     examples = (
         {"segment": 4},
         {"segment": 4, "update": "delta", "normalizer": "gamma"},
-        {"segment": 3, "update": "delta", "bptt_segments": 2},
+        {"segment": 3, "update": "delta", "bptt_segments": 2, "sinks": 2, "sink_positions": "cache"},
         {"segment": 4, "normalizer": "gamma", "gate_init": -1.0},
         {"segment": 3, "sinks": 2},
-        {"segment": 2, "sinks": 3, "sink_positions": "cache", "update": "delta", "bptt_segments": 2},
     )
 
     def __init__(self, shape: Shape, config: InfiniConfig) -> None:

@@ -98,10 +98,9 @@ class MemorizingMechanism(GatedBranches, BoundedMechanism):
     examples = (
         {"window": 4, "max_memories": 10, "k": 3},
         {"window": 5, "max_memories": 1000, "k": 1000, "gate_init": 1.0},
-        {"window": 6, "max_memories": 4, "k": 2},
+        {"window": 6, "max_memories": 4, "k": 2, "sinks": 3, "sink_positions": "cache"},
         {"window": 1, "max_memories": 7, "k": 2},
         {"window": 3, "max_memories": 7, "k": 2, "sinks": 2},
-        {"window": 2, "max_memories": 5, "k": 2, "sinks": 3, "sink_positions": "cache"},
     )
 
     def __init__(self, shape: Shape, config: MemorizingConfig) -> None:

@@ -69,8 +69,7 @@ class WindowMechanism(KeyValueMechanism):
         {"window": 1},
         {"window": 4, "blocks": True},
         {"window": 3, "sinks": 2},
-        {"window": 2, "sinks": 3, "sink_positions": "cache"},
-        {"window": 3, "blocks": True, "sinks": 2},
+        {"window": 3, "blocks": True, "sinks": 2, "sink_positions": "cache"},
     )
 
     def __init__(self, shape: Shape, config: WindowConfig) -> None:
