@@ -36,7 +36,9 @@ def make(kind: str) -> Any:
 def test_sliding_layers_hold_a_window(kind: str, layer: int) -> None:
     original, model, text = make(kind), make(kind), tokens(1, 40)
     sliding = kind == "Mistral" or MIXED[layer] == "sliding_attention"
-    hf.convert(model, *(["window"] if sliding else ["full"]), layers=[layer], **({"window": 8, "sinks": 0} if sliding else {}))
+    hf.convert(
+        model, *(["window"] if sliding else ["full"]), layers=[layer], **({"window": 8, "sinks": 0} if sliding else {})
+    )
     outputs = []
     for reader in (original, model):
         cache: Any = None
