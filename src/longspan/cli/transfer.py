@@ -114,7 +114,7 @@ def transfer(options: TransferOptions) -> int:
     """Convert a pretrained model, and teach each new layer what the attention that it replaces computes.
 
     Each layer learns from the pretrained model's own activations, so layers do not depend on each other, the memory
-    needed for training is that of one layer, and a few hundred steps of text are enough to begin with. DIR becomes a
+    needed for training is that of one layer. Papers train on tens of millions of tokens this way. DIR becomes a
     folder as `longspan convert` writes it. The same command continues after an interruption, with identical results.
 
     Examples:

@@ -5,6 +5,7 @@ at its own position; with "cache" it is at the column that it would have in a ca
 that no distance exceeds what local attention and sinks span (Xiao et al. 2024, StreamingLLM, section 3.2).
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -68,51 +69,76 @@ class SinkColumns(NamedTuple):
     shift: Tensor
 
 
-def read_sinks(
-    state: HasSinks | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: BatchLayout,
-    *,
-    count: int,
-    local: LocalStart,
-    rope: float | tuple[float, ...] | None,
-    positions: SinkPositions,
-) -> "ops.Sinks | None":
-    """Return the sinks of a call; None if no token has any outside its local attention.
+@dataclass(frozen=True, kw_only=True)
+class LayerSinks:
+    """The sinks of a layer.
 
-    Args:
-        state: sinks of the documents that the call continues; None = empty past.
-        q: (batch, heads, length, head_dim), before RoPE.
-        k, v: (batch, kv_heads, length, head_dim) of the call, before RoPE.
-        rows: batch layout of the call.
-        count: sinks of a document.
+    Attributes:
+        count: sinks of a document; 0 = none.
         local: first position that local attention sees.
         rope: of the layer; None = no positions.
         positions: of the queries; see the module.
     """
-    columns = rows.cached(("sinks", count, local), lambda: _columns(rows, count, local))
-    if columns is None:
-        return None
-    keys, values = (
-        _picked(None if state is None else old, new, columns)
-        for old, new in ((getattr(state, "sink_k", None), k), (getattr(state, "sink_v", None), v))
-    )
-    if rope is not None:
-        dim, dtype = q.shape[-1], q.dtype
-        key = ("sinks", count, local, rope, positions, dim, dtype)
+
+    count: int
+    local: LocalStart
+    rope: float | tuple[float, ...] | None
+    positions: SinkPositions
+
+    def read(self, state: HasSinks | None, q: Tensor, k: Tensor, v: Tensor, rows: BatchLayout) -> "ops.Sinks | None":
+        """Return the sinks of a call; None if no token has any outside its local attention.
+
+        Args:
+            state: sinks of the documents that the call continues; None = empty past.
+            q: (batch, heads, length, head_dim), before RoPE.
+            k, v: (batch, kv_heads, length, head_dim) of the call, before RoPE.
+            rows: batch layout of the call.
+        """
+        if not self.count:
+            return None
+        count, local = self.count, self.local
+        columns = rows.cached(("sinks", count, local), lambda: _columns(rows, count, local))
+        if columns is None:
+            return None
+        old_k, old_v = (None, None) if state is None else (state.sink_k, state.sink_v)
+        keys, values = _picked(old_k, k, columns), _picked(old_v, v, columns)
+        if self.rope is None:
+            return ops.Sinks(keys, values, columns.first, columns.last, q)
+        base, dim, dtype = self.rope, q.shape[-1], q.dtype
 
         def tables() -> list[tuple[Tensor, Tensor]]:
             """Return the factors of the queries and of the sinks."""
             index = np.arange(columns.of_state.shape[1])[None] % count
-            queries = rows.positions - columns.shift if positions == "cache" else rows.positions
+            queries = rows.positions - columns.shift if self.positions == "cache" else rows.positions
             of = queries, host.put(index, rows.device)
-            return [halves(*ops.rotary_table(part, dim, base=rope, dtype=dtype)) for part in of]
+            return [halves(*ops.rotary_table(part, dim, base=base, dtype=dtype)) for part in of]
 
-        of_queries, of_sinks = rows.cached(key, tables)
+        of_queries, of_sinks = rows.cached(("sinks", self, dim, dtype), tables)
         q, keys = rotate_halves(q, *of_queries), rotate_halves(keys, *of_sinks)
-    return ops.Sinks(keys, values, columns.first, columns.last, q)
+        return ops.Sinks(keys, values, columns.first, columns.last, q)
+
+    def carry(self, state: HasSinks | None, k: Tensor, v: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor]:
+        """Return the sinks (batch, kv_heads, count, head_dim) of the next state: the last documents' first tokens.
+
+        Args:
+            state: the previous state; None = empty past.
+            k, v: (batch, kv_heads, length, head_dim) of the call, before RoPE.
+            rows: batch layout of the call.
+        """
+        count = self.count
+        if state is not None and rows.origin is None and rows.emptied is None and rows.offset_range[0] >= count:
+            return state.sink_k, state.sink_v
+        columns = rows.cached(("next sinks", count), lambda: _next_columns(rows, count))
+        old_k, old_v = (None, None) if state is None else (state.sink_k, state.sink_v)
+        return _picked(old_k, k, columns), _picked(old_v, v, columns)
+
+    def pairs(self, length: int) -> int:
+        """Return the number of (query, sink) pairs per head of `length` tokens from an empty past."""
+        return int(self.local(np.arange(length)).clip(0, self.count).sum())
+
+    def entries(self, length: int) -> int:
+        """Return the number of scores with sinks per query head that a call of `length` tokens computes."""
+        return length * self.count if self.pairs(length) else 0
 
 
 def _columns(rows: BatchLayout, count: int, local: LocalStart) -> SinkColumns | None:
@@ -177,22 +203,6 @@ def spread_sinks(sinks: "ops.Sinks", layout: SegmentLayout) -> "ops.Sinks":
     return sinks._replace(first=first, last=last, q=q)
 
 
-def carry_sinks(state: HasSinks | None, k: Tensor, v: Tensor, rows: BatchLayout, count: int) -> tuple[Tensor, Tensor]:
-    """Return the sinks (batch, kv_heads, count, head_dim) of the next state: the first tokens of the last documents.
-
-    Args:
-        state: the previous state; None = empty past.
-        k, v: (batch, kv_heads, length, head_dim) of the call, before RoPE.
-        rows: batch layout of the call.
-        count: sinks of a document.
-    """
-    if state is not None and rows.origin is None and rows.emptied is None and rows.offset_range[0] >= count:
-        return state.sink_k, state.sink_v
-    columns = rows.cached(("next sinks", count), lambda: _next_columns(rows, count))
-    old_k, old_v = (None, None) if state is None else (state.sink_k, state.sink_v)
-    return _picked(old_k, k, columns), _picked(old_v, v, columns)
-
-
 def _next_columns(rows: BatchLayout, count: int) -> SinkColumns:
     """Return where the sinks of the next state are in the state and in the call; no query sees them."""
     begin = -rows.offsets
@@ -210,13 +220,3 @@ def _next_columns(rows: BatchLayout, count: int) -> SinkColumns:
         last=none,
         shift=none,
     )
-
-
-def sink_pairs(length: int, count: int, local: LocalStart) -> int:
-    """Return the number of (query, sink) pairs per head of `length` tokens from an empty past."""
-    return int(local(np.arange(length)).clip(0, count).sum())
-
-
-def sink_entries(length: int, count: int, local: LocalStart) -> int:
-    """Return the number of scores with sinks per query head that a call of `length` tokens computes."""
-    return length * count if sink_pairs(length, count, local) else 0

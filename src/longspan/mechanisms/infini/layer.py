@@ -14,7 +14,7 @@ from longspan.contract.base import ParameterGroup, Shape, Traits
 from longspan.contract.branches import GatedBranches
 from longspan.contract.rows import BatchLayout
 from longspan.contract.segments import Operation, SegmentMechanism, SegmentState
-from longspan.contract.sinks import LocalStart, SinkPositions, carry_sinks, read_sinks, sink_entries
+from longspan.contract.sinks import LayerSinks, LocalStart, SinkPositions
 from longspan.errors import ConfigError
 
 
@@ -113,6 +113,12 @@ class InfiniMechanism(GatedBranches, SegmentMechanism):
             )
         self.gate = nn.Parameter(torch.full((shape.num_heads,), config.gate_init))
         self.segment, self.features = config.segment, shape.head_dim
+        self.sinks = LayerSinks(
+            count=config.sinks,
+            local=LocalStart(config.segment, back=0),
+            rope=shape.rope,
+            positions=config.sink_positions,
+        )
         self.rule: dict[str, Any] = {
             "segment": config.segment,
             "update": config.update,
@@ -146,7 +152,7 @@ class InfiniMechanism(GatedBranches, SegmentMechanism):
 
     def memory_cost(self, length: int) -> tuple[int, int]:
         """Count multiply-adds of the memory per kv head, and local score entries per query head."""
-        of_sinks = sink_entries(length, self.config.sinks, self._start)
+        of_sinks = self.sinks.entries(length)
         memory, local = ops.infini_cost(
             length,
             segment=self.segment,
@@ -158,26 +164,9 @@ class InfiniMechanism(GatedBranches, SegmentMechanism):
         )
         return memory, local + of_sinks
 
-    @property
-    def _start(self) -> LocalStart:
-        """The first position that local attention sees."""
-        return LocalStart(self.segment, back=0)
-
     def sinks_of_call(self, state: Any, q: Tensor, k: Tensor, v: Tensor, rows: BatchLayout) -> ops.Sinks | None:
         """Return the sinks of a call; see `SegmentMechanism`."""
-        if not self.config.sinks:
-            return None
-        sinks = read_sinks(
-            state,
-            q,
-            k,
-            v,
-            rows,
-            count=self.config.sinks,
-            local=self._start,
-            rope=self.shape.rope,
-            positions=self.config.sink_positions,
-        )
+        sinks = self.sinks.read(state, q, k, v, rows)
         if sinks is None or self.config.bptt_segments is None:
             return sinks
         return sinks._replace(k=sinks.k.detach(), v=sinks.v.detach())
@@ -186,7 +175,7 @@ class InfiniMechanism(GatedBranches, SegmentMechanism):
         """Return the next state, with sinks if there are any; see `SegmentMechanism`."""
         if not self.config.sinks:
             return InfiniState(*fields)
-        sink_k, sink_v = carry_sinks(state, k, v, rows, self.config.sinks)
+        sink_k, sink_v = self.sinks.carry(state, k, v, rows)
         return InfiniSinkState(fields.values, fields.keys, fields.k, fields.v, sink_k, sink_v, fields.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> Any:

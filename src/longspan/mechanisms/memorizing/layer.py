@@ -17,14 +17,7 @@ from longspan.contract.base import ParameterGroup, Shape, Traits
 from longspan.contract.branches import GatedBranches
 from longspan.contract.kv_cache import carry, join, pick_columns, rotate_by_column, visible
 from longspan.contract.rows import BatchLayout
-from longspan.contract.sinks import (
-    LocalStart,
-    SinkPositions,
-    carry_sinks,
-    read_sinks,
-    sink_entries,
-    sink_pairs,
-)
+from longspan.contract.sinks import LayerSinks, LocalStart, SinkPositions
 from longspan.contract.sizes import BoundedMechanism, pairs_within
 from longspan.engine import flash
 from longspan.errors import ConfigError, UnsupportedError
@@ -113,6 +106,9 @@ class MemorizingMechanism(GatedBranches, BoundedMechanism):
         self.gate = nn.Parameter(torch.full((shape.num_heads,), config.gate_init))
         self.log_scale = nn.Parameter(torch.full((shape.num_heads,), math.log(scale)))
         self.attached: tuple[MemoryStore, ...] = ()
+        self.sinks = LayerSinks(
+            count=config.sinks, local=LocalStart(config.window), rope=shape.rope, positions=config.sink_positions
+        )
 
     @functools.cached_property
     def traits(self) -> Traits:
@@ -181,7 +177,8 @@ class MemorizingMechanism(GatedBranches, BoundedMechanism):
         """
         window = self.config.window
         recent_k, recent_v, num_recent = join(state, k, v, grows=False)
-        sinks = self._sinks(state, q, k, v, rows)
+        # they get no gradients, as they are farther away than `traits.horizon`
+        sinks = self.sinks.read(state, q, k.detach(), v.detach(), rows)
         local = self._attend_local(q, recent_k, recent_v, num_recent, sinks, rows)
         inside = rows.inside(window)
         closes = (rows.offsets % window + rows.lengths_read == window).any()
@@ -197,26 +194,8 @@ class MemorizingMechanism(GatedBranches, BoundedMechanism):
         recent = carry(state, k, v, rows, window - 1)
         if not self.config.sinks:
             return out, MemorizingState(*store, *recent, rows.live)
-        first = carry_sinks(state, k.detach(), v.detach(), rows, self.config.sinks)
+        first = self.sinks.carry(state, k.detach(), v.detach(), rows)
         return out, MemorizingSinkState(*store, *recent, *first, rows.live)
-
-    def _sinks(self, state: Any, q: Tensor, k: Tensor, v: Tensor, rows: BatchLayout) -> ops.Sinks | None:
-        """Return the sinks of a call, which get no gradients as they are farther away than `traits.horizon`; None if it
-        needs none.
-        """
-        if not self.config.sinks:
-            return None
-        return read_sinks(
-            state,
-            q,
-            k.detach(),
-            v.detach(),
-            rows,
-            count=self.config.sinks,
-            local=LocalStart(self.config.window),
-            rope=self.shape.rope,
-            positions=self.config.sink_positions,
-        )
 
     def _attend_local(
         self, q: Tensor, k: Tensor, v: Tensor, num_recent: int, sinks: ops.Sinks | None, rows: BatchLayout
@@ -378,7 +357,7 @@ class MemorizingMechanism(GatedBranches, BoundedMechanism):
         """Count the FLOPs (2 per multiply-add) for `batch_size` rows of `length` tokens."""
         shape, config = self.shape, self.config
         local = ops.window_cost(length, window=config.window)
-        local += sink_entries(length, config.sinks, LocalStart(config.window))
+        local += self.sinks.entries(length)
         scores, values = ops.memorizing_cost(
             length, window=config.window, max_memories=config.max_memories, top=config.k, group=shape.group
         )
@@ -391,8 +370,7 @@ class MemorizingMechanism(GatedBranches, BoundedMechanism):
             min(config.k, config.max_memories, first) * min(window, length - first)
             for first in range(0, length, window)
         )
-        of_sinks = sink_pairs(length, config.sinks, LocalStart(window))
-        return self.shape.num_heads * (pairs_within(length, window) + of_sinks + retrieved)
+        return self.shape.num_heads * (pairs_within(length, window) + self.sinks.pairs(length) + retrieved)
 
 
 def _check_follows(store: MemoryStore, closed: int) -> None:

@@ -13,15 +13,7 @@ from longspan.config import check_least
 from longspan.contract.base import Shape, Traits, sum_nbytes
 from longspan.contract.kv_cache import KeyValueMechanism, KeyValueState, first_of_segment, visible
 from longspan.contract.rows import BatchLayout
-from longspan.contract.sinks import (
-    LocalStart,
-    SinkPositions,
-    carry_sinks,
-    read_sinks,
-    sink_entries,
-    sink_pairs,
-    spread_sinks,
-)
+from longspan.contract.sinks import LayerSinks, LocalStart, SinkPositions, spread_sinks
 from longspan.contract.sizes import pairs_within
 
 
@@ -75,7 +67,12 @@ class WindowMechanism(KeyValueMechanism):
     def __init__(self, shape: Shape, config: WindowConfig) -> None:
         super().__init__(shape, config)
         self.capacity: int = 2 * config.window - 1 if config.blocks else config.window - 1
-        self.local = LocalStart(config.window, back=1 if config.blocks else None)
+        self.sinks = LayerSinks(
+            count=config.sinks,
+            local=LocalStart(config.window, back=1 if config.blocks else None),
+            rope=shape.rope,
+            positions=config.sink_positions,
+        )
 
     @functools.cached_property
     def traits(self) -> Traits:
@@ -97,11 +94,11 @@ class WindowMechanism(KeyValueMechanism):
         Returns:
             The outputs and the next cache; the cache is None for a bidirectional instance.
         """
-        sinks, own = self._sinks(q, k, v, state, rows), (k, v)
+        sinks, own = self.sinks.read(state, q, k, v, rows), (k, v)
         q, k, v, memory, next_cache = self.joined(q, k, v, state, rows)
         next_state: KeyValueState | WindowState | None = next_cache
         if next_cache is not None and self.config.sinks:
-            of_first = carry_sinks(state, *own, rows, self.config.sinks)
+            of_first = self.sinks.carry(state, *own, rows)
             next_state = WindowState(next_cache.k, next_cache.v, *of_first, next_cache.live)
         window, blocks, causal = self.config.window, self.config.blocks, self.shape.causal
         seen = visible(rows, memory)
@@ -113,22 +110,6 @@ class WindowMechanism(KeyValueMechanism):
             window, blocks = 2 * window, False
         out = ops.window_attention(q, k, v, window=window, causal=causal, blocks=blocks, sinks=sinks, **seen)
         return out, next_state
-
-    def _sinks(self, q: Tensor, k: Tensor, v: Tensor, state: Any, rows: BatchLayout) -> ops.Sinks | None:
-        """Return the sinks of a call, from q, k and v before RoPE; None if it needs none."""
-        if not self.config.sinks:
-            return None
-        return read_sinks(
-            state,
-            q,
-            k,
-            v,
-            rows,
-            count=self.config.sinks,
-            local=self.local,
-            rope=self.shape.rope,
-            positions=self.config.sink_positions,
-        )
 
     def _blocks_of_documents(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: ops.Sinks | None, rows: BatchLayout
@@ -167,12 +148,12 @@ class WindowMechanism(KeyValueMechanism):
     def entries(self, length: int) -> int:
         """Count the score entries computed per query head for `length` tokens; used for the FLOP count."""
         local = ops.window_cost(length, window=self.config.window, causal=self.shape.causal, blocks=self.config.blocks)
-        return local + sink_entries(length, self.config.sinks, self.local)
+        return local + self.sinks.entries(length)
 
     def pairs(self, length: int) -> int:
         """Count the attended (query, key) pairs of `length` tokens within the window, summed over query heads."""
         window, causal = self.config.window, self.shape.causal
-        of_sinks = sink_pairs(length, self.config.sinks, self.local)
+        of_sinks = self.sinks.pairs(length)
         if not self.config.blocks:
             return self.shape.num_heads * (pairs_within(length, window, causal=causal) + of_sinks)
         sizes = [min(window, length - first) for first in range(0, length, window)]

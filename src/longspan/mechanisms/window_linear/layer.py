@@ -14,7 +14,7 @@ from longspan.contract.base import ParameterGroup, Shape, Traits
 from longspan.contract.branches import GatedBranches
 from longspan.contract.kv_cache import carry, join, visible
 from longspan.contract.rows import BatchLayout
-from longspan.contract.sinks import LocalStart, SinkPositions, carry_sinks, read_sinks, sink_entries
+from longspan.contract.sinks import LayerSinks, LocalStart, SinkPositions
 from longspan.contract.sizes import BoundedMechanism, pairs_within
 from longspan.errors import ConfigError
 
@@ -99,7 +99,9 @@ class WindowLinearMechanism(GatedBranches, BoundedMechanism):
         self.map_q = nn.Parameter(maps.repeat_interleave(shape.group, 0))
         self.map_k = nn.Parameter(maps.clone())
         self.gate = nn.Parameter(torch.full((shape.num_heads,), config.gate_init))
-        self.local = LocalStart(config.window)
+        self.sinks = LayerSinks(
+            count=config.sinks, local=LocalStart(config.window), rope=shape.rope, positions=config.sink_positions
+        )
 
     @functools.cached_property
     def traits(self) -> Traits:
@@ -125,20 +127,8 @@ class WindowLinearMechanism(GatedBranches, BoundedMechanism):
             rows: batch layout of the call (padding, documents, positions).
         """
         config = self.config
-        sinks = None
-        if config.sinks:
-            sinks = read_sinks(
-                state,
-                q,
-                k,
-                v,
-                rows,
-                count=config.sinks,
-                local=self.local,
-                rope=self.shape.rope,
-                positions=config.sink_positions,
-            )
-        first = carry_sinks(state, k, v, rows, config.sinks)
+        sinks = self.sinks.read(state, q, k, v, rows)
+        first = self.sinks.carry(state, k, v, rows)
         q, k = self.rotate(q, k, rows)
         keys, values, older = join(state, k, v, grows=False)
         before = None if state is None else ops.LinearSums(state.values, state.keys, state.maximum)
@@ -190,7 +180,7 @@ class WindowLinearMechanism(GatedBranches, BoundedMechanism):
             head_dim=shape.head_dim,
             group=shape.group,
         )
-        local += sink_entries(length, self.config.sinks, self.local)
+        local += self.sinks.entries(length)
         return batch_size * (2 * shape.num_kv_heads * memory + 4 * shape.num_heads * shape.head_dim * local)
 
     def pairs(self, length: int) -> int:
