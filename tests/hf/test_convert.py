@@ -15,6 +15,7 @@ from longspan import hf, mixers
 from longspan.contract import registry
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE
+from longspan.models import model_hash
 
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 # transformers keeps the angles of RoPE in fp32, whatever the weights are
@@ -276,6 +277,26 @@ def test_models_in_half_precision_convert(name: str, fields: dict[str, Any]) -> 
     logits = model(ids(1, 20)).logits
     assert logits.dtype == torch.bfloat16
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ["window", "infini", "memorizing", "mixed_heads"])
+def test_states_of_earlier_versions_still_belong_to_a_converted_model(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fields that a version added, with values that change nothing, are not in the hash that saved states name."""
+    without: dict[str, Any] = {"sinks": 0, "sink_positions": "absolute"}
+    parts = {"mixers": [{"name": "window", "num_heads": 2, **without}, {"name": "full", "num_heads": 2}]}
+    model = make("llama")
+    hf.convert(model, name, **(parts if name == "mixed_heads" else without))
+    decoder = hf.ConvertedDecoder(model)
+    described = copy.deepcopy(decoder.describe())
+    (record,) = described["longspan"]
+    for fields in (record["fields"], *record["fields"].get("mixers", ())):
+        for later in ("sinks", "sink_positions"):
+            fields.pop(later, None)
+    now = model_hash(decoder)
+    monkeypatch.setattr(hf.ConvertedDecoder, "describe", lambda _: described)
+    assert model_hash(decoder) == now
 
 
 def test_copies_are_independent() -> None:

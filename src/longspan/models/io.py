@@ -26,7 +26,7 @@ _ADDED_FIELDS: dict[str, Any] = {
     "position_dims": [],
 }
 # the same, of mechanisms
-_ADDED_MIXER_FIELDS: dict[str, Any] = {"span_lr": None}
+_ADDED_MIXER_FIELDS: dict[str, Any] = {"span_lr": None, "sinks": 0, "sink_positions": "absolute"}
 _EARLIER_HASH = "_longspan_earlier_hash"
 
 
