@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from tests.hf.conftest import save_llama
 
-from longspan.cli.transfer import layer_ranges
+from longspan.cli.options import layer_ranges
 from longspan.errors import ConfigError
 
 SMALL = ("--length", 48, "--batch", 2, "--held-out", 4, "--device", "cpu")

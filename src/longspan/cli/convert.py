@@ -2,22 +2,23 @@
 
 import functools
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from longspan import renames
 from longspan.cli.console import console, print_command, print_table, say
-from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.options import DeviceOption, DtypeOption, GgufOption, layer_ranges, verb
 from longspan.cli.outputs import check_output_folder
-from longspan.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from longspan.hf.check import CheckReport
+from longspan.errors import CheckpointError
 
 
-def convert(
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `longspan convert`."""
+
     model: Annotated[
         str,
         typer.Argument(
@@ -25,46 +26,48 @@ def convert(
             help="A causal model of transformers: a folder, a GGUF file, or a name on the hub.",
             show_default=False,
         ),
-    ],
+    ]
     to: Annotated[
         str, typer.Option("--to", metavar="MIXER", help="The mechanism: see `longspan mixers`.", show_default=False)
-    ],
+    ]
     output: Annotated[
         Path,
         typer.Option(
             "--output", "-o", metavar="DIR", help="Folder to write the converted model to.", show_default=False
         ),
-    ],
+    ]
     segment: Annotated[
         int,
         typer.Option(
             "--segment", min=0, help="Tokens per segment, for mixers that work in segments; 0: the mixer's default."
         ),
-    ] = 0,
+    ] = 0
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A=B", help="Set a field of the mixer. Repeatable.", show_default=False),
-    ] = None,
+    ] = None
     layers: Annotated[
         str,
-        typer.Option("--layers", metavar="N,...", help="Layers to convert; negative numbers count from the last one."),
-    ] = "all",
+        typer.Option(
+            "--layers", metavar="N,A-B,...", help="Layers to convert; negative numbers count from the last one."
+        ),
+    ] = "all"
     check: Annotated[
         Path | None,
         typer.Option(
             "--check", metavar="FILE", help="Measure the loss on a text file before and after.", show_default=False
         ),
-    ] = None,
+    ] = None
     check_tokens: Annotated[
         int, typer.Option("--check-tokens", min=2, help="Tokens of the file to read with --check, its first ones.")
-    ] = 4096,
-    gguf: Annotated[
-        str | None,
-        typer.Option("--gguf", metavar="FILE", help="Name of the GGUF file to read, if MODEL contains several."),
-    ] = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "",
-) -> None:
+    ] = 4096
+    gguf: GgufOption = None
+    device: DeviceOption = "cpu"
+    dtype: DtypeOption = ""
+
+
+@verb(ConvertOptions)
+def convert(options: ConvertOptions) -> None:
     """Replace the attention of a pretrained model by another mechanism and keep its weights.
 
     DIR becomes a transformers folder that every command takes: stream, eval and generate read texts longer than the
@@ -77,38 +80,38 @@ def convert(
       longspan convert ./SmolLM2-135M --to window --set window=1024 -o out/window --check book.txt
       longspan stream out/endless book.txt
     """
+    output = options.output
     check_output_folder(output, "--output")
     from longspan.tasks.sources import read_file
 
     # check everything else first: loading weights may take minutes
-    to = renames.mixer(to)
-    fields, numbers = checked_fields(to, segment, set_ or []), _numbers(layers)
-    _check_output(model, output)
-    text = None if check is None else bytes(read_file(check)).decode(errors="replace")
+    to = renames.mixer(options.to)
+    fields, layers = checked_fields(to, options.segment, options.set_ or []), layer_ranges(options.layers)
+    _check_output(options.model, output)
+    text = None if options.check is None else bytes(read_file(options.check)).decode(errors="replace")
     from longspan import hf
-    from longspan.hf.advice import expectation
-    from longspan.hf.check import compare, token_nats
     from longspan.hf.decoder import open_pretrained
     from longspan.hf.opening import locate_weights
     from longspan.train.distributed import choose_device
     from longspan.train.folders import seal, write_folder
     from longspan.train.opening import parse_dtype
 
-    weights = locate_weights(model, gguf)
-    opened = open_pretrained(weights.source, gguf=weights.gguf, dtype=parse_dtype(dtype))
-    opened.model.to(choose_device(device, what="--device"))
-    before = None if text is None else _read(opened, text, check_tokens)
-    report = hf.convert(opened.model, to, layers=numbers, **fields)
+    weights = locate_weights(options.model, options.gguf)
+    opened = open_pretrained(weights.source, gguf=weights.gguf, dtype=parse_dtype(options.dtype))
+    opened.model.to(choose_device(options.device, what="--device"))
+    before = None if text is None else _read(opened, text, options.check_tokens)
+    report = hf.convert(opened.model, to, layers=layers, **fields)
 
     write_folder(output, lambda folder: [part.save_pretrained(folder) for part in opened], seal)
     console().print(str(report), markup=False)
     if not report.bounded:
         say("note: the state of this model grows with the length of the text")
-    if check is None or before is None:
+    if before is None:
+        from longspan.hf.advice import expectation
+
         console().print(expectation(report), markup=False)
     else:
-        after = token_nats(opened.model, before.ids)
-        _show_check(compare(opened.tokenizer, before.ids, before.nats, after), check)
+        _show_check(opened, before, str(options.check))
     name = shlex.quote(str(output))
     print_command(
         f"next: longspan stream {name} FILE | longspan generate {name} -p TEXT | "
@@ -136,11 +139,13 @@ def _signed(value: float) -> str:
     return f"{round(value, 3) + 0.0:+.3f}"
 
 
-def _show_check(report: "CheckReport", file: Path) -> None:
-    """Print the losses by position, and what they mean."""
+def _show_check(opened: Any, before: _Reading, file: str) -> None:
+    """Read the text again, with the converted model, and print the losses by position and what they mean."""
     from longspan.hf.advice import advice
+    from longspan.hf.check import compare, token_nats
     from longspan.report import Table
 
+    report = compare(opened.tokenizer, before.ids, before.nats, token_nats(opened.model, before.ids))
     rows = [
         (
             f"{part.first:,} to {part.last:,}",
@@ -174,23 +179,12 @@ def checked_fields(to: str, segment: int, assignments: list[str]) -> dict[str, A
 def _check_output(model: str, output: Path) -> None:
     """Raise CheckpointError if the output folder contains `model` itself or anything but an earlier converted model."""
     from longspan.models.io import is_converted
+    from longspan.train.folders import check_outside
 
     if not output.exists() or not any(output.iterdir()):
         return
-    if Path(model).exists() and output.resolve() in (Path(model).resolve(), Path(model).resolve().parent):
-        raise CheckpointError(f"{output}: contains MODEL itself, which would be overwritten; choose another folder")
+    check_outside(model, output)
     if not is_converted(output):
         raise CheckpointError(
             f"{output}: contains files that `longspan convert` did not write; choose another folder with -o"
         )
-
-
-def _numbers(layers: str) -> list[int] | None:
-    """Parse `--layers`: a list of layer numbers, or None for `all`."""
-
-    if layers == "all":
-        return None
-    try:
-        return [int(part) for part in layers.split(",")]
-    except ValueError:
-        raise ConfigError(f"--layers {layers!r}: expected whole numbers, for example 0,2,-1") from None

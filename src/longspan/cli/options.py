@@ -102,3 +102,21 @@ DtypeOption = Annotated[
         show_default="as stored",
     ),
 ]
+GgufOption = Annotated[
+    str | None,
+    typer.Option("--gguf", metavar="FILE", help="Name of the GGUF file to read, if MODEL contains several."),
+]
+
+
+def layer_ranges(layers: str) -> tuple[int, ...] | None:
+    """Parse `--layers`: numbers and ranges such as `0-4,9,-1`, or None for `all`; raises ConfigError."""
+    if layers == "all":
+        return None
+    numbers: list[int] = []
+    try:
+        for part in layers.split(","):
+            first, dash, last = part.strip().partition("-")
+            numbers += range(int(first), int(last) + 1) if dash and first else [int(part)]
+    except ValueError:
+        raise ConfigError(f"--layers {layers!r}: expected whole numbers and ranges, for example 0-4,9,-1") from None
+    return tuple(numbers)

@@ -10,7 +10,7 @@ import typer
 from longspan import renames
 from longspan.cli.console import console, print_command, print_table, say
 from longspan.cli.convert import checked_fields
-from longspan.cli.options import DeviceOption, DtypeOption, verb
+from longspan.cli.options import DeviceOption, DtypeOption, GgufOption, layer_ranges, verb
 from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
 
@@ -101,10 +101,7 @@ class TransferOptions:
     eval_every: Annotated[
         int, typer.Option("--eval-every", min=1, help="Steps between two measurements of errors.")
     ] = 100
-    gguf: Annotated[
-        str | None,
-        typer.Option("--gguf", metavar="FILE", help="Name of the GGUF file to read, if MODEL contains several."),
-    ] = None
+    gguf: GgufOption = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = ""
 
@@ -162,20 +159,6 @@ def transfer(options: TransferOptions) -> int:
         return 130
     _print_report(outcome.report or {}, options.output)
     return 0
-
-
-def layer_ranges(layers: str) -> tuple[int, ...] | None:
-    """Parse `--layers`: numbers and ranges such as `0-4,9,-1`, or None for `all`; raises ConfigError."""
-    if layers == "all":
-        return None
-    numbers: list[int] = []
-    try:
-        for part in layers.split(","):
-            first, dash, last = part.strip().partition("-")
-            numbers += range(int(first), int(last) + 1) if dash and first else [int(part)]
-    except ValueError:
-        raise ConfigError(f"--layers {layers!r}: expected whole numbers and ranges, for example 0-4,9,-1") from None
-    return tuple(numbers)
 
 
 def _print_report(report: dict[str, Any], output: Path) -> None:

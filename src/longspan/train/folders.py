@@ -131,3 +131,9 @@ def digest(path: Path) -> str:
     """Return the BLAKE2b digest of a file as hexadecimal text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def check_outside(model: str, folder: Path) -> None:
+    """Raise a CheckpointError if a folder to be written contains the model that is read."""
+    if Path(model).exists() and folder.resolve() in (Path(model).resolve(), Path(model).resolve().parent):
+        raise CheckpointError(f"{folder}: contains MODEL itself, which would be overwritten; choose another folder")

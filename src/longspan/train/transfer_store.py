@@ -67,19 +67,17 @@ def check_output(model: str, out: Path) -> None:
     """Raise a CheckpointError if a folder contains the model itself, or files that no transfer has written."""
     if not out.exists() or not any(out.iterdir()):
         return
-    if Path(model).exists() and out.resolve() in (Path(model).resolve(), Path(model).resolve().parent):
-        raise CheckpointError(f"{out}: contains MODEL itself, which would be overwritten; choose another folder")
+    folders.check_outside(model, out)
     if not (out / TRANSFER).is_dir():
         raise CheckpointError(f"{out}: contains files that `longspan transfer` did not write; choose another folder")
 
 
-def check_settings(part: Path, settings: Mapping[str, Any], *, also: Mapping[str, Any] | None = None) -> None:
-    """Compare the settings of a transfer with those with which it began; does nothing if there is no checkpoint yet.
+def check_settings(part: Path, settings: Mapping[str, Any]) -> None:
+    """Check that a transfer continues with the settings of its beginning; any are allowed before its first checkpoint.
 
     Args:
         part: folder of a set of layers.
-        settings: plain data.
-        also: more settings, which are known only after the text was read.
+        settings: plain data; those that are not stored are not compared.
 
     Raises:
         ConfigError: a setting differs; names the first one.
@@ -88,7 +86,7 @@ def check_settings(part: Path, settings: Mapping[str, Any], *, also: Mapping[str
     if not saved or not (part / SETTINGS).is_file():
         return
     stored = read_object(part / SETTINGS)
-    current = json.loads(json.dumps({**settings, **(also or {})}))
+    current = json.loads(json.dumps(settings))
     for name, value in current.items():
         if name in stored and stored[name] != value:
             raise ConfigError(
