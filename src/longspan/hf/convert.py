@@ -162,14 +162,13 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     return _convert(model, name, layers, _defaults(name, renames.fields(name, fields)))
 
 
-def convert_again(model: Any, record: dict[str, Any]) -> None:
-    """Repeat a conversion as it is recorded in a configuration.
+def convert_without_defaults(model: Any, name: str, layers: Iterable[int], fields: dict[str, Any]) -> None:
+    """Convert as `convert` does, but with the defaults of a new model for other fields, and not those of conversions.
 
-    Fields that a version of the library added later have the defaults of a new model, which change nothing, and not
-    those of conversions.
+    So recorded conversions compute what they did, also where a version of the library has added fields since.
     """
-    name = renames.mixer(record["mixer"])
-    _convert(model, name, record["layers"], renames.fields(name, record["fields"]))
+    name = renames.mixer(name)
+    _convert(model, name, layers, renames.fields(name, fields))
 
 
 def _convert(model: Any, name: str, layers: Iterable[int] | None, fields: dict[str, Any]) -> Report:
@@ -373,15 +372,11 @@ def _layers(model: Any, modules: AttentionModules, layers: Iterable[int] | None)
 
 def _all_layers(model: Any, modules: AttentionModules) -> _Layers:
     """Return the layers to convert if the user names none."""
-    windows = {index: modules.family.window(model, modules.attentions[index]) for index in modules.convertible}
-    seeing_all = tuple(index for index, window in windows.items() if window is None)
-    if not seeing_all:
-        return _Layers(tuple(windows), {})
-    local: dict[int, tuple[int, ...]] = {}
-    for index, window in windows.items():
-        if window is not None:
-            local[window] = (*local.get(window, ()), index)
-    return _Layers(seeing_all, local)
+    windows = modules.by_window(model)
+    if None not in windows:
+        return _Layers(tuple(modules.convertible), {})
+    local = {window: tuple(indices) for window, indices in windows.items() if window is not None}
+    return _Layers(tuple(windows[None]), local)
 
 
 def _resolved(layers: Iterable[int], count: int, where: str) -> tuple[int, ...]:

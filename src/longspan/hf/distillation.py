@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan.errors import UnsupportedError
+from longspan.models.head import LOGIT_FIELDS
 
 CHUNK = 512
 """Tokens whose logits exist at once, of each of the two models."""
@@ -50,12 +51,8 @@ def _divergence(head: Any, teacher: Tensor, student: Tensor) -> Tensor:
 def output_layer(model: Any) -> Any:
     """Return the output layer of a model; raises UnsupportedError if the model changes its logits afterwards."""
     head = model.get_output_embeddings()
-    changed = [name for name in _LOGIT_FIELDS if getattr(model.config, name, None) not in (None, 1, 1.0)]
+    changed = [name for name in LOGIT_FIELDS if getattr(model.config, name, None) not in (None, 1, 1.0)]
     if head is None or changed:
         reason = f"its logits are changed by {changed[0]}" if changed else "it has no output layer"
         raise UnsupportedError(f"distillation: {reason}; leave the distillation out")
     return head
-
-
-# fields by which configurations of transformers scale or bound logits
-_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling")

@@ -13,7 +13,7 @@ from transformers.models.auto import auto_factory, modeling_auto
 
 from longspan import renames
 from longspan.errors import CheckpointError
-from longspan.hf.convert import convert_again
+from longspan.hf.convert import convert_without_defaults
 from longspan.hf.converted_config import CONVERTED, CORE, unmark
 
 # options of from_pretrained that select files
@@ -95,7 +95,7 @@ def _convert_again(model: Any, config: Any) -> None:
     """Repeat the conversions that a configuration records."""
     with renames.reading_saved():
         for record in config.longspan:
-            convert_again(model, record)
+            convert_without_defaults(model, record["mixer"], record["layers"], record["fields"])
 
 
 def _load_mechanisms(model: Any, folder: Any, options: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Open folders of pretrained models for the command line: converted, plain, of longspan, or with GGUF weights."""
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 
 from longspan.errors import CheckpointError, UnsupportedError
 from longspan.files import read_object
-from longspan.hf.convert import convert
+from longspan.hf.convert import convert_without_defaults
 from longspan.hf.decoder import ConvertedDecoder, ModelAndTokenizer, one_line_errors, open_pretrained, open_tokenizer
 from longspan.hf.families import attention_modules
 
@@ -82,11 +83,7 @@ def open_plain(folder: str | Path, dtype: torch.dtype | None = None) -> ModelAnd
         return _open_own(folder, dtype)
     opened = open_pretrained(str(folder), dtype=dtype)
     model: Any = opened.model
-    for window, layers in layers_by_window(model).items():
-        if window is None:
-            convert(model, "full", layers=layers)
-        else:
-            convert(model, "window", layers=layers, window=window, sinks=0)
+    convert_exactly(model)
     return ModelAndTokenizer(ConvertedDecoder(model.eval()), opened.tokenizer)
 
 
@@ -111,7 +108,34 @@ def layers_by_window(model: Any) -> dict[int | None, list[int]]:
         raise UnsupportedError(
             f"a model of type {model.config.model_type!r} is bidirectional and does not stream; use a causal one"
         )
-    layers: dict[int | None, list[int]] = {}
-    for index in modules.convertible:
-        layers.setdefault(modules.family.window(model, modules.attentions[index]), []).append(index)
-    return layers
+    return modules.by_window(model)
+
+
+class ExactMechanism(NamedTuple):
+    """The mechanism that equals a layer's pretrained attention."""
+
+    name: str
+    fields: dict[str, Any]
+
+
+def exact_mechanisms(model: Any) -> dict[int, ExactMechanism]:
+    """Return the mechanism that equals the pretrained attention of each layer; raises as `layers_by_window` does."""
+    return {index: _exact_mechanism(window) for window, layers in layers_by_window(model).items() for index in layers}
+
+
+def _exact_mechanism(window: int | None) -> ExactMechanism:
+    """Return the mechanism that equals attention with a sliding window; None = without one."""
+    return ExactMechanism("full", {}) if window is None else ExactMechanism("window", {"window": window})
+
+
+def convert_exactly(model: Any, layers: Container[int] | None = None) -> None:
+    """Convert layers to the mechanism that equals their pretrained attention, which streams like any other; None = all.
+
+    Raises:
+        UnsupportedError: the family cannot be converted, or is bidirectional.
+    """
+    for window, indices in layers_by_window(model).items():
+        chosen = [index for index in indices if layers is None or index in layers]
+        if chosen:
+            mechanism = _exact_mechanism(window)
+            convert_without_defaults(model, mechanism.name, chosen, mechanism.fields)

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,10 +32,10 @@ from longspan.config import to_dict
 from longspan.contract.maps import device_and_dtype
 from longspan.contract.registry import build_mechanism
 from longspan.errors import ConfigError, DataError
-from longspan.hf.convert import convert, revert
+from longspan.hf.convert import revert
 from longspan.hf.distillation import next_token_divergence, output_layer
 from longspan.hf.families import attention_modules
-from longspan.hf.opening import layers_by_window
+from longspan.hf.opening import convert_exactly, exact_mechanisms
 from longspan.hf.transfer_layer import ErrorSums, Loss, TransferConfig, TransferLayer, seeded
 from longspan.models.wrappers import unwrapped
 
@@ -259,8 +259,8 @@ class Transfer:
             layer.load_tensors(own, step)
 
     def restore_softmax(self, layers: Sequence[int]) -> None:
-        """Give layers their pretrained attention back: projections as they were, and `full` (or `window`) as mechanism,
-        which streams like any other. They are no longer taught.
+        """Give layers their pretrained attention back and stop training them: projections as they were, and `full` (or
+        `window`) as the mechanism, so that the model still streams.
         """
         for index in layers:
             layer = self.layers.pop(index)
@@ -270,31 +270,6 @@ class Transfer:
         if layers:
             revert(self.model, layers)
             convert_exactly(self.model, layers)
-
-
-class ExactMechanism(NamedTuple):
-    """The mechanism that equals a layer's pretrained attention."""
-
-    name: str
-    fields: dict[str, Any]
-
-
-def exact_mechanisms(model: Any) -> dict[int, ExactMechanism]:
-    """Return the mechanism that equals the pretrained attention of each layer; raises UnsupportedError for encoders."""
-    return {
-        index: ExactMechanism("full", {})
-        if window is None
-        else ExactMechanism("window", {"window": window, "sinks": 0})
-        for window, indices in layers_by_window(model).items()
-        for index in indices
-    }
-
-
-def convert_exactly(model: Any, layers: Sequence[int]) -> None:
-    """Convert layers to the mechanism that equals their pretrained attention, which streams like any other."""
-    exact = exact_mechanisms(model)
-    for index in layers:
-        convert(model, exact[index].name, layers=[index], **exact[index].fields)
 
 
 class _PassEnds(Exception):
@@ -417,11 +392,11 @@ def check_errors(model: Any, errors: Mapping[int, float]) -> None:
         errors: relative errors by layer before the transfer.
 
     Raises:
-        DataError: an error is not a number, because there are no held-out tokens; or all are those of rounding, so that
-            nothing would be learned, as where pieces are not longer than a segment or a window.
+        DataError: there are no held-out tokens, or no layer's error exceeds rounding, for example because pieces are not
+            longer than a segment or a window.
     """
     if not errors or any(math.isnan(error) for error in errors.values()):
-        raise DataError("transfer: there are no held-out tokens to measure errors on; give more text")
+        raise DataError("transfer: no held-out tokens to measure errors on; give more text")
     rounding = max(1e-12, torch.finfo(device_and_dtype(unwrapped(model)).dtype).eps ** 2)
     if max(errors.values()) < rounding:
         raise DataError(

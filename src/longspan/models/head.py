@@ -184,6 +184,10 @@ class ChangedHead(CalledHead):
         return self.change(self.head.logits(hidden))
 
 
+LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Fields by which configurations of transformers cap or scale the outputs of the head."""
+
+
 def final_logits(config: Any) -> Callable[[Tensor], Tensor] | None:
     """Return what a foreign model does to the outputs of its head: Gemma caps them, Granite and Cohere scale them.
 
@@ -193,10 +197,10 @@ def final_logits(config: Any) -> Callable[[Tensor], Tensor] | None:
     Returns:
         A function from outputs to logits of the same shape; None = the outputs are the logits.
     """
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap, factor, divisor = (getattr(config, name, None) for name in LOGIT_FIELDS)
     if cap is not None:
         return lambda outputs: (outputs / cap).tanh() * cap
-    factor, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    factor, divisor = factor or 1.0, divisor or 1.0
     return None if factor == divisor == 1 else lambda outputs: outputs * (factor / divisor)
 
 

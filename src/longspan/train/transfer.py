@@ -20,8 +20,8 @@ from longspan.files import read_object, write_json, write_tensors
 from longspan.hf.decoder import ModelAndTokenizer, end_tokens_of, one_line_errors, open_pretrained, open_tokenizer
 from longspan.hf.distillation import output_layer
 from longspan.hf.families import attention_modules
-from longspan.hf.opening import locate_weights
-from longspan.hf.transfer import Transfer, TransferReport, check_errors, check_kept, convert_exactly, keep_worst
+from longspan.hf.opening import convert_exactly, locate_weights
+from longspan.hf.transfer import Transfer, TransferReport, check_errors, check_kept, keep_worst
 from longspan.hf.transfer_layer import TransferConfig
 from longspan.models.io import is_converted
 from longspan.tasks import TextTask

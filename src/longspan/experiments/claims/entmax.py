@@ -59,7 +59,7 @@ PLANS = plans(
 
 
 def _spec(name: str, window: int, **fields: Any) -> ModelSpec:
-    """Return a model with learned alphas, or with the softmax if there are no fields of `entmax`."""
+    """Return a model of `entmax` layers with these fields; without fields, of softmax layers with the same window."""
     mixer = {"name": "entmax", **fields} if fields else {"name": "window"}
     return ModelSpec(name=name, model={"mixers": [{**mixer, "window": window}]})
 

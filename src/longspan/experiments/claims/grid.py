@@ -151,10 +151,10 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     tried: dict[str, list[dict[str, Any]]] = {}
     if plan.remedies and verdict_of(rows) != "holds":
         tried = _try_remedies(folder, plan, weakest(rows), say)
-    asked = [row for records in (*rows.values(), *tried.values()) for row in records]
+    answers = [row for records in (*rows.values(), *tried.values()) for row in records]
     runs = [folder / f"detect-up-to-{most}" for most in plan.trained]
     seconds = trained_seconds(runs + (_remedy_runs(folder, weakest(rows)) if tried else []))
-    return outcome(rows, tried, plan, seconds + sum(row["seconds"] for row in asked))
+    return outcome(rows, tried, plan, seconds + sum(row["seconds"] for row in answers))
 
 
 def verdict_of(rows: Rows) -> Verdict:

@@ -406,11 +406,11 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
 
 def _remedies_table(measured: dict[str, Any], plan: Plan) -> Table:
     """Return the table of tries: pass keys retrieved at two lengths, as measured and with every remedy."""
-    rows = [Try("none", "", ["", _found(measured["keys"])])]
+    rows = [Try("none", "", ["", _retrieved(measured["keys"])])]
     rows += [
-        Try(remedy.what, remedy.cause, [_found(found["short"]), _found(found["long"])])
+        Try(remedy.what, remedy.cause, [_retrieved(keys["short"]), _retrieved(keys["long"])])
         for remedy in REMEDIES
-        if (found := measured["tried"].get(remedy.what))
+        if (keys := measured["tried"].get(remedy.what))
     ]
     return tries_table(
         rows,
@@ -421,7 +421,7 @@ def _remedies_table(measured: dict[str, Any], plan: Plan) -> Table:
     )
 
 
-def _found(keys: Mapping[str, Any]) -> str:
+def _retrieved(keys: Mapping[str, Any]) -> str:
     """Describe a record of `find_keys`."""
     return f"{keys['k']} of {keys['n']}"
 

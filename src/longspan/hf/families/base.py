@@ -136,14 +136,14 @@ def arrange_heads(x: Tensor, layout: HeadLayout) -> Tensor:
     rotated, head_dim = layout.rotated, x.shape[-1]
     if rotated is None:
         return x
-    turned, rest = x[..., :rotated], x[..., rotated:]
+    rotary, plain = x[..., :rotated], x[..., rotated:]
     if layout.rotary_scale != 1:
-        turned = turned * layout.rotary_scale
+        rotary = rotary * layout.rotary_scale
     if layout.interleaved:
-        turned = turned.unflatten(-1, (rotated // 2, 2)).transpose(-1, -2).flatten(-2)
+        rotary = rotary.unflatten(-1, (rotated // 2, 2)).transpose(-1, -2).flatten(-2)
     if rotated == head_dim:
-        return turned
-    return torch.cat([part for pair in zip(turned.chunk(2, -1), rest.chunk(2, -1), strict=True) for part in pair], -1)
+        return rotary
+    return torch.cat([part for pair in zip(rotary.chunk(2, -1), plain.chunk(2, -1), strict=True) for part in pair], -1)
 
 
 def query_scale(scaling: float, head_dim: int) -> float:

@@ -51,6 +51,13 @@ class AttentionModules:
         """Indices of the layers of another kind."""
         return [index for index, attention in enumerate(self.attentions) if attention is None]
 
+    def by_window(self, model: Any) -> dict[int | None, list[int]]:
+        """Return the layers with softmax attention by the size of their own sliding window; None = they have none."""
+        layers: dict[int | None, list[int]] = {}
+        for index in self.convertible:
+            layers.setdefault(self.family.window(model, self.attentions[index]), []).append(index)
+        return layers
+
     @property
     def cores(self) -> dict[int, Mechanism]:
         """The mechanisms of converted attention modules, by layer index."""

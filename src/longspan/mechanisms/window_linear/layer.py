@@ -150,7 +150,7 @@ class WindowLinearMechanism(GatedBranches, BoundedMechanism):
         return out, WindowLinearState(*recent, *first, *after, rows.live)
 
     def _enters(self, rows: BatchLayout) -> Tensor:
-        """Return at which queries (batch or 1, length) a key of their document, which is no sink, leaves the window."""
+        """Return a mask (batch or 1, length): at which queries a key leaves the window and enters the memory."""
         leaves = rows.positions_read - self.config.window >= self.config.sinks
         if rows.lengths is not None:
             leaves = leaves & (np.arange(rows.length) < rows.lengths_read[:, None])
