@@ -17,9 +17,11 @@ from longspan.cli.runs import open_any_run
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
+    from longspan.contract.branches import Branch
     from longspan.tasks import Documents
     from longspan.train import Evaluation
 
+BRANCHES: "dict[str, Branch]" = {"local attention alone": "local", "memory alone": "memory"}
 NAMES_OF_SPLITS = {"train": "training", "validation": "held-out", "test": "test"}
 # tokens per row in one call of a model that streams; the figures do not depend on it
 CHUNK = 512
@@ -169,6 +171,8 @@ def _check(options: EvaluateOptions) -> None:
         raise ConfigError(
             f"--task {options.task!r}: the only value is lm; leave it out for other tasks, which the run itself names"
         )
+    if options.branches and options.task:
+        raise ConfigError("--branches: does not work with --task lm; leave one of them out")
     if options.output and not options.task:
         raise ConfigError("-o: works with --task lm only; add it, or leave -o out")
     if options.changed("contexts") and not options.task:
@@ -188,7 +192,7 @@ def _refuse(options: EvaluateOptions, why: str, *also: str) -> None:
         why: the reason, which becomes part of the message.
         also: further options that this kind of run ignores, by field name.
     """
-    changed = options.changed("files", "tokens", "head", "segment", *also, "task", "split", "contexts")
+    changed = options.changed("files", "tokens", "head", "segment", *also, "task", "split", "contexts", "branches")
     names = [name if name == "files" else f"--{name.strip('_')}" for name in changed]
     if names:
         raise ConfigError(f"{options.run}: {why}; leave out {', '.join(names)}")
@@ -227,7 +231,7 @@ def _segment(run: str, model: Any) -> int:
 
 def _eval_text(model: Any, task: Any, documents: "Documents", options: EvaluateOptions) -> None:
     """Evaluate the documents with memory and without, and print the results."""
-    from longspan.contract.branches import Branch, only_branch
+    from longspan.contract.branches import only_branch
     from longspan.train import evaluate_text
 
     streams, segment = model.traits.streams, options.segment
@@ -239,7 +243,7 @@ def _eval_text(model: Any, task: Any, documents: "Documents", options: EvaluateO
         ("without memory", without, None),
     ]
     if options.branches:
-        readings += [("local attention alone", {}, "local"), ("memory alone", {}, "memory")]
+        readings += [(name, {}, branch) for name, branch in BRANCHES.items()]
     for name, reading, branch in readings:
         if streams or reading:
             alone = only_branch(model, branch) if branch else contextlib.nullcontext()
@@ -253,6 +257,11 @@ def _eval_text(model: Any, task: Any, documents: "Documents", options: EvaluateO
         _show(evaluations, options.what, segment)
 
 
+def _of_branches(evaluations: "dict[str, Evaluation]") -> "dict[str, Evaluation]":
+    """Return the evaluations of single branches of gated mechanisms."""
+    return {name: evaluations[name] for name in BRANCHES if name in evaluations}
+
+
 def _figures(evaluations: "dict[str, Evaluation]") -> dict[str, Any]:
     """Return the evaluations and their difference as plain data for JSON."""
     figures: dict[str, Any] = {
@@ -263,8 +272,8 @@ def _figures(evaluations: "dict[str, Evaluation]") -> dict[str, Any]:
     if "with memory" in evaluations:
         both = evaluations["with memory"]
         figures["difference"] = plain_interval(both.minus(without))
-        for name in evaluations.keys() - {"with memory", "without memory"}:
-            figures[name.replace(" ", "_")]["difference"] = plain_interval(evaluations[name].minus(both))
+        for name, evaluation in _of_branches(evaluations).items():
+            figures[name.replace(" ", "_")]["difference"] = plain_interval(evaluation.minus(both))
     return {**figures, "documents": len(without.names)}
 
 
@@ -282,8 +291,7 @@ def _show(evaluations: "dict[str, Evaluation]", what: str, segment: int) -> None
         rows.append(("difference", interval(both.minus(without)), ""))
         rows += [
             (f"{name}: difference", interval(evaluation.minus(both)), "")
-            for name, evaluation in evaluations.items()
-            if name not in ("with memory", "without memory")
+            for name, evaluation in _of_branches(evaluations).items()
         ]
     out = console()
     documents = f"{len(without.names):,} document{'s' if len(without.names) > 1 else ''}"
