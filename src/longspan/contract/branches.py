@@ -37,11 +37,6 @@ class GatedBranches(Mechanism):
         return torch.full_like(self.gate, CLOSED if self.branch == "memory" else -CLOSED)
 
 
-def has_branches(model: nn.Module) -> bool:
-    """Whether any mechanism of a model mixes local attention and a memory by gates."""
-    return any(isinstance(module, GatedBranches) for module in model.modules())
-
-
 @contextmanager
 def only_branch(model: nn.Module, branch: Branch) -> Iterator[None]:
     """Context in which mechanisms that mix two branches use one of them alone.

@@ -52,18 +52,28 @@ class LocalStart(NamedTuple):
         return first
 
 
-class SinkColumns(NamedTuple):
-    """Which sinks a call reads.
+class SinkSources(NamedTuple):
+    """Where the columns of sinks come from, each from at most one of the two.
 
     Attributes:
         of_state: (batch, columns) int64, the sink of the state in each column; negative = none.
         of_call: (batch, columns) int64, the token of the call in each column; negative = none.
-        first, last: (batch or 1, length) int64, the columns that a query sees; see `ops.Sinks`.
-        shift: (batch or 1, length) int64, by how much the position of a query exceeds its column in a cache.
     """
 
     of_state: Tensor
     of_call: Tensor
+
+
+class SinkColumns(NamedTuple):
+    """Which sinks a call reads.
+
+    Attributes:
+        sources: of the columns.
+        first, last: (batch or 1, length) int64, the columns that a query sees; see `ops.Sinks`.
+        shift: (batch or 1, length) int64, by how much the position of a query exceeds its column in a cache.
+    """
+
+    sources: SinkSources
     first: Tensor
     last: Tensor
     shift: Tensor
@@ -101,14 +111,14 @@ class LayerSinks:
         if columns is None:
             return None
         old_k, old_v = (None, None) if state is None else (state.sink_k, state.sink_v)
-        keys, values = _picked(old_k, k, columns), _picked(old_v, v, columns)
+        keys, values = _picked(old_k, k, columns.sources), _picked(old_v, v, columns.sources)
         if self.rope is None:
-            return ops.Sinks(keys, values, columns.first, columns.last, q)
+            return ops.Sinks(keys, values, columns.first, columns.last)
         base, dim, dtype = self.rope, q.shape[-1], q.dtype
 
         def tables() -> list[tuple[Tensor, Tensor]]:
             """Return the factors of the queries and of the sinks."""
-            index = np.arange(columns.of_state.shape[1])[None] % count
+            index = np.arange(keys.shape[2])[None] % count
             queries = rows.positions - columns.shift if self.positions == "cache" else rows.positions
             of = queries, host.put(index, rows.device)
             return [halves(*ops.rotary_table(part, dim, base=base, dtype=dtype)) for part in of]
@@ -128,9 +138,9 @@ class LayerSinks:
         count = self.count
         if state is not None and rows.origin is None and rows.emptied is None and rows.offset_range[0] >= count:
             return state.sink_k, state.sink_v
-        columns = rows.cached(("next sinks", count), lambda: _next_columns(rows, count))
+        sources = rows.cached(("next sinks", count), lambda: _next_sources(rows, count))
         old_k, old_v = (None, None) if state is None else (state.sink_k, state.sink_v)
-        return _picked(old_k, k, columns), _picked(old_v, v, columns)
+        return _picked(old_k, k, sources), _picked(old_v, v, sources)
 
     def pairs(self, length: int) -> int:
         """Return the number of (query, sink) pairs per head of `length` tokens from an empty past."""
@@ -160,8 +170,10 @@ def _columns(rows: BatchLayout, count: int, local: LocalStart) -> SinkColumns | 
     inside = (column >= 0) & (column < rows.length)
     before, after = document * count, document * count + seen
     return SinkColumns(
-        of_state=host.put(np.where(column < 0, index, -1), rows.device),
-        of_call=host.put(np.where(inside, column, -1), rows.device),
+        sources=SinkSources(
+            host.put(np.where(column < 0, index, -1), rows.device),
+            host.put(np.where(inside, column, -1), rows.device),
+        ),
         first=host.put(np.broadcast_to(before, after.shape), rows.device),
         last=host.put(after, rows.device),
         shift=host.put(shift, rows.device),
@@ -185,13 +197,15 @@ def _documents(origin: Array, reads: Array) -> tuple[Array, Array]:
     return begins, document
 
 
-def _picked(old: Tensor | None, new: Tensor, columns: SinkColumns) -> Tensor:
+def _picked(old: Tensor | None, new: Tensor, sources: SinkSources) -> Tensor:
     """Return the sinks (batch, kv_heads, columns, head_dim) from those of the state and the tokens of the call."""
-    if old is not None and bool((host.known(columns.of_call) < 0).all()):
-        same = host.known(columns.of_state) == np.arange(old.shape[2])
-        return old if same.shape[1] == old.shape[2] and bool(same.all()) else pick_columns(old, columns.of_state)
-    picked = pick_columns(new, columns.of_call)
-    return picked if old is None else picked + pick_columns(old, columns.of_state)
+    if old is None:
+        return pick_columns(new, sources.of_call)
+    if (host.known(sources.of_call) >= 0).any():
+        return pick_columns(new, sources.of_call) + pick_columns(old, sources.of_state)
+    # in a stream all sinks are soon those of the state
+    same = np.array_equal(host.known(sources.of_state), np.tile(np.arange(old.shape[2]), (len(old), 1)))
+    return old if same else pick_columns(old, sources.of_state)
 
 
 def spread_sinks(sinks: "ops.Sinks", layout: SegmentLayout) -> "ops.Sinks":
@@ -203,8 +217,8 @@ def spread_sinks(sinks: "ops.Sinks", layout: SegmentLayout) -> "ops.Sinks":
     return sinks._replace(first=first, last=last, q=q)
 
 
-def _next_columns(rows: BatchLayout, count: int) -> SinkColumns:
-    """Return where the sinks of the next state are in the state and in the call; no query sees them."""
+def _next_sources(rows: BatchLayout, count: int) -> SinkSources:
+    """Return where the sinks of the next state come from."""
     begin = -rows.offsets
     if rows.origin is not None and rows.length:
         last = (rows.lengths_read - 1).clip(min=0)
@@ -212,11 +226,7 @@ def _next_columns(rows: BatchLayout, count: int) -> SinkColumns:
         begin = np.where(rows.lengths_read > 0, of_last, begin)
     index = np.broadcast_to(np.arange(count), (rows.batch, count))
     column, real = begin[:, None] + index, index < rows.lives[:, None]
-    none = host.put(np.zeros((1, 0), np.int64), rows.device)
-    return SinkColumns(
-        of_state=host.put(np.where(real & (column < 0), index, -1), rows.device),
-        of_call=host.put(np.where(real & (column >= 0), column, -1), rows.device),
-        first=none,
-        last=none,
-        shift=none,
+    return SinkSources(
+        host.put(np.where(real & (column < 0), index, -1), rows.device),
+        host.put(np.where(real & (column >= 0), column, -1), rows.device),
     )

@@ -14,6 +14,15 @@ def is_decode(call: Call, *parameters: Tensor) -> bool:
     return not needs_grad(call.q, call.k, call.v, *parameters)
 
 
+def keys_seen(call: Call) -> Tensor | None:
+    """Return which keys (batch, heads or 1, 1, keys) the one query of each row sees; None = all."""
+    if call.visibility is None:
+        return None
+    query, key, equal = call.visibility[:3]
+    key = key.transpose(-1, -2)
+    return key == query if equal else key >= query
+
+
 def decode(call: Call, *, scale: float, bias: Tensor | None = None) -> Tensor:
     """Attend with one query per row to every key of the call.
 
@@ -30,10 +39,8 @@ def decode(call: Call, *, scale: float, bias: Tensor | None = None) -> Tensor:
     # query heads become queries of their kv head, so that no key is repeated
     grouped = q.reshape(batch, k.shape[1], -1, dim)
     mask = None if bias is None else bias.reshape(batch, k.shape[1], -1, k.shape[2])
-    if call.visibility is not None:
-        query, key, equal = call.visibility[:3]
-        key = key.transpose(-1, -2)
-        seen = key == query if equal else key >= query
+    seen = keys_seen(call)
+    if seen is not None:
         mask = seen if mask is None else mask.masked_fill(~seen, float("-inf"))
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
     return call.zero_masked(out.reshape(batch, heads, 1, v.shape[-1]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longspan.engine import flash
 from longspan.engine.arguments import Call
+from longspan.engine.decode import keys_seen
 
 
 class Sinks(NamedTuple):
@@ -34,13 +35,6 @@ class Sinks(NamedTuple):
     first: Tensor
     last: Tensor
     q: Tensor | None = None
-
-
-def visible_sinks(sinks: Sinks) -> Tensor:
-    """Return which columns of the sinks a query sees, (batch or 1, 1, length, columns) bool."""
-    column = torch.arange(sinks.k.shape[2], device=sinks.k.device)
-    seen: Tensor = (column >= sinks.first[..., None]) & (column < sinks.last[..., None])
-    return seen[:, None]
 
 
 def join_sinks(out: Tensor, lse: Tensor, q: Tensor, sinks: Sinks, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -70,10 +64,9 @@ def decode_with_sinks(call: Call, sinks: Sinks, *, scale: float) -> Tensor:
     dtype = flash.working_dtype(call.q, call.k, call.v)
     with flash.full_precision(call.q.device):
         local = _products(call.q, call.k, scale, dtype)
-        if call.visibility is not None:
-            query, key, equal = call.visibility[:3]
-            key = key.transpose(-1, -2)
-            local = local.masked_fill(~(key == query if equal else key >= query), float("-inf"))
+        seen = keys_seen(call)
+        if seen is not None:
+            local = local.masked_fill(~seen, float("-inf"))
         weights = torch.cat([local, _scores(call.q, sinks, scale, dtype)], -1).softmax(-1)
         columns = call.k.shape[2]
         out = _values(weights[..., :columns], call.v, dtype) + _values(weights[..., columns:], sinks.v, dtype)
@@ -83,7 +76,9 @@ def decode_with_sinks(call: Call, sinks: Sinks, *, scale: float) -> Tensor:
 def _scores(q: Tensor, sinks: Sinks, scale: float, dtype: torch.dtype) -> Tensor:
     """Return the scores of sinks (batch, heads, length, columns), -inf where a query does not see one."""
     scores = _products(q if sinks.q is None else sinks.q, sinks.k, scale, dtype)
-    return scores.masked_fill(~visible_sinks(sinks), float("-inf"))
+    column = torch.arange(sinks.k.shape[2], device=q.device)
+    seen = (column >= sinks.first[..., None]) & (column < sinks.last[..., None])
+    return scores.masked_fill(~seen[:, None], float("-inf"))
 
 
 def _products(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

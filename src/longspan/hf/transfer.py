@@ -392,8 +392,8 @@ def check_errors(model: Any, errors: Mapping[int, float]) -> None:
         errors: relative errors by layer before the transfer.
 
     Raises:
-        DataError: there are no held-out tokens, or no layer's error exceeds rounding, for example because pieces are not
-            longer than a segment or a window.
+        DataError: there are no held-out tokens, or no layer's error exceeds rounding, for example because pieces are
+            not longer than a segment or a window.
     """
     if not errors or any(math.isnan(error) for error in errors.values()):
         raise DataError("transfer: no held-out tokens to measure errors on; give more text")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from longspan.engine.block_sparse import block_sparse_attention
 from longspan.engine.groups import group_attention, group_attention_cost
-from longspan.engine.linear import EMPTY, LinearSums
+from longspan.engine.linear_chunks import EMPTY, LinearSums
 from longspan.engine.ring_buffer import LSHRings, push_rings, push_token
 from longspan.engine.rotary import rotary_table, rotate
 from longspan.engine.segments import SegmentMemory, empty_memory

@@ -141,12 +141,17 @@ def window_attention(
     return _attend_both(q, k, v, visible & near, sinks, scale)
 
 
+def visible_sinks(sinks: Sinks) -> Tensor:
+    """Return which columns of the sinks a query sees, (batch or 1, length, columns)."""
+    column = torch.arange(sinks.k.shape[2], device=sinks.k.device)
+    return (column >= sinks.first[..., None]) & (column < sinks.last[..., None])
+
+
 def _attend_both(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Sinks, scale: float | None) -> Tensor:
     """Attend to the visible keys (batch, length, columns) and to sinks with one softmax."""
-    group, column = q.shape[1] // k.shape[1], torch.arange(sinks.k.shape[2], device=q.device)
-    seen = (column >= sinks.first[..., None]) & (column < sinks.last[..., None])
+    group = q.shape[1] // k.shape[1]
     # a query that sees no key is padding
-    seen = seen & visible.any(-1, keepdim=True)
+    seen = visible_sinks(sinks) & visible.any(-1, keepdim=True)
     k, v, sink_k, sink_v = (t.repeat_interleave(group, 1) for t in (k, v, sinks.k, sinks.v))
     scores = torch.cat([q @ k.mT, (q if sinks.q is None else sinks.q) @ sink_k.mT], -1)
     weights = masked_softmax(

@@ -174,7 +174,7 @@ class InfiniMechanism(GatedBranches, SegmentMechanism):
     def next_state(self, fields: SegmentState, state: Any, k: Tensor, v: Tensor, rows: BatchLayout) -> Any:
         """Return the next state, with sinks if there are any; see `SegmentMechanism`."""
         if not self.config.sinks:
-            return InfiniState(*fields)
+            return super().next_state(fields, state, k, v, rows)
         sink_k, sink_v = self.sinks.carry(state, k, v, rows)
         return InfiniSinkState(fields.values, fields.keys, fields.k, fields.v, sink_k, sink_v, fields.live)
 

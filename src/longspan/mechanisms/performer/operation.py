@@ -22,7 +22,8 @@ from torch import Tensor
 
 from longspan import host
 from longspan.engine.arguments import check_floating
-from longspan.engine.linear import LinearSums, check_call, elu_features, feature_attention
+from longspan.engine.linear import check_call, elu_features, feature_attention
+from longspan.engine.linear_chunks import LinearSums
 from longspan.errors import ConfigError
 
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine.definitions.linear import LinearSums
-from longspan.engine.definitions.softmax import visible_keys
+from longspan.engine.definitions.softmax import visible_keys, visible_sinks
 
 
 def window_linear_attention(
@@ -42,9 +42,7 @@ def window_linear_attention(
     upper, lower = weight @ wide_v, weight.sum(-1)
     if sinks is not None:
         sink_k, sink_v = (t.repeat_interleave(group, 1) for t in (sinks.k, sinks.v))
-        column = torch.arange(sink_k.shape[2])
-        seen = (column >= sinks.first[..., None]) & (column < sinks.last[..., None])
-        weight = ((q if sinks.q is None else sinks.q) @ sink_k.mT * scale).exp() * seen[:, None]
+        weight = ((q if sinks.q is None else sinks.q) @ sink_k.mT * scale).exp() * visible_sinks(sinks)[:, None]
         upper, lower = upper + weight @ sink_v, lower + weight.sum(-1)
     # the memory: at query i the key of column i - window may enter
     phi_q, phi_k = _features(q, map_q), _features(k, map_k)

@@ -9,7 +9,8 @@ from torch import Tensor
 from longspan import host
 from longspan.engine import flash
 from longspan.engine.arguments import check_floating
-from longspan.engine.linear import EMPTY, LinearSums, check_call, feature_attention, group_cost
+from longspan.engine.linear import check_call, feature_attention, group_cost
+from longspan.engine.linear_chunks import EMPTY, LinearSums
 from longspan.engine.sinks import Sinks
 from longspan.engine.window import window_softmax, window_softmax_cost
 from longspan.errors import ConfigError
