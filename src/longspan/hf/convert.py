@@ -317,7 +317,7 @@ def revert(model: Any, layers: Iterable[int] | None = None) -> None:
     cores = modules.cores
     if not cores:
         raise ConfigError("revert: this model is not converted, so there is nothing to undo")
-    chosen = tuple(cores) if layers is None else _resolved(layers, len(modules.attentions), "revert")
+    chosen = tuple(cores) if layers is None else resolve_layers(layers, len(modules.attentions), "revert")
     if plain := [index for index in chosen if index not in cores]:
         raise ConfigError(f"revert: layer {plain[0]} is not converted; leave it out")
     for index in chosen:
@@ -361,7 +361,7 @@ def _layers(model: Any, modules: AttentionModules, layers: Iterable[int] | None)
     """
     if layers is None:
         return _all_layers(model, modules)
-    resolved = _resolved(layers, len(modules.attentions), "convert")
+    resolved = resolve_layers(layers, len(modules.attentions), "convert")
     if others := [index for index in resolved if index in modules.others]:
         raise ConfigError(
             f"convert: layer {others[0]} is linear attention, which cannot be converted; choose among "
@@ -379,7 +379,7 @@ def _all_layers(model: Any, modules: AttentionModules) -> _Layers:
     return _Layers(tuple(windows[None]), local)
 
 
-def _resolved(layers: Iterable[int], count: int, where: str) -> tuple[int, ...]:
+def resolve_layers(layers: Iterable[int], count: int, where: str) -> tuple[int, ...]:
     """Return layer indices sorted, negative ones resolved; raises ConfigError for those that do not exist."""
     chosen = tuple(dict.fromkeys(layers))
     bad = [index for index in chosen if not -count <= index < count]

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live as RichLive
@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from longspan.errors import ConfigError
+
+D = TypeVar("D")
 
 
 class Display:
@@ -182,9 +184,14 @@ def make_display(progress: "str | Display") -> Display:
     """
     if isinstance(progress, Display):
         return progress
+    return choose_display(progress, live=LiveDisplay, plain=PlainDisplay, none=Display)()
+
+
+def choose_display(progress: str, *, live: type[D], plain: type[D], none: type[D]) -> type[D]:
+    """Return the class of a display by the name of `make_display`; raises ConfigError if the name is unknown."""
     if progress == "auto":
         progress = "live" if sys.stderr.isatty() else "plain"
-    known: dict[str, type[Display]] = {"live": LiveDisplay, "plain": PlainDisplay, "none": Display}
+    known = {"live": live, "plain": plain, "none": none}
     if progress not in known:
         raise ConfigError(f"progress = {progress!r}: must be one of 'auto', 'live', 'plain', 'none'")
-    return known[progress]()
+    return known[progress]

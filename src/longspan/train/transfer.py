@@ -17,6 +17,7 @@ from longspan import hf
 from longspan.config import check_least, to_dict
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_object, write_json, write_tensors
+from longspan.hf.convert import resolve_layers
 from longspan.hf.decoder import ModelAndTokenizer, end_tokens_of, one_line_errors, open_pretrained, open_tokenizer
 from longspan.hf.distillation import output_layer
 from longspan.hf.families import attention_modules
@@ -182,10 +183,7 @@ def _checked(settings: TransferSettings) -> TransferSettings:
     options: dict[str, Any] = {} if weights.gguf is None else {"gguf_file": weights.gguf}
     with one_line_errors(settings.model):
         count = AutoConfig.from_pretrained(weights.source, **options).num_hidden_layers
-    wrong = [layer for layer in settings.layers if not -count <= layer < count]
-    if wrong or not settings.layers:
-        raise ConfigError(f"layers = {list(settings.layers)}: must be among the {count} layers 0 to {count - 1}")
-    return replace(settings, model=model, layers=tuple(sorted({layer % count for layer in settings.layers})))
+    return replace(settings, model=model, layers=resolve_layers(settings.layers, count, "transfer"))
 
 
 def _check_other_parts(out: Path, part: Path, settings: TransferSettings) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from longspan.errors import ConfigError
+from longspan.train.progress import choose_display
 
 
 class TransferDisplay:
@@ -131,13 +131,4 @@ def make_transfer_display(progress: "str | TransferDisplay") -> TransferDisplay:
     """
     if isinstance(progress, TransferDisplay):
         return progress
-    if progress == "auto":
-        progress = "live" if sys.stderr.isatty() else "plain"
-    known: dict[str, type[TransferDisplay]] = {
-        "live": LiveTransferDisplay,
-        "plain": PlainTransferDisplay,
-        "none": TransferDisplay,
-    }
-    if progress not in known:
-        raise ConfigError(f"progress = {progress!r}: must be one of 'auto', 'live', 'plain', 'none'")
-    return known[progress]()
+    return choose_display(progress, live=LiveTransferDisplay, plain=PlainTransferDisplay, none=TransferDisplay)()
