@@ -61,17 +61,17 @@ def window_attention(
         return attend_call(call, causal=causal, scale=scale)
     if is_decode(call):
         return decode(call, scale=scale) if sinks is None else decode_with_sinks(call, sinks, scale=scale)
-    return call.zero_masked(_attend_tiles(call, scale, sinks, window=window, causal=causal, blocks=blocks)[0])
+    out, lse = attention(call.q, call.k, call.v, _schedule(call, scale, window, causal, blocks))
+    if sinks is not None:
+        out, lse = join_sinks(out, lse, call.q, sinks, scale=scale)
+    return call.zero_masked(out)
 
 
-def _attend_tiles(
-    call: Call, scale: float, sinks: Sinks | None, *, window: int, causal: bool, blocks: bool
-) -> tuple[Tensor, Tensor]:
-    """Return outputs and log-sum-exps of the window and the sinks, with queries that see no key not zeroed yet."""
+def _schedule(call: Call, scale: float, window: int, causal: bool, blocks: bool) -> Schedule:
+    """Return the schedule of the window's tiles, without sinks."""
     size = call.q.shape[2], call.memory, window, causal, blocks
     tiles = Round(_plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size), call.visibility)
-    out, lse = attention(call.q, call.k, call.v, Schedule((tiles,), scale))
-    return (out, lse) if sinks is None else join_sinks(out, lse, call.q, sinks, scale=scale)
+    return Schedule((tiles,), scale)
 
 
 def window_softmax_cost(length: int, *, window: int) -> int:
@@ -110,8 +110,11 @@ def window_softmax(
     call = read_call(q, k, v, causal=True, keep=window - 1, lengths=lengths, start=start, memory_lengths=memory_lengths)
     if call.empty:
         return WindowSoftmax(call, q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], HIDDEN))
-    tiled = _attend_tiles(call, default_scale(q, scale), sinks, window=window, causal=True, blocks=False)
-    return WindowSoftmax(call, *tiled)
+    scale = default_scale(q, scale)
+    out, lse = attention(call.q, call.k, call.v, _schedule(call, scale, window, True, False))
+    if sinks is not None:
+        out, lse = join_sinks(out, lse, call.q, sinks, scale=scale)
+    return WindowSoftmax(call, out, lse)
 
 
 def window_cost(length: int, *, window: int, causal: bool = True, blocks: bool = False) -> int:
