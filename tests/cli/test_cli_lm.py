@@ -75,6 +75,60 @@ def test_the_page(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pretrained model with memory beyond 32 tokens, and without positions beyond 128."""
+    pytest.importorskip("transformers")
+    from tests.hf.conftest import save_llama
+
+    base = tmp_path_factory.mktemp("converted")
+    source = save_llama(base / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    fields = ("--segment", "32", "--set", "gate_init=0.0")
+    assert run(["convert", str(source), "--to", "infini", *fields, "-o", str(base / "infini")]) == 0
+    return base
+
+
+def test_a_converted_model_beside_simpler_attention(
+    longspan: Command, converted: Path, folder: Path, tmp_path: Path
+) -> None:
+    options = ("--contexts", "", "--branches", "--beside", "original", "--beside", "sinks", "--beside")
+    files = (folder / "long.txt", folder / "documents", "--head", 300)
+    page = tmp_path / "page"
+    evaluation = figures(
+        longspan, converted / "infini", *files, *options, converted / "source", "--output", page, "--device", "cpu"
+    )
+    others = ["local attention alone", "memory alone", "original", "sinks", str(converted / "source")]
+    assert list(evaluation["readings"]) == ["carried", "segments of 32", *others]
+    first, second, *_, last = evaluation["by_place"]
+    bits = {name: [band["bits"][name]["value"] for band in (first, second, last)] for name in first["bits"]}
+    assert bits["original"] == bits[str(converted / "source")], "infini changes no weight of the model"
+    assert bits["original"][1] != pytest.approx(bits["carried"][1], abs=1e-4)
+    assert bits["original"][2] is None, "the original has no positions there"
+    assert evaluation["readings"]["original"]["bits_per_byte"]["value"] is None
+    assert len({bits[name][1] for name in ("carried", "local attention alone", "memory alone", "sinks")}) == 4
+    gain = second["first_minus_this"]["sinks"]["value"]
+    assert gain == pytest.approx(bits["carried"][1] - bits["sinks"][1], abs=1e-9)
+    states = {name: list(cost["state_bytes"].values()) for name, cost in evaluation["costs"].items()}
+    assert states["carried"][0] == states["carried"][-1]
+    # keys and values of 2 layers of 2 heads of 4 in fp32, and counts
+    assert states["original"] == [2 * 2 * 2 * 4 * 4 * length + 24 for length in (2048, 8192, 32768)]
+    assert "Time and memory" in (page / "report.html").read_text()
+
+
+def test_other_models_that_do_not_fit_are_refused(longspan: Command, byte_run: Path, converted: Path) -> None:
+    for arguments, expected in {
+        (byte_run, "--beside", "window", "--task", "lm"): "is not a converted model; name the folder of another run",
+        (byte_run, "--beside", "window"): "--beside: works with --task lm only",
+        (byte_run, "--beside", converted / "infini", "--task", "lm"): "has another tokenizer than",
+        (byte_run, "--branches", "--task", "lm"): "no layer of this model mixes local attention and a memory",
+    }.items():
+        outcome = longspan("eval", *arguments)
+        assert outcome.code == 2
+        assert expected in outcome.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
 def word_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on three books in the format of PG-19, by words."""
     base = tmp_path_factory.mktemp("pg19")

@@ -88,9 +88,6 @@ def test_eval_of_each_branch(longspan: Command, folder: Path, byte_run: Path, tm
         assert figures[name]["difference"]["value"] == pytest.approx(more, abs=1e-6)
     table = longspan("eval", tmp_path / "run", "--branches").out
     assert "memory alone: difference" in table
-    outcome = longspan("eval", byte_run, "--branches", "--task", "lm")
-    assert outcome.code == 2
-    assert "--branches: does not work with --task lm" in outcome.err
     outcome = longspan("eval", byte_run, "--branches")
     assert outcome.code == 2
     assert "no layer of this model mixes local attention and a memory" in outcome.err

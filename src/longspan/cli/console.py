@@ -113,7 +113,8 @@ def say(text: str) -> None:
 
 def interval(values: Sequence[float], digits: int = 4) -> str:
     """Format a (value, low, high) triple as `1.2345 [1.2300, 1.2400]`, or only the value if `low` is NaN."""
-    value, low, high = (f"{number:.{digits}f}".replace("-", "−") for number in values)
+    # adding zero makes a rounded -0.0 positive
+    value, low, high = (f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "−") for number in values)
     return value if math.isnan(values[1]) else f"{value} [{low}, {high}]"
 
 

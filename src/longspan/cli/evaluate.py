@@ -90,6 +90,17 @@ class EvaluateOptions:
             help="Also without the memory of infini, memorizing or window_linear, and without their local attention.",
         ),
     ] = False
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--beside",
+            metavar="RUN|NAME",
+            help="With --task lm: another run or pretrained model of the same tokenizer to read the text with. For a "
+            "converted model also original, window or sinks: its weights with the attention before the conversion, or "
+            "with a window, without and with the first 4 tokens. Repeatable.",
+            show_default=False,
+        ),
+    ] = None
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="DIR", help="With --task lm: write an HTML report to this folder.")
     ] = ""
@@ -125,6 +136,7 @@ def evaluate(options: EvaluateOptions) -> None:
     document, by word frequency in the training text and by context length; -o writes an HTML report.
 
     With --branches, what each branch of a gated mechanism is worth: a converted model may live off its window alone.
+    With --task lm --beside, what other models or simpler attention lose at each position, and what they cost.
 
     Without memory every segment starts from an empty state. Brackets are 95 % bootstrap intervals from 10,000
     resamples of the documents; the difference is paired by document, so its interval is much narrower.
@@ -134,6 +146,7 @@ def evaluate(options: EvaluateOptions) -> None:
       longspan eval runs/first book.txt letters/ --tokens 500000
       longspan eval runs/first --head 4096 --set model.mixers.0.mem_len=512
       longspan eval runs/first --task lm -o out/figures
+      longspan eval out/endless book.txt --task lm --branches --beside original --beside sinks -o out/figures
       longspan eval out/quickstart/run --segments 16,256 --count 128
     """
     from longspan.tasks.base import heads
@@ -171,8 +184,8 @@ def _check(options: EvaluateOptions) -> None:
         raise ConfigError(
             f"--task {options.task!r}: the only value is lm; leave it out for other tasks, which the run itself names"
         )
-    if options.branches and options.task:
-        raise ConfigError("--branches: does not work with --task lm; leave one of them out")
+    if options.beside and not options.task:
+        raise ConfigError("--beside: works with --task lm only; add it, or leave --beside out")
     if options.output and not options.task:
         raise ConfigError("-o: works with --task lm only; add it, or leave -o out")
     if options.changed("contexts") and not options.task:
@@ -192,7 +205,9 @@ def _refuse(options: EvaluateOptions, why: str, *also: str) -> None:
         why: the reason, which becomes part of the message.
         also: further options that this kind of run ignores, by field name.
     """
-    changed = options.changed("files", "tokens", "head", "segment", *also, "task", "split", "contexts", "branches")
+    changed = options.changed(
+        "files", "tokens", "head", "segment", *also, "task", "split", "contexts", "branches", "beside"
+    )
     names = [name if name == "files" else f"--{name.strip('_')}" for name in changed]
     if names:
         raise ConfigError(f"{options.run}: {why}; leave out {', '.join(names)}")

@@ -3,11 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from longspan.cli.console import console, interval, plain_interval, print_table, reading_progress, say
 from longspan.cli.evaluate import CHUNK, EvaluateOptions, whole_number
+from longspan.config import to_dict
 from longspan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -16,8 +19,12 @@ if TYPE_CHECKING:
     from longspan.tasks.base import Array
     from longspan.train import Interval
     from longspan.train.lm_evaluation import Bucket, TextCounts, Window
+    from longspan.train.reading_cost import ReadingCost
 
 CARRIED = "carried"
+COST_TOKENS = 4096
+"""tokens that are read at most to measure time"""
+STATE_LENGTHS = (2_048, 8_192, 32_768)
 # the official word count of a corpus is used if the counted words differ from it by at most this fraction
 NEAR = 0.01
 
@@ -34,6 +41,7 @@ class Figures:
         gain: bits per byte of the first reading minus those of another, by the name of the other.
         by_place: loss by position in the document.
         by_frequency: loss of a word by its number of occurrences in the training text; empty if that is not available.
+        costs: time and memory by model, of the run and of the models beside it; empty without `--beside`.
         notes: one line for everything that could not be measured.
     """
 
@@ -44,6 +52,7 @@ class Figures:
     gain: "dict[str, Interval]"
     by_place: "list[Bucket]"
     by_frequency: "list[Bucket]"
+    costs: "dict[str, ReadingCost]"
     notes: Sequence[str]
 
 
@@ -53,15 +62,19 @@ class Reading:
 
     Attributes:
         window: context and stride; None: the state is carried through the whole document.
-        figures: by name, with 95 % intervals.
+        figures: by name, with 95 % intervals; NaN if only a part of the documents was read.
+        about: what reads, if it is not the whole model of the run.
     """
 
     window: "Window | None"
     figures: "dict[str, Interval]"
+    about: str = ""
 
     @property
     def description(self) -> str:
         """How exactly the text was read, in words."""
+        if self.about:
+            return self.about
         if self.window is None:
             return "the state is carried to the end of each document and emptied between documents"
         if self.window.stride == self.window.context:
@@ -102,7 +115,8 @@ def evaluate_lm(model: Any, task: Any, documents: "Documents", options: Evaluate
         return
     out = console()
     out.print(about(figures), markup=False)
-    for table in tables(figures):
+    measured = tables(figures)
+    for table in (measured.readings, measured.how, *measured.by_place, *measured.by_frequency, *measured.costs):
         out.print()
         print_table(table, out)
     if len(figures.counts.names) == 1:
@@ -148,13 +162,15 @@ def measure(model: Any, task: "TextTask", documents: "Documents", options: Evalu
     for name, window in ways.items():
         with reading_progress(f"reading, {name}") as show:
             nats[name] = lm.place_nats(model, documents, window, chunk=CHUNK, progress=show)
+    others = _read_others(model, task, documents, options)
     words = _words(task, counts, options, notes)
-    first, *rest = nats
-    compared = dict(list(nats.items())[:2]) if model.traits.streams else {first: nats[first]}
+    first = next(iter(nats))
+    pair = dict(list(nats.items())[: 2 if model.traits.streams else 1])
+    nats |= others.nats
     rare: list[Bucket] = []
     if not options.files:
         try:
-            rare = lm.by_frequency(compared, counts, lm.count_words(task.texts("train"), task.tokenizer))
+            rare = lm.by_frequency(pair, counts, lm.count_words(task.texts("train"), task.tokenizer))
         except DataError as error:
             # everything else can be evaluated without the training text
             notes.append(f"no figures by word frequency, because the training text cannot be read: {error}")
@@ -162,12 +178,56 @@ def measure(model: Any, task: "TextTask", documents: "Documents", options: Evalu
         options=options,
         counts=counts,
         words=words,
-        readings={name: Reading(ways[name], lm.summary(losses, counts, words[0])) for name, losses in nats.items()},
-        gain={name: lm.difference(nats[first], nats[name], counts.units) for name in rest},
-        by_place=lm.by_place(compared, counts),
+        readings={
+            name: Reading(ways.get(name), lm.summary(losses, counts, words[0]), others.about.get(name, ""))
+            for name, losses in nats.items()
+        },
+        gain={name: lm.difference(nats[first], nats[name], counts.units) for name in nats if name != first},
+        by_place=lm.by_place(pair | others.nats, counts),
         by_frequency=rare,
+        costs=others.costs,
         notes=notes,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Others:
+    """Readings by branches and by other models.
+
+    Attributes:
+        nats: by reading, per document the loss of each token, NaN where it was not read.
+        about: by reading, how the text was read.
+        costs: by model, with that of the run first; empty if there is no other model.
+    """
+
+    nats: "dict[str, list[Array]]" = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
+    costs: "dict[str, ReadingCost]" = field(default_factory=dict)
+
+
+def _read_others(model: Any, task: "TextTask", documents: "Documents", options: EvaluateOptions) -> _Others:
+    """Read the documents with branches of the model and with other models; raises as `other_readings`."""
+    from longspan.cli.beside import other_readings
+    from longspan.tasks.base import heads
+    from longspan.train import lm_evaluation as lm
+    from longspan.train.reading_cost import reading_cost
+
+    others = _Others()
+    longest = documents[int(documents.lengths.argmax())]
+    sample = longest.cut(0, min(len(longest), COST_TOKENS)).tokens
+    if options.beside and model.traits.streams:
+        others.costs[CARRIED] = reading_cost(model, sample, STATE_LENGTHS)
+    for other in other_readings(model, task, options):
+        with other.context, reading_progress(f"reading, {other.name}") as show:
+            read = lm.place_nats(other.model, heads(documents, other.positions or 0), None, chunk=CHUNK, progress=show)
+        others.nats[other.name] = [
+            np.pad(losses, (0, length - len(losses)), constant_values=np.nan)
+            for losses, length in zip(read, documents.lengths.tolist(), strict=True)
+        ]
+        others.about[other.name] = other.description
+        if other.is_other_model:
+            others.costs[other.name] = reading_cost(other.model, sample[: other.positions], STATE_LENGTHS)
+    return others
 
 
 def _shorter(windows: "list[Window]", longest: int, notes: list[str]) -> "list[Window]":
@@ -212,27 +272,76 @@ def about(figures: Figures) -> str:
     )
 
 
-def tables(figures: Figures) -> "list[Table]":
-    """Return all figures as tables: readings, how they were read, loss by position, and loss by word frequency."""
+class Tables(NamedTuple):
+    """All figures as tables.
+
+    Attributes:
+        readings: losses of whole documents by reading.
+        how: how each reading read them.
+        by_place: loss by position, one or two tables.
+        by_frequency: loss by word frequency; empty if it was not measured.
+        costs: time and memory by model; empty if only the run was read.
+    """
+
+    readings: "Table"
+    how: "Table"
+    by_place: "list[Table]"
+    by_frequency: "list[Table]"
+    costs: "list[Table]"
+
+
+def tables(figures: Figures) -> Tables:
+    """Return all figures as tables."""
     from longspan.report import Table
 
     first, gain = next(iter(figures.readings)), figures.gain
     columns = ("reading", *KEYS.values(), f"{first} minus this")
     rows = [
-        (name, *(figure(key, reading.figures[key]) for key in KEYS), interval(gain[name]) if name in gain else "")
+        (
+            name,
+            *(figure(key, reading.figures[key]) for key in KEYS),
+            figure("bits", gain[name]) if name in gain else "",
+        )
         for name, reading in figures.readings.items()
     ]
-    pages = [
-        Table(columns=columns, rows=rows, right=tuple(range(1, len(columns)))),
-        Table(
+    rare = figures.by_frequency
+    return Tables(
+        readings=Table(columns=columns, rows=rows, right=tuple(range(1, len(columns)))),
+        how=Table(
             columns=("reading", "how"),
             rows=[(name, reading.description) for name, reading in figures.readings.items()],
         ),
-        bucket_table(figures.by_place, "position in the document", "bytes", "bits per byte"),
+        by_place=bucket_tables(figures.by_place, "position in the document", "bytes", "bits per byte"),
+        by_frequency=bucket_tables(rare, "count in the training text", "words", "bits per word") if rare else [],
+        costs=[cost_table(figures.costs)] if figures.costs else [],
+    )
+
+
+def cost_table(costs: "dict[str, ReadingCost]") -> "Table":
+    """Return the table of time and memory by model."""
+    from longspan.report import Table
+
+    lengths = next(iter(costs.values())).state_bytes
+    rows = [
+        (
+            name,
+            f"{cost.tokens:,}",
+            f"{cost.tokens_per_second:,.0f}",
+            f"{cost.first_token:,.2f}",
+            f"{1000 * cost.next_token:,.1f}",
+            *(f"{cost.state_bytes[length]:,}" for length in lengths),
+        )
+        for name, cost in costs.items()
     ]
-    if figures.by_frequency:
-        pages.append(bucket_table(figures.by_frequency, "count in the training text", "words", "bits per word"))
-    return pages
+    columns = (
+        "model",
+        "tokens read",
+        "tokens/s",
+        "seconds to the first new token",
+        "ms per new token",
+        *(f"bytes of state at {length:,}" for length in lengths),
+    )
+    return Table(columns=columns, rows=rows, right=tuple(range(1, len(columns))))
 
 
 KEYS = {
@@ -244,7 +353,9 @@ KEYS = {
 
 
 def figure(key: str, measured: "Interval") -> str:
-    """Format a measured value, and its interval if it has one, for the table."""
+    """Format a measured value, and its interval if it has one, for the table; empty if it was not measured."""
+    if math.isnan(measured.value):
+        return ""
     if key.startswith("bits"):
         return interval(measured)
     # the perplexity per word of a weak model has too many digits for the table
@@ -253,30 +364,49 @@ def figure(key: str, measured: "Interval") -> str:
     return value if math.isnan(measured.low) else f"{value} [{low}, {high}]"
 
 
-def bucket_table(buckets: "Sequence[Bucket]", what: str, unit: str, measured: str) -> "Table":
-    """Return the table of a loss by bucket: range, amount of text, loss of each reading, and their difference.
+def bucket_tables(buckets: "Sequence[Bucket]", what: str, unit: str, measured: str) -> "list[Table]":
+    """Return the tables of a loss by bucket: range, amount of text, loss of each reading, and differences.
+
+    One table for one or two readings. For more, a second one has the differences, so that lines stay short.
 
     Args:
-        buckets: ranges of positions or frequencies, with the loss of one or two readings (with the carried state, and
-            without it).
+        buckets: ranges of positions or frequencies.
         what: heading of the column of ranges.
         unit: of the amount, such as `"bytes"`.
         measured: unit of the loss, such as `"bits per byte"`.
     """
+    first, *others = buckets[0].values
+    labels = [(name_of(bucket), f"{bucket.amount:,}") for bucket in buckets]
+    gains = [tuple(_present(bucket.gains[name]) for name in others) for bucket in buckets]
+    if len(others) < 2:
+        values = [tuple(interval(value, 3) for value in bucket.values.values()) for bucket in buckets]
+        columns = (what, unit, *(f"{name}, {measured}" for name in buckets[0].values))
+        rows = [(*label, *value, *gain) for label, value, gain in zip(labels, values, gains, strict=True)]
+        return [_numbers(columns + ("difference",) * len(others), rows)]
+    values = [tuple(_value(value.value) for value in bucket.values.values()) for bucket in buckets]
+    losses = [(*label, *value) for label, value in zip(labels, values, strict=True)]
+    differences = [(label[0], *gain) for label, gain in zip(labels, gains, strict=True)]
+    return [
+        _numbers((f"{what}; {measured}", unit, first, *others), losses),
+        _numbers((f"{what}; {first} minus", *others), differences),
+    ]
+
+
+def _numbers(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> "Table":
+    """Return a table whose columns are all aligned right."""
     from longspan.report import Table
 
-    names = list(buckets[0].values)
-    rows = [
-        (
-            name_of(bucket),
-            f"{bucket.amount:,}",
-            *(interval(bucket.values[name], 3) for name in names),
-            *(() if bucket.gain is None else (interval(bucket.gain, 3),)),
-        )
-        for bucket in buckets
-    ]
-    columns = (what, unit, *(f"{name}, {measured}" for name in names), *(("difference",) if len(names) == 2 else ()))
     return Table(columns=columns, rows=rows, right=tuple(range(len(columns))))
+
+
+def _value(value: float) -> str:
+    """Format a loss; empty if it was not measured."""
+    return "" if math.isnan(value) else f"{value:.3f}"
+
+
+def _present(measured: "Interval") -> str:
+    """Format a difference with its interval; empty if it was not measured."""
+    return "" if math.isnan(measured.value) else interval(measured, 3)
 
 
 def name_of(bucket: "Bucket") -> str:
@@ -313,16 +443,19 @@ def plain(figures: Figures) -> dict[str, Any]:
         },
         "by_place": [_plain_bucket(bucket) for bucket in figures.by_place],
         "by_frequency": [_plain_bucket(bucket) for bucket in figures.by_frequency],
+        "costs": {
+            name: {**to_dict(cost), "tokens_per_second": cost.tokens_per_second} for name, cost in figures.costs.items()
+        },
         "notes": list(figures.notes),
     }
 
 
 def _plain_bucket(bucket: "Bucket") -> dict[str, Any]:
-    """Return a bucket of tokens or words (its range, size, bits per model and difference) as plain data for JSON."""
+    """Return a bucket of tokens or words (its range, size, bits and differences by reading) as plain data for JSON."""
     return {
         "first": bucket.first,
         "last": None if bucket.last is None else bucket.last - 1,
         "amount": bucket.amount,
         "bits": {name: plain_interval(value) for name, value in bucket.values.items()},
-        "difference": None if bucket.gain is None else plain_interval(bucket.gain),
+        "first_minus_this": {name: plain_interval(gain) for name, gain in bucket.gains.items()},
     }

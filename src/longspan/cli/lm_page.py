@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from longspan.train import Interval
     from longspan.train.lm_evaluation import Bucket
 
+_COSTS = (
+    "One text at a time. Seconds are of this machine, from an empty state until the prediction of the first new token; "
+    "bytes of the state are exact, computed from the configuration."
+)
+
 
 def write_page(figures: Figures, folder: str | Path) -> Path:
     """Write the report, its pictures and the numbers as JSON; return the path of the HTML file.
@@ -23,7 +28,7 @@ def write_page(figures: Figures, folder: str | Path) -> Path:
     Raises:
         CheckpointError: a file could not be written.
     """
-    readings, how, by_position, *rare = tables(figures)
+    measured = tables(figures)
     words = (
         f"The perplexity per word divides the total loss of all tokens by {figures.words[0]:,} words "
         f"({figures.words[1]}). Bits per byte and per character divide the same loss by the bytes and the characters "
@@ -40,12 +45,12 @@ def write_page(figures: Figures, folder: str | Path) -> Path:
         "the last ones.",
     )
     sections = [
-        Section("Summary", [readings, Text(words), how, *map(Text, figures.notes)]),
-        Section("Loss by position in the document", [*along, by_position]),
+        Section("Summary", [measured.readings, Text(words), measured.how, *map(Text, figures.notes)]),
+        Section("Loss by position in the document", [*along, *measured.by_place]),
     ]
     if (picture := _contexts(figures)) is not None:
         sections.append(Section("Loss by context length", [picture]))
-    if rare:
+    if measured.by_frequency:
         by_frequency = _bucket_pictures(
             "rare",
             figures.by_frequency,
@@ -56,7 +61,9 @@ def write_page(figures: Figures, folder: str | Path) -> Path:
             caption="The loss of a word is that of its tokens and of the end of the word. Surrounding punctuation is "
             "not part of a word.",
         )
-        sections.append(Section("Loss by word frequency", [*by_frequency, rare[0]]))
+        sections.append(Section("Loss by word frequency", [*by_frequency, *measured.by_frequency]))
+    if measured.costs:
+        sections.append(Section("Time and memory", [*measured.costs, Text(_COSTS)]))
     title = f"Language-model evaluation of {figures.options.run}"
     lead = f"{about(figures)}. Brackets are 95 % bootstrap intervals over whole documents."
     return write_report(folder, title, sections, plain(figures), lead=lead)
@@ -72,12 +79,11 @@ def _bucket_pictures(
     alt: str,
     caption: str,
 ) -> list[Picture]:
-    """Return a picture of the loss per bucket, and one of the gain of the carried state if there are two readings.
+    """Return a picture of the loss per bucket, and one of the differences to the first reading if there are others.
 
     Args:
         name: file name of the pictures, without extension.
-        buckets: ranges of positions or frequencies, with the loss of one or two readings (with the carried state, and
-            without it).
+        buckets: ranges of positions or frequencies, with the loss of each reading.
         xticks: ticks of the x axis.
         xlabel: label of the x axis.
         unit: of the loss, the label of the y axis.
@@ -92,17 +98,20 @@ def _bucket_pictures(
         for number, reading in enumerate(names)
     ]
     pictures = [_picture(name, lines, xlabel=xlabel, ylabel=unit, xticks=xticks, alt=alt, caption=caption)]
-    if gains := [bucket.gain for bucket in buckets if bucket.gain is not None]:
+    if others := names[1:]:
         pictures.append(
             _picture(
                 f"{name}-gain",
-                [_series(x, gains, "", 2)],
+                [
+                    _series(x, [bucket.gains[other] for bucket in buckets], other if len(others) > 1 else "", color)
+                    for color, other in enumerate(others, 1 if len(others) > 1 else 2)
+                ],
                 marks=[Mark(0.0, "", horizontal=True)],
                 xlabel=xlabel,
-                ylabel=f"{unit}, {names[0]} minus {names[1]}",
+                ylabel=f"{unit}, {names[0]} minus {others[0] if len(others) == 1 else 'the other'}",
                 xticks=xticks,
-                alt="Change of the loss when the state is carried.",
-                caption="Differences paired by document, with 95 % intervals. Below zero, carrying the state helps.",
+                alt=f"Difference between {names[0]} and {', '.join(others)}.",
+                caption=f"Differences paired by document, with 95 % intervals. Below zero, {names[0]} is better.",
             )
         )
     return pictures
@@ -160,15 +169,16 @@ def _middle(bucket: "Bucket") -> float:
 
 
 def _series(x: Sequence[float], values: "Sequence[Interval]", label: str, color: int) -> "Series":
-    """Return a line with markers, and with confidence bands unless an interval is missing (NaN)."""
+    """Return a line with markers where a value was measured, with confidence bands unless an interval is missing."""
     from longspan.report.figures import Series
 
-    bands = not any(math.isnan(point.low) for point in values)
+    points = [(at, value) for at, value in zip(x, values, strict=True) if not math.isnan(value.value)]
+    bands = not any(math.isnan(value.low) for _, value in points)
     return Series(
-        x=x,
-        y=[point.value for point in values],
-        low=[point.low for point in values] if bands else None,
-        high=[point.high for point in values] if bands else None,
+        x=[at for at, _ in points],
+        y=[value.value for _, value in points],
+        low=[value.low for _, value in points] if bands else None,
+        high=[value.high for _, value in points] if bands else None,
         label=label,
         kind="marked",
         color=color,

@@ -271,16 +271,17 @@ class Bucket:
     amount: int
     """number of bytes (for positions) or words (for frequencies) in it"""
     values: Mapping[str, Interval]
-    """bits per byte or per word, by reading: a way to read the text, such as with the carried state or in segments"""
-    gain: Interval | None
-    """first reading minus second reading; None if there is only one"""
+    """bits per byte or per word, by reading: a way to read the text, such as with the carried state or in segments; NaN
+    where a reading has not read all of it"""
+    gains: Mapping[str, Interval]
+    """first reading minus each other one, by the name of the other, paired by document"""
 
 
 def by_place(readings: Mapping[str, Sequence[Array]], counts: TextCounts) -> list[Bucket]:
     """Compute bits per byte by position in the document: the first 64 tokens, then ranges that double in length.
 
     Args:
-        readings: per reading, the loss of each token of each document, from `place_nats`.
+        readings: per reading, the loss of each token of each document, from `place_nats`; NaN for tokens not read.
         counts: of the same documents.
     """
     longest = int(counts.tokens.max(initial=1))
@@ -370,10 +371,10 @@ def _buckets(
             continue
         columns = {name: sums[:, bucket] for name, sums in bits.items()}
         values = {name: _share(column, amounts) for name, column in columns.items()}
-        one, other = [*columns.values(), None, None][:2]
-        gain = None if one is None or other is None else _share(one - other, amounts)
+        one, *others = columns
+        gains = {name: _share(columns[one] - columns[name], amounts) for name in others}
         end = None if math.isinf(last) else int(last)
-        buckets.append(Bucket(int(first), end, int(amounts.sum()), values, gain))
+        buckets.append(Bucket(int(first), end, int(amounts.sum()), values, gains))
     return buckets
 
 

@@ -91,18 +91,16 @@ def inspect(runs: TrainedRuns, say: Say) -> dict[str, Any]:
     counts, seen = lm.count_text(documents, task.tokenizer), lm.count_words(task.texts("train"))
     buckets = lm.by_frequency({OURS: runs.losses(OURS), PEER: runs.losses(PEER)}, counts, seen)
     say(f"counted the words of {len(documents)} documents in the training text")
-    return {"buckets": [record for bucket in buckets if (record := _record(bucket)) is not None]}
+    return {"buckets": [_record(bucket) for bucket in buckets]}
 
 
-def _record(bucket: lm.Bucket) -> dict[str, Any] | None:
-    """Return a bucket of word frequencies as plain data; None if it has no difference."""
-    if bucket.gain is None:
-        return None
+def _record(bucket: lm.Bucket) -> dict[str, Any]:
+    """Return a bucket of word frequencies as plain data."""
     return {
         "seen": _seen(bucket),
         "rare": bucket.last is not None and bucket.last <= RARE,
         "words": bucket.amount,
-        "gain": list(bucket.gain),
+        "gain": list(bucket.gains[PEER]),
         "base": bucket.values[PEER].value,
     }
 
