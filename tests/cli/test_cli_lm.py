@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.cli.command import Command
 from torch import Tensor
@@ -128,6 +129,46 @@ def test_other_models_that_do_not_fit_are_refused(longspan: Command, byte_run: P
         assert expected in outcome.err.splitlines()[-1]
 
 
+def test_numbers_are_asked_of_a_model_that_was_not_trained_for_them(
+    longspan: Command, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longspan.stream import StreamSession
+    from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
+    from longspan.train import open_run
+
+    number = PasskeyTask(PasskeyConfig(length=400)).parts(np.random.default_rng([0, 0, 3]), "validation").number
+    task: Any = open_run(converted / "infini").task
+    right, wrong = (
+        task.tokenizer.encode(b" " + text).tolist() for text in (number[:2] + b" " + number[2:], number[1:])
+    )
+    read: list[int] = []
+
+    def answer(session: StreamSession, count: int, **_: Any) -> list[int]:
+        read.append(session.position)
+        return list(right if len(read) <= 3 else wrong)
+
+    monkeypatch.setattr(StreamSession, "generate", answer)
+    options = ("--task", "passkey", "--lengths", "400", "--count", 20, "--device", "cpu")
+    (record,) = json.loads(longspan("eval", converted / "infini", *options, "--json").out)
+    assert (record["length"], record["n"]) == (400, 21)
+    # a token begins the text; the answer and the space before it are not read
+    assert read[:21] == [395] * 21
+    assert [depth for depth, (found, _) in record["by_depth"].items() if found] == ["0", "5", "10"]
+    read.clear()
+    table = longspan("eval", converted / "infini", *options).out
+    assert "75-100 % deep" in table
+    assert "3 of 21" in table
+    assert "3 of 5" in table
+    mistakes: dict[tuple[object, ...], str] = {
+        ("--head", 9): "leave out --head",
+        ("--beside", "sinks"): "--beside: works",
+    }
+    for extra, expected in mistakes.items():
+        outcome = longspan("eval", converted / "infini", *options, *extra)
+        assert outcome.code == 2
+        assert expected in outcome.err
+
+
 @pytest.fixture(scope="module")
 def word_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on three books in the format of PG-19, by words."""
@@ -233,7 +274,7 @@ def test_long_segments_are_read_in_calls_of_bounded_size(
 
 
 def test_mistaken_arguments(longspan: Command, byte_run: Path) -> None:
-    assert "--task 'copy': the only value is lm" in longspan("eval", byte_run, "--task", "copy").error
+    assert "--task 'copy': must be lm, passkey or needle" in longspan("eval", byte_run, "--task", "copy").error
     assert longspan("eval", byte_run, "-o", "out").error.startswith("-o: works with --task lm only")
     assert longspan("eval", byte_run, "--contexts", "64").error.startswith("--contexts: works with --task lm only")
     both = longspan("eval", byte_run, "kjv", "--split", "test").error

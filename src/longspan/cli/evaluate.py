@@ -13,16 +13,21 @@ import typer
 from longspan.cli.console import console, interval, plain_interval, print_table, reading_progress
 from longspan.cli.options import DeviceOption, DtypeOption, ErrorsOption, RunArgument, SetOption, verb
 from longspan.cli.outputs import check_output_folder
-from longspan.cli.runs import open_any_run
+from longspan.cli.runs import open_any_run, open_run
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
     from longspan.contract.branches import Branch
     from longspan.tasks import Documents
+    from longspan.tasks.tokenizers import Tokenizer
     from longspan.train import Evaluation
 
 BRANCHES: "dict[str, Branch]" = {"local attention alone": "local", "memory alone": "memory"}
 NAMES_OF_SPLITS = {"train": "training", "validation": "held-out", "test": "test"}
+NUMBER_TASKS = ("passkey", "needle")
+QUARTERS = ((0, 20), (25, 45), (50, 70), (75, 100))
+"""ranges of depths in a table, in percent"""
+GENERATED = "this task generates its own texts and takes --lengths, --count and --set only"
 # tokens per row in one call of a model that streams; the figures do not depend on it
 CHUNK = 512
 
@@ -69,7 +74,13 @@ class EvaluateOptions:
         int, typer.Option("--count", min=1, help="For memory, passkey and needle tasks: number of questions.")
     ] = 64
     task: Annotated[
-        str, typer.Option("--task", metavar="lm", help="lm: all language-modeling figures, as described above.")
+        str,
+        typer.Option(
+            "--task",
+            metavar="lm|passkey|needle",
+            help="lm: all language-modeling figures, as described above. passkey, needle: how many numbers a model of "
+            "text finds without training for it.",
+        ),
     ] = ""
     split: Annotated[
         str, typer.Option("--split", metavar="NAME", help="Split of the run's own text: train, validation or test.")
@@ -130,7 +141,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
     For a run trained on a memory task: how many questions it answers correctly after more and more text. For a run
     trained on the task passkey or needle: how many numbers it finds in longer and longer texts, at depths from 0 to
-    100 %.
+    100 %. --task passkey asks the same of a model of text that was not trained for it, such as a converted one.
 
     With --task lm, also: bits per character, perplexity per token and per word, and the loss by position in the
     document, by word frequency in the training text and by context length; -o writes an HTML report.
@@ -147,8 +158,10 @@ def evaluate(options: EvaluateOptions) -> None:
       longspan eval runs/first --head 4096 --set model.mixers.0.mem_len=512
       longspan eval runs/first --task lm -o out/figures
       longspan eval out/endless book.txt --task lm --branches --beside original --beside sinks -o out/figures
+      longspan eval out/endless --task needle --lengths 8000,64000
       longspan eval out/quickstart/run --segments 16,256 --count 128
     """
+    from longspan import tasks
     from longspan.tasks.base import heads
     from longspan.train import first_places
     from longspan.train.opening import is_memory_run, is_passkey_run
@@ -157,11 +170,18 @@ def evaluate(options: EvaluateOptions) -> None:
     run, settings = options.run, options.set_ or []
     loading: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
     if is_memory_run(run):
-        _refuse(options, "a memory task generates its own questions and takes --segments and --count only", "set_")
+        _refuse(
+            options, "a memory task generates its own questions and takes --segments and --count only", "set_", "task"
+        )
         _eval_memory(*open_any_run(run, **loading), options)
     elif is_passkey_run(run) and not options.files:
-        _refuse(options, "this task generates its own texts and takes --lengths, --count and --set only")
-        _eval_passkeys(*open_any_run(run, settings, **loading), options)
+        _refuse(options, GENERATED, "task")
+        model, task = open_any_run(run, settings, **loading)
+        _eval_passkeys(model, task, None, options)
+    elif options.task in NUMBER_TASKS:
+        _refuse(options, f"--task {options.task}: {GENERATED}")
+        model, text = open_run(run, settings, **loading)
+        _eval_passkeys(model, tasks.build({"name": options.task}), text.tokenizer, options)
     else:
         model, task = open_any_run(run, settings, **loading)
         documents = first_places(heads(_read(task, options), options.head), options.tokens)
@@ -180,15 +200,15 @@ def _check(options: EvaluateOptions) -> None:
 
     if options.output:
         check_output_folder(options.output, "--output")
-    if options.task not in ("", "lm"):
+    if options.task not in ("", "lm", *NUMBER_TASKS):
         raise ConfigError(
-            f"--task {options.task!r}: the only value is lm; leave it out for other tasks, which the run itself names"
+            f"--task {options.task!r}: must be lm, passkey or needle; leave it out for others, which the run names"
         )
-    if options.beside and not options.task:
+    if options.beside and options.task != "lm":
         raise ConfigError("--beside: works with --task lm only; add it, or leave --beside out")
-    if options.output and not options.task:
+    if options.output and options.task != "lm":
         raise ConfigError("-o: works with --task lm only; add it, or leave -o out")
-    if options.changed("contexts") and not options.task:
+    if options.changed("contexts") and options.task != "lm":
         raise ConfigError("--contexts: works with --task lm only; add it, or leave --contexts out")
     if options.files and options.changed("split"):
         raise ConfigError(f"--split {options.split!r}: selects the run's own text; give a split or files, not both")
@@ -206,7 +226,7 @@ def _refuse(options: EvaluateOptions, why: str, *also: str) -> None:
         also: further options that this kind of run ignores, by field name.
     """
     changed = options.changed(
-        "files", "tokens", "head", "segment", *also, "task", "split", "contexts", "branches", "beside"
+        "files", "tokens", "head", "segment", *also, "split", "contexts", "branches", "beside"
     )
     names = [name if name == "files" else f"--{name.strip('_')}" for name in changed]
     if names:
@@ -331,23 +351,46 @@ def _numbers(option: str, text: str, example: str) -> list[int]:
     return numbers
 
 
-def _eval_passkeys(model: Any, task: Any, options: EvaluateOptions) -> None:
-    """Measure how many numbers the model retrieves from texts of each length, and print a table."""
+def _eval_passkeys(model: Any, task: Any, tokenizer: "Tokenizer | None", options: EvaluateOptions) -> None:
+    """Measure how many numbers the model retrieves from texts of each length, and print a table.
+
+    Args:
+        model: of the run.
+        task: passkey or needle; its length is replaced.
+        tokenizer: of a model that was not trained for the task; None = one that was, which reads bytes.
+        options: of the command.
+    """
     from longspan.tasks.synthetic import DEPTHS
     from longspan.train import evaluate_passkey, wilson
+    from longspan.train.passkey_evaluation import evaluate_passkey_in_words
 
     records, rows = [], []
+    counted: dict[str, Any] = {"depths": DEPTHS, "count": -(-options.count // len(DEPTHS))}
     for length in _numbers("--lengths", options.lengths, "5000,131072"):
         longer = type(task)(dataclasses.replace(task.config, length=length))
         with reading_progress(f"testing texts of {length:,} bytes") as progress:
-            count = -(-options.count // len(DEPTHS))
-            record = evaluate_passkey(model, longer, depths=DEPTHS, count=count, progress=progress).record()
+            if tokenizer is None:
+                measured = evaluate_passkey(model, longer, **counted, progress=progress)
+            else:
+                measured = evaluate_passkey_in_words(model, longer, tokenizer, **counted, progress=progress)
+        record = measured.record()
         records.append(record)
         right, questions = record["k"], record["n"]
         share = interval(wilson(right, questions), 3)
-        rows.append((f"{record['length']:,}", f"{right} of {questions}", share, f"{record['state_bytes']:,}"))
-    columns = ("text, bytes", "found", "share, 95 % interval", "state, bytes")
+        parts = [_retrieved(measured.contained, first, last) for first, last in QUARTERS]
+        rows.append((f"{length:,}", f"{right} of {questions}", share, *parts, f"{record['state_bytes']:,}"))
+    columns = (
+        *("text, bytes", "found", "share, 95 % interval"),
+        *(f"{first}-{last} % deep" for first, last in QUARTERS),
+        "state, bytes",
+    )
     _show_records(records, columns, rows, options.as_json)
+
+
+def _retrieved(contained: dict[int, list[bool]], first: int, last: int) -> str:
+    """Return how many numbers at depths from `first` to `last` percent were retrieved, of how many."""
+    answers = [right for depth, rights in contained.items() if first <= depth <= last for right in rights]
+    return f"{sum(answers)} of {len(answers)}"
 
 
 def _eval_memory(model: Any, task: Any, options: EvaluateOptions) -> None:

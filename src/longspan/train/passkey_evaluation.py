@@ -16,9 +16,13 @@ from torch import Tensor
 from longspan import state as states
 from longspan.models import Decoder, StackState
 from longspan.process import resident_bytes
+from longspan.stream import StreamSession
 from longspan.tasks.synthetic import DEPTHS, Passkey, PasskeyTask, score
+from longspan.tasks.tokenizers import Tokenizer
 
 CHUNK = 4096
+ANSWER = 12
+"""tokens that a model which was not trained for the task may say"""
 
 
 @dataclass
@@ -26,9 +30,10 @@ class PasskeyEvaluation:
     """Results of a passkey or needle task at one text length.
 
     Attributes:
-        length: number of tokens per text.
+        length: number of bytes per text.
         contained: per depth (percent), for each sample whether the answer contains the passkey.
-        digits: per depth, the share of digits at their correct position, over all samples.
+        digits: per depth, the share of digits at their correct position, over all samples; empty if answers are free
+            text.
         state_bytes: size of the state of one text at its end.
         tokens: number of tokens read; text shared between samples counts once.
         seconds: reading time.
@@ -106,6 +111,58 @@ def evaluate_passkey(
             _ask(model, task, group, depth, state, measured)
             if progress is not None:
                 progress((number + (done + 1) / len(ordered)) / len(groups))
+            measured.resident = max(measured.resident or 0, resident_bytes() or 0) or None
+    measured.seconds = time.perf_counter() - started
+    return measured
+
+
+@torch.no_grad()
+def evaluate_passkey_in_words(
+    model: Any,
+    task: PasskeyTask,
+    tokenizer: Tokenizer,
+    *,
+    depths: Sequence[int] = DEPTHS,
+    count: int = 4,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> PasskeyEvaluation:
+    """Measure the same of a model that was not trained for the task, with any tokenizer.
+
+    The text is read as that of a document. The answer is free text, 12 greedy tokens, and is correct if it contains the
+    number, spaces aside.
+
+    Args:
+        model: a causal language model that streams; it is put into evaluation mode.
+        task: whose held-out texts are read.
+        tokenizer: of the model.
+        depths: of the number in the text, in percent.
+        count: number of samples per depth.
+        seed: of the samples.
+        progress: called with the share of the work that is done, 0 to 1.
+
+    Raises:
+        UnsupportedError: the model does not stream.
+    """
+    measured, started = PasskeyEvaluation(task.config.length), time.perf_counter()
+    ordered = sorted(set(depths))
+    for number in range(count):
+        part, done = task.parts(np.random.default_rng([seed, number, 3]), "validation"), 0
+        session, read_before = StreamSession(model), 0
+        session.feed([tokenizer.begin, *tokenizer.encode(part.head).tolist()])
+        for index, depth in enumerate(ordered):
+            end = part.place(depth)
+            session.feed(tokenizer.encode(part.filler[done:end]).tolist())
+            measured.tokens += session.position - read_before
+            asking, done, read_before = session.fork(), end, session.position
+            # models end words before spaces, so the question ends without one
+            asking.feed(tokenizer.encode(part.told + part.filler[end:] + part.asked.rstrip()).tolist())
+            measured.tokens += asking.position - read_before
+            answer = tokenizer.decode(asking.generate(ANSWER, temperature=0))
+            measured.contained.setdefault(depth, []).append(part.number in answer.replace(b" ", b""))
+            measured.state_bytes = asking.nbytes
+            if progress is not None:
+                progress((number + (index + 1) / len(ordered)) / count)
             measured.resident = max(measured.resident or 0, resident_bytes() or 0) or None
     measured.seconds = time.perf_counter() - started
     return measured
