@@ -1,5 +1,6 @@
 """lm-evaluation-harness over a run and over a converted model: its own tasks on local data, against plain forwards."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,62 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="not a run"):
         LongspanLM(tmp_path)
+
+
+def test_a_preset_of_a_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from longspan.cli.app import run as command
+
+    calls: list[dict[str, Any]] = []
+
+    def evaluate_simply(**options: Any) -> dict[str, Any]:
+        calls.append(options)
+        length = options["metadata"]["max_seq_lengths"]
+        figures = {"alias": "x", "acc,none": 0.25 if length == "0k" else 0.5, "acc_stderr,none": 0.125}
+        return {"results": {task: figures | {"4096,none": -1.0} for task in options["tasks"]}}
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate_simply)
+    assert command(["eval", str(folder), "--benchmark", "babilong", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert [(score["task"], score["length"], score["value"]) for score in scores] == [
+        ("babilong_qa1", "0k", 0.25),
+        ("babilong_qa2", "0k", 0.25),
+        ("babilong_qa1", "4k", 0.5),
+        ("babilong_qa2", "4k", 0.5),
+    ]
+    assert {score["error"] for score in scores} == {0.125}
+    assert {call["limit"] for call in calls} == {50}
+    assert calls[0]["metadata"]["tokenizer"] == str(folder)
+    assert isinstance(calls[0]["model"], type(calls[1]["model"]))
+    assert command(["eval", str(folder), "--benchmark", "ruler:full"]) == 0
+    assert [call["metadata"]["max_seq_lengths"] for call in calls[2:]] == [
+        [4096],
+        [8192],
+        [16384],
+        [32768],
+        [65536],
+        [131072],
+    ]
+    assert "all documents" in capsys.readouterr().out
+
+    def fail(**_: Any) -> Any:
+        raise ConnectionError("no hub\nmore")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
+    for arguments, expected in {
+        ("--benchmark", "babilong"): "the harness cannot load this benchmark: no hub; it needs the hub",
+        ("--benchmark", "ruller"): "'ruller': is no benchmark of long contexts",
+        ("--benchmark", "ruler:small", "--head", "4"): "leave out --head",
+    }.items():
+        assert command(["eval", str(folder), *arguments]) == 2
+        assert expected in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_tasks_of_the_presets_exist() -> None:
+    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+
+    from longspan.harness import PRESETS
+
+    known = TaskManager()
+    names = {task for sizes in PRESETS.values() for preset in sizes.values() for task in preset.tasks}
+    assert names <= set(known.all_tasks)

@@ -6,7 +6,8 @@
     lm_eval.simple_evaluate(LongspanLM("runs/xl"), tasks=["lambada_openai"])
 
 Contexts are read by streaming sessions, so they may have any length, with a constant state where the mixers allow;
-common prefixes of requests are read once. Rolling likelihoods cover the whole text, never windows of it.
+common prefixes of requests are read once. `run_preset` evaluates a run by a benchmark of long contexts. Rolling
+likelihoods cover the whole text, never windows of it.
 
 On the command line it is `--model longspan --model_args run=runs/xl`. `lm_eval` finds it in releases that load plugins
 (by the entry point `longspan` of the group `lm_eval.models`); `longspan-lm-eval`, or `python -m longspan.harness`,
@@ -14,14 +15,15 @@ works with any release (0.4.13 does not load plugins).
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from longspan.errors import ConfigError, UnsupportedError
+from longspan.errors import ConfigError, DataError, LongspanError, UnsupportedError
 
 try:
+    import lm_eval  # type: ignore[import-untyped]
     from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
     from lm_eval.api.registry import model_registry  # type: ignore[import-untyped]
 except ImportError as error:
@@ -32,6 +34,114 @@ import torch
 from longspan.stream import StreamSession
 from longspan.tasks import TextTask
 from longspan.train import open_run
+
+
+class Preset(NamedTuple):
+    """What to run of a benchmark of long contexts.
+
+    Attributes:
+        tasks: names of the harness.
+        lengths: lengths of the texts, one evaluation for each, in the words of the benchmark; empty = its own.
+        limit: documents per task; None = all.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[Any, ...] = ()
+    limit: int | None = None
+
+
+PRESETS: Mapping[str, Mapping[str, Preset]] = {
+    # Hsieh et al. 2024, arXiv:2404.06654; lengths in tokens
+    "ruler": {
+        "small": Preset(("niah_single_1", "niah_multikey_1", "ruler_vt"), (4096,), 20),
+        "full": Preset(("ruler",), (4096, 8192, 16384, 32768, 65536, 131072)),
+    },
+    # Kuratov et al. 2024, arXiv:2406.10149; lengths of the dataset, which has the later ones for five tasks
+    "babilong": {
+        "small": Preset(("babilong_qa1", "babilong_qa2"), ("0k", "4k"), 50),
+        "full": Preset(
+            tuple(f"babilong_qa{task}" for task in range(1, 6)),
+            ("0k", "1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k"),
+        ),
+    },
+    # Bai et al. 2023, arXiv:2308.14508; "_e" has texts of evenly spread lengths
+    "longbench": {
+        "small": Preset(("longbench_passage_retrieval_en_e", "longbench_hotpotqa_e", "longbench_trec_e"), (), 20),
+        "full": Preset(("longbench_e",)),
+    },
+}
+
+
+class Score(NamedTuple):
+    """A figure of the harness.
+
+    Attributes:
+        task, metric: in the harness's names.
+        length: of the texts; "" = the benchmark's own.
+        value: of the metric.
+        error: standard error; None = not known.
+    """
+
+    task: str
+    length: str
+    metric: str
+    value: float
+    error: float | None
+
+
+def find_preset(name: str) -> Preset:
+    """Return the preset of a name such as `ruler`, `ruler:small` or `ruler:full`; raises ConfigError for others."""
+    benchmark, _, size = name.partition(":")
+    try:
+        return PRESETS[benchmark][size or "small"]
+    except KeyError:
+        names = ", ".join(f"{known}[:small|full]" for known in PRESETS)
+        raise ConfigError(f"{name!r}: is no benchmark of long contexts; choose one of {names}") from None
+
+
+def run_preset(run: str | Path, preset: Preset) -> list[Score]:
+    """Evaluate a run by a benchmark of long contexts; the harness loads its texts from the hub.
+
+    Args:
+        run: the folder of a run, or of a model that `longspan convert` wrote.
+        preset: see `find_preset`.
+
+    Raises:
+        DataError: the texts cannot be loaded.
+        CheckpointError, UnsupportedError: see `LongspanLM`.
+    """
+    model, scores = LongspanLM(run), list[Score]()
+    for length in preset.lengths or (None,):
+        metadata: dict[str, Any] = {"tokenizer": str(run)}
+        if length is not None:
+            # RULER takes a list of lengths, BABILong one name
+            metadata["max_seq_lengths"] = [length] if isinstance(length, int) else length
+        try:
+            report = lm_eval.simple_evaluate(
+                model=model, tasks=list(preset.tasks), limit=preset.limit, metadata=metadata, log_samples=False
+            )
+        except LongspanError:
+            raise
+        except (OSError, ValueError, ImportError, AssertionError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(
+                f"{', '.join(preset.tasks)}: the harness cannot load this benchmark: {reason[0]}; it needs the hub, "
+                "and for RULER pip install 'lm_eval[ruler]' and a model with a tokenizer of transformers"
+            ) from error
+        for task, figures in report["results"].items():
+            scores += _scores(task, "" if length is None else str(length), figures)
+    return scores
+
+
+def _scores(task: str, length: str, figures: Mapping[str, Any]) -> Iterator[Score]:
+    """Yield the figures of a task: "metric,filter", with the standard error as "metric_stderr,filter"."""
+    for key, value in figures.items():
+        metric, _, kind = key.partition(",")
+        # RULER reports -1 for the lengths that were not asked for
+        if not kind or metric.endswith("_stderr") or not isinstance(value, int | float) or value < 0:
+            continue
+        error = figures.get(f"{metric}_stderr,{kind}")
+        yield Score(task, length, metric, float(value), float(error) if isinstance(error, int | float) else None)
 
 
 class LongspanLM(TemplateLM):  # type: ignore[misc]

@@ -171,6 +171,7 @@ def test_the_task_is_built_by_name(fasta: Path) -> None:
 
 
 @pytest.mark.skipif(not any(path.is_file() for path in PROTEINS), reason="needs `make data` on Debian or Ubuntu")
+@pytest.mark.long
 def test_the_real_proteins_have_their_recorded_frequencies() -> None:
     task = ProteinTask()
     counts = {split: len(task.sequences(split)) for split in ("train", "validation")}

@@ -82,6 +82,15 @@ class EvaluateOptions:
             "text finds without training for it.",
         ),
     ] = ""
+    benchmark: Annotated[
+        str,
+        typer.Option(
+            "--benchmark",
+            metavar="ruler|babilong|longbench[:full]",
+            help="Run a benchmark of long contexts by lm-evaluation-harness (extra eval), whose texts come from the "
+            "hub; without :full a few documents of a few tasks.",
+        ),
+    ] = ""
     split: Annotated[
         str, typer.Option("--split", metavar="NAME", help="Split of the run's own text: train, validation or test.")
     ] = "validation"
@@ -159,6 +168,7 @@ def evaluate(options: EvaluateOptions) -> None:
       longspan eval runs/first --task lm -o out/figures
       longspan eval out/endless book.txt --task lm --branches --beside original --beside sinks -o out/figures
       longspan eval out/endless --task needle --lengths 8000,64000
+      longspan eval out/endless --benchmark ruler
       longspan eval out/quickstart/run --segments 16,256 --count 128
     """
     from longspan import tasks
@@ -167,6 +177,12 @@ def evaluate(options: EvaluateOptions) -> None:
     from longspan.train.opening import is_memory_run, is_passkey_run
 
     _check(options)
+    if options.benchmark:
+        from longspan.cli.benchmark import evaluate_benchmark
+
+        _refuse(options, "--benchmark reads its own texts and takes --json only", "set_", "task", "device", "dtype")
+        evaluate_benchmark(options)
+        return
     run, settings = options.run, options.set_ or []
     loading: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
     if is_memory_run(run):
@@ -225,9 +241,7 @@ def _refuse(options: EvaluateOptions, why: str, *also: str) -> None:
         why: the reason, which becomes part of the message.
         also: further options that this kind of run ignores, by field name.
     """
-    changed = options.changed(
-        "files", "tokens", "head", "segment", *also, "split", "contexts", "branches", "beside"
-    )
+    changed = options.changed("files", "tokens", "head", "segment", *also, "split", "contexts", "branches", "beside")
     names = [name if name == "files" else f"--{name.strip('_')}" for name in changed]
     if names:
         raise ConfigError(f"{options.run}: {why}; leave out {', '.join(names)}")
