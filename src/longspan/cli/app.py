@@ -14,6 +14,7 @@ import typer
 from longspan import renames
 from longspan.cli.console import any_encoding, say
 from longspan.cli.convert import convert
+from longspan.cli.cost import cost
 from longspan.cli.evaluate import evaluate
 from longspan.cli.generate import generate
 from longspan.cli.mixers import mixers
@@ -68,6 +69,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "transfer": transfer,
     "mixers": mixers,
+    "cost": cost,
     "recipes": recipes,
     "reproduce": reproduce,
     "quickstart": quickstart,

@@ -116,6 +116,18 @@ class ConvertedDecoder(nn.Module):
         """
         return 8 * batch_size + sum(core.state_nbytes(batch_size, length, dtype) for core in self.layers)
 
+    def flops(self, length: int, *, batch_size: int = 1) -> int:
+        """Return the FLOPs (2 per multiply-add) of one forward pass of `length` tokens from an empty past, with logits.
+
+        Of a mixture of experts, those that a token uses are counted.
+        """
+        cores = sum(core.flops(length, batch_size) for core in self.layers)
+        return cores + round(2 * batch_size * length * multiplied_parameters(self.inner))
+
+    def pairs(self, length: int) -> int:
+        """Return the attended (query, key) pairs of one row of `length` tokens, summed over heads and layers."""
+        return sum(core.pairs(length) for core in self.layers)
+
     def forward(
         self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
@@ -183,6 +195,25 @@ class ConvertedDecoder(nn.Module):
                 aux_losses.extend(last_aux_losses(self.inner))
             next_states = tuple(slot.state for slot in slots)
             return out, StackState(next_states, next_states[0].live)
+
+
+def multiplied_parameters(model: Any) -> float:
+    """Return how many weights a token is multiplied with in a transformers model, without those of mechanisms.
+
+    Weights of experts count by the share of experts that a token uses.
+    """
+    inside = {id(part) for core in mechanisms(model).values() for part in core.modules()}
+    config = model.config
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+    share = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    total = 0.0
+    for module in model.modules():
+        if id(module) in inside or isinstance(module, nn.Embedding):
+            continue
+        for weight in module.parameters(recurse=False):
+            # linear maps have two dimensions; those of all experts are one tensor of three
+            total += {2: 1.0, 3: share}.get(weight.ndim, 0.0) * weight.numel()
+    return total
 
 
 def open_for_streams(model: Any) -> Any:

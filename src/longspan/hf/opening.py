@@ -8,7 +8,7 @@ import torch
 
 from longspan.errors import CheckpointError, UnsupportedError
 from longspan.files import read_object
-from longspan.hf.convert import convert_without_defaults
+from longspan.hf.convert import convert, convert_without_defaults, mechanisms, revert
 from longspan.hf.decoder import ConvertedDecoder, ModelAndTokenizer, one_line_errors, open_pretrained, open_tokenizer
 from longspan.hf.families import attention_modules
 
@@ -139,3 +139,32 @@ def convert_exactly(model: Any, layers: Container[int] | None = None) -> None:
         if chosen:
             mechanism = _exact_mechanism(window)
             convert_without_defaults(model, mechanism.name, chosen, mechanism.fields)
+
+
+def open_empty(folder: str | Path, mixer: str = "", fields: dict[str, Any] | None = None) -> ConvertedDecoder:
+    """Build the model that a folder configures, with weights on the meta device only, to count its cost.
+
+    Args:
+        folder: with a config.json of transformers, of a converted model or not.
+        mixer: convert to this mechanism; "" = as it is, with the attention of its configuration if not converted.
+        fields: of the mechanism.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+        ConfigError, UnsupportedError: the model does not convert so.
+    """
+    import transformers
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    auto: Any = transformers.AutoModelForCausalLM
+
+    # buffers stay on the CPU: the angles of positions are read from them
+    with init_empty_weights(include_buffers=False):
+        with one_line_errors(folder):
+            model: Any = auto.from_config(transformers.AutoConfig.from_pretrained(folder))
+        if mixer:
+            if mechanisms(model):
+                revert(model)
+            convert(model, mixer, **(fields or {}))
+        convert_exactly(model, [layer for layer in exact_mechanisms(model) if layer not in mechanisms(model)])
+    return ConvertedDecoder(model)

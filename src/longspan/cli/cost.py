@@ -1,0 +1,383 @@
+"""`longspan cost`: parameters, FLOPs and bytes of a model as functions of the length, before anything is trained."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from longspan.cli.console import console, print_table, say
+from longspan.cli.options import verb
+from longspan.cli.outputs import check_output_folder
+from longspan.errors import ConfigError, LongspanError
+
+if TYPE_CHECKING:
+    import torch
+
+    from longspan.cost import Footprint
+    from longspan.report import Table
+    from longspan.train.training_memory import TrainingMemory
+
+UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+BINARY = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostOptions:
+    """Options of `longspan cost`."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A recipe (file or name), a run, or a folder with the config.json of a model of transformers, "
+            "converted or not. No weights are read.",
+            show_default=False,
+        ),
+    ]
+    length: Annotated[
+        str, typer.Option("--length", metavar="N,...", help="Tokens of the text: 4096, 32k, 1M, 128Ki.")
+    ] = "2Ki,8Ki,32Ki,128Ki,1M"
+    mixers: Annotated[
+        str,
+        typer.Option(
+            "--mixers", metavar="all|A,B", help="The same model with these mechanisms and their defaults in each layer."
+        ),
+    ] = ""
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Texts at a time.")] = 1
+    memory: Annotated[
+        str,
+        typer.Option(
+            "--memory", metavar="SIZE", help="Also the longest text that fits into so much memory: 800MB, 16GB, 24GiB."
+        ),
+    ] = ""
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Also the memory of a training step, by two steps on random text. For recipes and runs of text.",
+        ),
+    ] = False
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="dtype of weights and states: float32, bfloat16 or float16.")
+    ] = "float32"
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="DIR", help="Write an HTML report with figures to this folder.")
+    ] = ""
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False
+
+
+class ModelCost(NamedTuple):
+    """The cost of one model.
+
+    Attributes:
+        name: of the model or of its mechanism.
+        parameters: number of parameters, shared ones counted once.
+        weights: bytes of the parameters in the dtype of the options.
+        at: by length.
+        streamed: largest number of tokens whose state fits into the memory beside the weights; None = no limit, or no
+            memory was given.
+        training: memory of a training step; None = not measured.
+    """
+
+    name: str
+    parameters: int
+    weights: int
+    at: "dict[int, Footprint]"
+    streamed: int | None
+    training: "TrainingMemory | None"
+
+
+@verb(CostOptions)
+def cost(options: CostOptions) -> None:
+    """Tell what a model costs at any length: parameters, FLOPs, bytes of its state, beside softmax over everything.
+
+    The figures are sums over the layers as configured, so mixed and converted models are counted layer by layer, and
+    states are exact to the byte. FLOPs count 2 per multiply-add. With --training, the peak memory of a training step
+    is measured at two lengths, since it grows in proportion to the length.
+
+    Examples:
+      longspan cost lm/window
+      longspan cost lm/full --mixers all --length 64Ki --memory 16GB
+      longspan cost quickstart-lm --training --memory 8GB
+      longspan cost ./SmolLM2-135M --mixers window,infini,linear --dtype bfloat16 -o out/cost
+    """
+    import torch
+
+    if options.output:
+        check_output_folder(options.output, "--output")
+    lengths = [size("--length", part, BINARY) for part in options.length.split(",")]
+    budget = size("--memory", options.memory.removesuffix("B"), BINARY) if options.memory else None
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if options.dtype not in dtypes:
+        raise ConfigError(f"--dtype {options.dtype!r}: must be one of {', '.join(dtypes)}")
+    costs = [
+        _measure(name, model, lengths, budget, dtypes[options.dtype], options)
+        for name, model in _models(options).items()
+    ]
+    if options.output:
+        path = _write_page(costs, lengths, options)
+    if options.as_json:
+        print(json.dumps(_plain(costs, lengths, options), indent=2))
+        return
+    out = console()
+    for line, table in _tables(costs, lengths, options):
+        out.print(f"\n{line}" if line else "", markup=False)
+        print_table(table, out)
+    if options.output:
+        out.print(f"\n{path}", markup=False, highlight=False)
+
+
+def size(option: str, text: str, binary: dict[str, int]) -> int:
+    """Parse a number with a unit: k, M, G are powers of 1,000, Ki, Mi, Gi of 1,024; raises ConfigError for others."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise ConfigError(f"{option} {text!r}: expected a number such as 4096, 32k, 1M or 128Ki")
+    value = int(float(match[1]) * (binary if match[3] else UNITS)[match[2].lower()])
+    if value < 1:
+        raise ConfigError(f"{option} {text!r}: must be at least 1")
+    return value
+
+
+def _models(options: CostOptions) -> dict[str, Any]:
+    """Build the models to count, by name, without weights where possible.
+
+    Raises:
+        ConfigError: no such recipe, run or folder, or a mechanism that does not exist.
+    """
+    from longspan import mixers
+    from longspan.train.opening import is_pretrained_folder
+
+    if not options.mixers:
+        names = [""]
+    else:
+        names = mixers.names() if options.mixers == "all" else [part.strip() for part in options.mixers.split(",")]
+    from_folder = is_pretrained_folder(options.model)
+    built: dict[str, Any] = {}
+    for name in names:
+        try:
+            built[name or options.model] = (
+                _pretrained(options.model, name) if from_folder else _own(options.model, name)
+            )
+        except LongspanError as error:
+            if options.mixers != "all":
+                raise
+            say(f"{name}: left out: {error}")
+    return built
+
+
+def _pretrained(folder: str, mixer: str) -> Any:
+    """Build a model of transformers, converted to a mechanism if one is given."""
+    from longspan.hf.opening import open_empty
+
+    return open_empty(folder, mixer)
+
+
+def _own(model: str, mixer: str) -> Any:
+    """Build the model of a recipe or a run, with one mechanism in each layer if one is given."""
+    import torch
+
+    from longspan.models import build_model
+
+    table = dict(_recipe(model).get("model", {}))
+    if mixer:
+        table["mixers"] = [{"name": mixer}]
+    # a recurrent memory reads values of its cell when it is built, so it needs weights; such models are small
+    with torch.device("cpu" if "memory" in table else "meta"):
+        return build_model(table)
+
+
+def _recipe(model: str) -> dict[str, Any]:
+    """Return the recipe of a run or the recipe of this name, with the size of the vocabulary."""
+    from longspan.config import read_toml
+    from longspan.files import read_object
+    from longspan.train.recipes import locate_recipe
+
+    run = Path(model) / "recipe.json"
+    recipe = read_object(run) if run.is_file() else read_toml(locate_recipe(model))
+    table = dict(recipe.get("model", {}))
+    if table.get("kind") == "pretrained":
+        raise ConfigError(f"{model}: trains a pretrained model; give its folder, model.source")
+    if "vocab_size" not in table:
+        task = recipe.get("task", {})
+        subwords = task.get("tokenizer", "bytes") in ("subword", "word") or task.get("name", "text") == "memory"
+        table["vocab_size"] = task.get("vocab_size") or (4096 if subwords else 256)
+    return {**recipe, "model": table}
+
+
+def _measure(
+    name: str, model: Any, lengths: list[int], budget: int | None, dtype: "torch.dtype", options: CostOptions
+) -> ModelCost:
+    """Return the cost of a model at all lengths."""
+    from longspan.cost import footprint, longest_state
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    weights = parameters * dtype.itemsize
+    # a classifier over a recurrent memory adds one map per text
+    counted = getattr(model, "recurrent", model)
+    streamed = None if budget is None else longest_state(counted, max(budget - weights, 0), dtype)
+    return ModelCost(
+        name=name,
+        parameters=parameters,
+        weights=weights,
+        at={length: footprint(counted, length, batch_size=options.batch, dtype=dtype) for length in lengths},
+        streamed=streamed,
+        training=_training(name, options) if options.training else None,
+    )
+
+
+def _training(name: str, options: CostOptions) -> "TrainingMemory":
+    """Measure the memory of training the model of a recipe or a run."""
+    from dataclasses import replace
+
+    from longspan.config import from_dict
+    from longspan.models import build_model
+    from longspan.train.config import TrainConfig
+    from longspan.train.opening import is_pretrained_folder
+    from longspan.train.training_memory import training_memory
+
+    if is_pretrained_folder(options.model):
+        raise ConfigError(
+            "--training: is measured for recipes and runs of text, not for pretrained models; leave it out"
+        )
+    recipe = _recipe(options.model)
+    table = dict(recipe["model"])
+    if name != options.model:
+        table["mixers"] = [{"name": name}]
+    fields = {key: value for key, value in recipe.get("train", {}).items() if key in TrainConfig.__dataclass_fields__}
+    config: TrainConfig = from_dict(TrainConfig, fields, "train")
+    return training_memory(build_model(table), replace(config, lanes=options.batch, stages=None, init=""))
+
+
+def _tables(costs: list[ModelCost], lengths: list[int], options: CostOptions) -> "list[tuple[str, Table]]":
+    """Return the tables to show, each below a line of text."""
+    from longspan.report import Table
+
+    rows = "" if options.batch == 1 else f", {options.batch} texts at a time"
+    pages: list[tuple[str, Table]] = []
+    if len(costs) == 1:
+        (only,) = costs
+        what = f"{only.name}: {only.parameters:,} parameters{rows}"
+        pages.append((what, _table("tokens", [(f"{length:,}", only.at[length]) for length in lengths])))
+    else:
+        for length in lengths:
+            lines = [(cost.name, cost.at[length]) for cost in costs]
+            pages.append((f"{options.model}, {length:,} tokens{rows}", _table("mixer", lines)))
+    if options.memory or options.training:
+        limits = [_limits(cost, options) for cost in costs]
+        columns = ["model", "parameters", "weights"]
+        columns += [f"longest text to stream in {options.memory}"] if options.memory else []
+        columns += ["training, fixed", "training, per token of a row"] if options.training else []
+        columns += [f"longest row to train in {options.memory}"] if options.training and options.memory else []
+        pages.append(("", Table(columns=columns, rows=limits, right=tuple(range(1, len(columns))))))
+    return pages
+
+
+def _table(first: str, lines: "list[tuple[str, Footprint]]") -> "Table":
+    """Return the table of costs with one line per length or per mechanism."""
+    from longspan.report import Table, si_bytes
+
+    rows = [
+        (
+            name,
+            _flops(at.forward_flops),
+            _flops(at.forward_flops / (at.length * at.batch_size)),
+            _flops(at.further_flops),
+            _flops(at.training_flops),
+            "-" if at.state_bytes is None else si_bytes(at.state_bytes),
+            si_bytes(at.kv_bytes),
+        )
+        for name, at in lines
+    ]
+    columns = (
+        first,
+        "FLOPs to read",
+        "per token",
+        "per further token",
+        "FLOPs to train on",
+        "state",
+        "keys and values of all tokens",
+    )
+    return Table(columns=columns, rows=rows, right=tuple(range(1, len(columns))))
+
+
+def _limits(cost: ModelCost, options: CostOptions) -> list[str]:
+    """Return the line of a model in the table of memory."""
+    from longspan.report import si_bytes
+
+    line = [cost.name, f"{cost.parameters:,}", si_bytes(cost.weights)]
+    if options.memory:
+        line.append("no limit" if cost.streamed is None else f"{cost.streamed:,}")
+    if cost.training is not None:
+        line += [si_bytes(cost.training.fixed), si_bytes(cost.training.per_token)]
+        if options.memory:
+            budget = size("--memory", options.memory.removesuffix("B"), BINARY)
+            line.append(f"{cost.training.longest(budget):,}")
+    return line
+
+
+def _flops(count: float) -> str:
+    """Format a number of FLOPs with three digits and a unit: `1.23 G`."""
+    for unit in ("", "K", "M", "G", "T", "P", "E"):
+        if abs(count) < 1000 or unit == "E":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}".strip() if count < 1000 else f"{count:,.0f} {unit}"
+
+
+def _plain(costs: list[ModelCost], lengths: list[int], options: CostOptions) -> dict[str, Any]:
+    """Return all figures as plain data for JSON."""
+    from longspan.config import to_dict
+
+    return {
+        "model": options.model,
+        "lengths": lengths,
+        "dtype": options.dtype,
+        "models": [
+            {
+                "name": cost.name,
+                "parameters": cost.parameters,
+                "weight_bytes": cost.weights,
+                "at": [to_dict(at) for at in cost.at.values()],
+                **({"longest_streamed": cost.streamed} if options.memory else {}),
+                **({"training": to_dict(cost.training)} if cost.training is not None else {}),
+            }
+            for cost in costs
+        ],
+    }
+
+
+def _write_page(costs: list[ModelCost], lengths: list[int], options: CostOptions) -> Path:
+    """Write the HTML report with figures of FLOPs and of the state by length."""
+    from longspan.report import Picture, Section, Theme, write_report
+    from longspan.report.figures import Series, line_figure, picture
+
+    def drawn(name: str, values: "dict[str, list[float]]", ylabel: str, caption: str) -> Picture:
+        """Return a figure with a line per model, both axes logarithmic."""
+        series = [Series(x=lengths, y=y, label=label, kind="marked") for label, y in values.items()]
+
+        def draw(theme: Theme) -> Any:
+            """Draw it in the colors of a theme."""
+            return line_figure(
+                series, xlabel="tokens", ylabel=ylabel, xscale="log2", yscale="log", xticks=lengths, theme=theme
+            )
+
+        return picture(name, draw, alt=f"{ylabel} by length.", caption=caption)
+
+    states = {
+        cost.name: [float(at.state_bytes or 0) for at in cost.at.values()]
+        for cost in costs
+        if all(at.state_bytes for at in cost.at.values())
+    }
+    states["keys and values of all tokens"] = [float(at.kv_bytes) for at in costs[0].at.values()]
+    reads = {cost.name: [at.forward_flops / (at.length * at.batch_size) for at in cost.at.values()] for cost in costs}
+    pictures = [
+        drawn("state", states, "bytes of the state", "Exact bytes after a text of each length, counts included."),
+        drawn("flops", reads, "FLOPs per token", "FLOPs to read a text from an empty state, with logits, per token."),
+    ]
+    tables = _tables(costs, lengths, options)
+    sections = [Section("By length", pictures)]
+    sections += [Section(line or "Memory", [table]) for line, table in tables]
+    return write_report(options.output, f"Cost of {options.model}", sections, _plain(costs, lengths, options))

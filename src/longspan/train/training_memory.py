@@ -1,0 +1,102 @@
+"""Peak memory of a training step, measured on short texts and extended to any length.
+
+Everything that a step stores grows in proportion to the tokens of a row, because no operation here builds a matrix of
+all queries times all keys. So two lengths give the line, and the third one tells how far it can be trusted.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from longspan.errors import UnsupportedError
+from longspan.tasks.base import Documents
+from longspan.tasks.text import TextDocument
+from longspan.tasks.tokenizers import Bytes
+from longspan.train.config import TrainConfig
+from longspan.train.distributed import Group
+from longspan.train.document_source import DocumentSource
+from longspan.train.step import Optimization
+
+LENGTHS = (512, 1024)
+_BYTES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes that training takes beyond the weights: gradients, state of the optimizer, activations.
+
+    Attributes:
+        fixed: bytes at any length.
+        per_token: further bytes per token of a row, all rows together.
+        rows: rows per step.
+        weights: bytes of the model's parameters and buffers, which are not in the others.
+    """
+
+    fixed: float
+    per_token: float
+    rows: int
+    weights: int
+
+    def at(self, length: int) -> int:
+        """Return the peak bytes of a step on rows of `length` tokens, beyond the weights."""
+        return round(self.fixed + self.per_token * length)
+
+    def longest(self, budget: int) -> int:
+        """Return the largest number of tokens per row whose training fits into `budget` bytes, weights included."""
+        return max(math.floor((budget - self.weights - self.fixed) / max(self.per_token, 1e-9)), 0)
+
+
+def step_bytes(model: Any, config: TrainConfig) -> int:
+    """Return the peak bytes of tensors in the second step of a training, beyond the model's weights.
+
+    The first step creates the state of the optimizer. The text is random, the model is changed.
+
+    Args:
+        model: a causal language model on the CPU.
+        config: of the training; `segment_length`, `lanes`, `bptt_segments`, `accumulation` and `dtype` matter.
+    """
+    tokenizer = Bytes()
+    length = config.segment_length * config.bptt_segments
+    random = np.random.default_rng(0)
+    texts = [
+        TextDocument(random.integers(0, min(model.vocab_size, _BYTES), 4 * length, dtype=np.uint8), tokenizer)
+        for _ in range(config.lanes)
+    ]
+    documents = Documents(texts, [str(number) for number in range(config.lanes)])
+    optimization, source = Optimization(model, config, Group()), DocumentSource(model, documents, config, Group())
+    optimization.step(source, 0, 1e-6)
+    tracker = MemTracker()
+    tracker.track_external(model, optimization.optimizer)
+    with tracker:
+        optimization.step(source, 1, 1e-6)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    return int(peak["Total"]) - weight_bytes(model)
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of a model's parameters and buffers, shared ones counted once."""
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+
+
+def training_memory(model: Any, config: TrainConfig) -> TrainingMemory:
+    """Measure how the memory of training grows with the length of a row.
+
+    Args:
+        model: a causal language model of this library on the CPU; its weights change.
+        config: of the training; its `segment_length` is replaced.
+
+    Raises:
+        UnsupportedError: the model does not read tokens of a text.
+    """
+    if not hasattr(model, "vocab_size") or not model.traits.causal:
+        raise UnsupportedError("training_memory: only causal language models are measured")
+    segment = model.traits.segment or 1
+    lengths = [segment * -(-length // segment) for length in LENGTHS]
+    first, last = (step_bytes(model, replace(config, segment_length=length)) for length in lengths)
+    per_token = (last - first) / (lengths[1] - lengths[0])
+    return TrainingMemory(
+        fixed=first - per_token * lengths[0], per_token=per_token, rows=config.lanes, weights=weight_bytes(model)
+    )

@@ -1,0 +1,96 @@
+"""`longspan cost`: tables, JSON and a page for recipes, runs and pretrained models, and errors of one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli.command import Command
+
+from longspan.cli.cost import BINARY, size
+from longspan.errors import ConfigError
+
+
+def figures(longspan: Command, *arguments: object) -> Any:
+    outcome = longspan("cost", *arguments, "--json")
+    assert outcome.code == 0, outcome
+    return json.loads(outcome.out)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4096", 4096), ("32k", 32_000), ("1.5M", 1_500_000), ("128Ki", 131_072), (" 2Gi", 2 << 30)]
+)
+def test_sizes(text: str, value: int) -> None:
+    assert size("--length", text, BINARY) == value
+
+
+@pytest.mark.parametrize("text", ["", "many", "3i", "-4", "0", "4KB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="--length"):
+        size("--length", text, BINARY)
+
+
+def test_a_recipe_at_several_lengths(longspan: Command, tmp_path: Path) -> None:
+    cost = figures(longspan, "lm/window", "--length", "1Ki,64Ki", "--memory", "8MB", "-o", tmp_path / "page")
+    (model,) = cost["models"]
+    assert model["parameters"] == 836_736
+    first, last = model["at"]
+    assert (first["length"], last["length"]) == (1024, 65_536)
+    assert first["state_bytes"] == last["state_bytes"] == 1_044_520
+    assert model["longest_streamed"] is None, "a window has a state of constant size, beside 3.3 MB of weights"
+    assert "Cost of lm/window" in (tmp_path / "page/report.html").read_text()
+    text = longspan("cost", "lm/window", "--length", "1Ki", "--memory", "100KB").out
+    assert "836,736 parameters" in text
+    assert "longest text to stream in 100KB" in text
+    assert text.split()[-1] == "0"
+
+
+def test_every_mechanism_in_one_model(longspan: Command, byte_run: Path) -> None:
+    from longspan import mixers
+
+    outcome = longspan("cost", byte_run, "--mixers", "all", "--length", "4096", "--json")
+    names = [model["name"] for model in json.loads(outcome.out)["models"]]
+    left_out = [line.split(":")[2].strip() for line in outcome.err.splitlines() if "left out" in line]
+    assert sorted([*names, *left_out]) == sorted(mixers.names())
+    assert {"full", "window", "linear"} <= set(names)
+
+
+def test_a_recurrent_memory(longspan: Command) -> None:
+    (model,) = figures(longspan, "rmt", "--length", "512,2043904")["models"]
+    first, last = model["at"]
+    assert first["state_bytes"] == last["state_bytes"]
+    assert last["forward_flops"] == pytest.approx(first["forward_flops"] * 2043904 / 512, rel=0.05)
+
+
+def test_a_pretrained_model(longspan: Command, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tests.hf.conftest import save_llama
+
+    source = save_llama(tmp_path / "source")
+    for file in source.glob("*.safetensors"):
+        file.unlink()
+    options = ("--length", "2048", "--dtype", "bfloat16", "--batch", 2)
+    (original,) = figures(longspan, source, *options)["models"]
+    # 2 layers of 2 kv heads of 4 in bfloat16, and counts
+    assert original["at"][0]["kv_bytes"] == 2 * 2 * 2 * 2 * 4 * 2 * 2048
+    assert original["at"][0]["state_bytes"] == original["at"][0]["kv_bytes"] + 2 * 24
+    window, infini = figures(longspan, source, "--mixers", "window,infini", *options)["models"]
+    assert window["at"][0]["state_bytes"] < original["at"][0]["state_bytes"]
+    assert infini["parameters"] == original["parameters"] + 8
+    assert "--training: is measured for recipes" in longspan("cost", source, "--training").error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("lm/windw",), "no such file, and no bundled recipe"),
+        (("lm/window", "--mixers", "windw"), "did you mean 'window'?"),
+        (("lm/window", "--length", "much"), "--length 'much': expected a number such as"),
+        (("lm/window", "--dtype", "int8"), "--dtype 'int8': must be one of"),
+        (("pretrained",), "trains a pretrained model; give its folder"),
+    ],
+)
+def test_mistakes_are_one_line(longspan: Command, arguments: tuple[str, ...], expected: str) -> None:
+    outcome = longspan("cost", *arguments)
+    assert outcome.code == 2
+    assert expected in outcome.err.splitlines()[-1]
