@@ -6,6 +6,7 @@ A new claim is one file, or one folder, with a `Claim`, and one line in `_ALL`.
 from longspan.config import nearest
 from longspan.errors import ConfigError
 from longspan.experiments.claims.adaptive_span import ADAPTIVE_SPAN
+from longspan.experiments.claims.babilong import BABILONG
 from longspan.experiments.claims.base import SIZES, Claim, Figure, Outcome, Size
 from longspan.experiments.claims.bp import BP_TRANSFORMER
 from longspan.experiments.claims.compressive import COMPRESSIVE
@@ -36,7 +37,8 @@ __all__ = ["SIZES", "Claim", "Figure", "Outcome", "Size", "find", "markdown", "n
 _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
-    *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED, TRANSFER),
+    *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
+    *(TRANSFER, BABILONG),
     *(SPARSE, ADAPTIVE_SPAN, ENTMAX, BP_TRANSFORMER),
     *(REFORMER_COPY, REFORMER_DEPTH, ROUTING),
     *(XL, COMPRESSIVE, LANGUAGE_MODELLING, SCALING),

@@ -6,7 +6,6 @@ reading of a document is saved and resumed, and the result is that of the varian
 claim was interrupted.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,7 @@ __all__ = ["TRANSFER"]
 
 def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Measure the claim; a second call resumes from the folder, and Ctrl-C ends it with what is finished."""
-    from longspan.experiments.bundled_models import open_smollm
-    from longspan.experiments.small_models import open_small_llama
-
-    small = folder / "small-llama"
-    return measure_model(folder, plan, (lambda: open_small_llama(small)) if plan.small_model else open_smollm, say)
-
-
-def measure_model(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say) -> Outcome:
-    """Measure the claim with a pretrained model."""
-    setting = prepare(folder, plan, open_original)
+    setting = prepare(folder, plan)
     read: dict[str, Readings] = {}
     trained: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
@@ -53,12 +43,11 @@ def measure_model(folder: Path, plan: Plan, open_original: Callable[[], Any], sa
     return outcome(Results(plan, read, trained, failures), _layers(setting.original), note)
 
 
-def prepare(folder: Path, plan: Plan, open_original: Callable[[], Any]) -> Setting:
+def prepare(folder: Path, plan: Plan) -> Setting:
     """Write the original model and the texts to the folder of the claim, unless an earlier call did."""
     from longspan.hf.decoder import open_tokenizer
 
-    original = folder / "original"
-    save_original(original, open_original)
+    original = save_original(folder, small=plan.small_model)
     texts = write_texts(folder / "text", plan.training_bytes, plan.documents)
     tokenizer = open_tokenizer(original)
     documents = {

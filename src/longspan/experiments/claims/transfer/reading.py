@@ -47,14 +47,23 @@ class Setting(NamedTuple):
     documents: Mapping[Kind, list[Tensor]]
 
 
-def save_original(folder: Path, open_original: Callable[[], Any]) -> None:
-    """Write the pretrained model and its tokenizer to a folder, unless an earlier call did."""
-    done = folder.with_name(f"{folder.name}.complete")
+def save_original(folder: Path, *, small: bool) -> Path:
+    """Write the pretrained model and its tokenizer to `folder/original`, unless an earlier call did; return the path.
+
+    Args:
+        folder: of a claim.
+        small: a model that is trained from nothing in a second, instead of SmolLM2-135M-Instruct.
+    """
+    from longspan.experiments.bundled_models import open_smollm
+    from longspan.experiments.small_models import open_small_llama
+
+    original, done = folder / "original", folder / "original.complete"
     if not done.is_file():
-        opened = open_original()
-        opened.model.save_pretrained(folder)
-        opened.tokenizer.save_pretrained(folder)
+        opened = open_small_llama(folder / "small-llama") if small else open_smollm()
+        opened.model.save_pretrained(original)
+        opened.tokenizer.save_pretrained(original)
         done.touch()
+    return original
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -112,17 +121,31 @@ def _tuning(variant: Variant, setting: Setting) -> dict[str, Any]:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def open_variant(variant: Variant | None, setting: Setting) -> Any:
-    """Open a variant, or the original (None), as a model that a `StreamSession` reads with."""
+def is_trained(variant: Variant, folder: Path) -> bool:
+    """Return whether a variant is ready to be opened in the folder of the claim: its training is finished, if any."""
+    run = folder / variant.folder / "model"
+    # both are written last
+    finished = run / "model" if variant.training == "tuning" else run / "config.json"
+    return variant.training == "none" or finished.exists()
+
+
+def open_variant(variant: Variant | None, folder: Path, original: Path) -> Any:
+    """Open a variant, or the original (None), as a model that a `StreamSession` reads with.
+
+    Args:
+        variant: whose training is finished.
+        folder: of the claim.
+        original: folder of the pretrained model.
+    """
     from longspan import hf
     from longspan.hf.decoder import ConvertedDecoder, load_converted, open_pretrained
     from longspan.hf.opening import convert_exactly
     from longspan.train import load_run
 
     if variant is not None and variant.training != "none":
-        run = setting.folder / variant.folder / "model"
+        run = folder / variant.folder / "model"
         return load_run(run)[0] if variant.training == "tuning" else load_converted(run).model
-    model: Any = open_pretrained(str(setting.original)).model
+    model: Any = open_pretrained(str(original)).model
     if variant is None:
         convert_exactly(model)
     else:
@@ -137,7 +160,7 @@ def readings(variant: Variant | None, setting: Setting) -> Readings:
     read; local attention is left out over `tokens` tokens.
     """
     plan = setting.plan
-    opened = functools.cache(lambda: open_variant(variant, setting))
+    opened = functools.cache(lambda: open_variant(variant, setting.folder, setting.original))
     further = plan.long_tokens if variant is not None and variant.long else plan.tokens
     folder = setting.folder / (ORIGINAL if variant is None else variant.folder)
     measured: Readings = {}
