@@ -100,8 +100,8 @@ def test_no_held_out_text_is_learned_from(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("longspan.tasks.sources.package_folder", package_folder)
     for kind in KINDS:
         split = texts.split_documents(kind)
-        training = [document.text for document in split.training]
-        held_out = sorted((document.text for document in split.held_out), key=len)[-6:]
+        training = [texts.text_of(document) for document in split.training]
+        held_out = sorted(map(texts.text_of, split.held_out), key=len)[-6:]
         assert len(held_out) == 6
         # what is read of a document at 8,192 tokens is rarely shorter
         assert min(map(len, held_out)) > 20_000

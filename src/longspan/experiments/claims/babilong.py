@@ -183,7 +183,7 @@ def criteria(answers: Answers, plan: Plan) -> list[Criterion]:
     converted = [variant for variant in plan.transfer.variants if variant.training == "transfer"]
     return [
         Criterion(
-            what=f"the recurrent memory answers at least {GOAL:.0%} at every length",
+            what=f"The recurrent memory answers at least {GOAL:.0%} at every length",
             met=min(shares.values()) >= GOAL if {*shares} >= {*plan.lengths} else None,
             measured=_counts(recurrent) or "not measured",
         ),
@@ -202,7 +202,7 @@ def _better(answers: Answers, lengths: Iterable[int], variants: list[Variant], h
     met = True if any(interval.low > 0 for interval in known.values()) else False if len(known) == len(gains) else None
     measured = "; ".join(f"{name} {signed(interval)}" for name, interval in known.items())
     return Criterion(
-        what=f"beyond the window, a model converted {how} is right more often than window and sinks",
+        what=f"Beyond the window, a model converted {how} is right more often than window and sinks",
         met=met if gains else None,
         measured=measured or "not measured",
     )

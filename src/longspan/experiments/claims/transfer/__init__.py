@@ -84,6 +84,6 @@ TRANSFER = Claim(
     text="Taught layer by layer what its own attention computes, then distilled, a pretrained model reads on in "
     "constant memory and wins back most of what a window and sinks lose.",
     measure=measure,
-    minutes={"tiny": 0.2, "small": 25, "full": 1600},
+    minutes={"tiny": 0.2, "small": 25, "full": 1560},
     plans=PLANS,
 )

@@ -46,24 +46,24 @@ def criteria(results: Results, layers: int) -> list[Criterion]:
     return [
         sinks_suffice(results),
         by_any(
-            f"a transfer in constant memory wins back at least {CONSTANT_SHARE:.0%} on {SHARE_KINDS} kinds of text",
+            f"A transfer in constant memory wins back at least {CONSTANT_SHARE:.0%} on {SHARE_KINDS} kinds of text",
             constant,
             lambda variant: _wins_back(results, variant, CONSTANT_SHARE),
             suffices=True,
         ),
         by_any(
-            f"with softmax in at most a third of the layers, at least {HYBRID_SHARE:.0%}",
+            f"With softmax in at most a third of the layers, at least {HYBRID_SHARE:.0%}",
             hybrids,
             lambda variant: _wins_back(results, variant, HYBRID_SHARE),
             suffices=True,
         ),
         by_any(
-            f"beyond {results.plan.tokens:,} tokens, a transfer in constant memory is better than window and sinks",
+            f"Beyond {results.plan.tokens:,} tokens, a transfer in constant memory is better than window and sinks",
             long,
             lambda variant: _better_beyond(results, variant),
         ),
         by_any(
-            f"there it is worse by at least {MEMORY} nats with its memory left out",
+            f"There it is worse by at least {MEMORY} nats with its memory left out",
             [variant for variant in long if variant.branches],
             lambda variant: _uses_memory(results, variant),
         ),
@@ -82,7 +82,7 @@ def sinks_suffice(results: Results) -> Criterion:
         met = costs[worst] <= SINKS
         measured = f"at most {costs[worst]:.3f}, {kind}, tokens {span.first:,} to {span.last:,}"
     return Criterion(
-        what=f"untrained, window and sinks stay within {SINKS} nats of the original at every range on "
+        what=f"Untrained, window and sinks stay within {SINKS} nats of the original at every range on "
         f"{' and '.join(SINK_KINDS)}",
         met=met,
         measured=measured,

