@@ -204,6 +204,6 @@ PLANS: dict[str, Plan] = {
 }
 """Expected at `full` on two cores that do nothing else: a variant that is trained reads 819,200 tokens, 307,200 in the
 transfer (7 CPU ms per token, measured with pieces of 1,024 on one thread) and 512,000 in the distillation (about 20 CPU
-ms, measured with pieces of 512): 2 to 2.5 hours each, eight of them. Reading 8,192 tokens of 18 documents takes about 15
-minutes per variant, and the documents of 32,768 tokens and the branches another 4 hours together. About 26 hours in
+ms, measured with pieces of 512): 2 to 2.5 hours each, eight of them. Reading 8,192 tokens of 18 documents takes about
+15 minutes per variant, and the documents of 32,768 tokens and the branches another 4 hours together. About 26 hours in
 all; it resumes, and the table is built from the variants that are finished."""

