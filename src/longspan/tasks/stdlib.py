@@ -4,6 +4,7 @@ Code repeats names over thousands of bytes, which speeches do not: here long con
 versions of Python, so figures are comparable within one version only.
 """
 
+import functools
 import sys
 import sysconfig
 from pathlib import Path
@@ -26,7 +27,12 @@ def packages() -> dict[str, list[Path]]:
     Raises:
         DataError: the interpreter has no source files of its library.
     """
-    folder = Path(sysconfig.get_path("stdlib"))
+    return dict(_packages_of(Path(sysconfig.get_path("stdlib"))))
+
+
+@functools.cache
+def _packages_of(folder: Path) -> dict[str, list[Path]]:
+    """Return the source files in the folder of a standard library; cached, because listing it takes half a second."""
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*.py"), key=lambda path: path.as_posix()):
         parts = path.relative_to(folder).parts

@@ -1,11 +1,12 @@
 """Reproductions of the papers' claims: `longspan reproduce NAME` runs one, docs/claims.md shows the numbers.
 
-A new claim is one file with a `Claim`, and one line in `_ALL`.
+A new claim is one file, or one folder, with a `Claim`, and one line in `_ALL`.
 """
 
 from longspan.config import nearest
 from longspan.errors import ConfigError
 from longspan.experiments.claims.adaptive_span import ADAPTIVE_SPAN
+from longspan.experiments.claims.babilong import BABILONG
 from longspan.experiments.claims.base import SIZES, Claim, Figure, Outcome, Size
 from longspan.experiments.claims.bp import BP_TRANSFORMER
 from longspan.experiments.claims.compressive import COMPRESSIVE
@@ -28,6 +29,7 @@ from longspan.experiments.claims.rmt import RMT
 from longspan.experiments.claims.routing import ROUTING
 from longspan.experiments.claims.scaling import SCALING
 from longspan.experiments.claims.sparse import SPARSE
+from longspan.experiments.claims.transfer import TRANSFER
 from longspan.experiments.claims.xl import XL
 
 __all__ = ["SIZES", "Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
@@ -36,6 +38,7 @@ _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
     *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
+    *(TRANSFER, BABILONG),
     *(SPARSE, ADAPTIVE_SPAN, ENTMAX, BP_TRANSFORMER),
     *(REFORMER_COPY, REFORMER_DEPTH, ROUTING),
     *(XL, COMPRESSIVE, LANGUAGE_MODELLING, SCALING),
