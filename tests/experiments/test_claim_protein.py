@@ -158,6 +158,7 @@ def test_models_with_features_continue_from_the_best_exact_one(tmp_path: Path) -
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_several_workers_train_the_same_models_as_one(tmp_path: Path) -> None:
     plan = small_plan(tmp_path)
     jobs = [protein_runs.first_job(tmp_path / "alone", shape, plan) for shape in plan.shapes]

@@ -1,5 +1,6 @@
 """Conversions of every family of pretrained models that change nothing, and layers that stay as they are."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +359,19 @@ def test_what_hybrids_cannot_do_is_said_in_one_line() -> None:
         model(text, reset=reset)
     with pytest.raises(UnsupportedError, match="layer 0 of this qwen3_next is linear attention"):
         ConvertedDecoder(model)
+
+
+@pytest.mark.skipif("qwen3_next" not in KINDS, reason="needs a later transformers")
+def test_hybrids_of_an_early_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_family("qwen3_next")
+    monkeypatch.setattr(transformers, "__version__", "5.6.0")
+    with pytest.raises(UnsupportedError, match=r"'qwen3_next' cannot be converted: linear attention.*upgrade"):
+        hf.convert(model, "full")
+
+
+@pytest.mark.skipif("olmo_hybrid" not in KINDS, reason="needs a later transformers")
+def test_a_hybrid_with_a_cache_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_family("olmo_hybrid")
+    monkeypatch.setattr(sys.modules[type(model).__module__], "OlmoHybridDynamicCache", object, raising=False)
+    with pytest.raises(UnsupportedError, match="has a cache of its own"):
+        hf.convert(model, "full")

@@ -190,6 +190,7 @@ def test_searches_begin_with_several_segments_of_full_length(task: MemoryTask, m
     assert source.samples(Plan(step=9, rows=8, tokens=192, answers=1, drawn=3), range(8)).mined.any()
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_bit_for_bit_across_searches(finished: Path, tmp_path: Path) -> None:
     class Dies(Display):
         def step(self, line: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ def recipe(fasta: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_a_masked_model_learns_from_neighboring_residues(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"]["steps"] = 300
     recipe["model"]["mixers"][0]["redraw_every"] = 0

@@ -106,6 +106,7 @@ run_transfer(settings, sys.argv[2], device="cpu", checkpoint_every=4, progress="
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_a_killed_transfer_continues_bit_for_bit(settings: TransferSettings, tmp_path: Path) -> None:
     # random projections that are redrawn, and long enough to be killed
     settings = changed(

@@ -50,6 +50,10 @@ class Family:
     key_maps: tuple[str, ...] = ()
     """Names of the submodules that only compute keys."""
 
+    def why_not(self, model: Any) -> str:
+        """Return why the installed transformers cannot read texts piece by piece with this model; "" if it can."""
+        return ""
+
     def base(self, model: Any) -> Any:
         """Return the model without its heads."""
         return getattr(model, "base_model", model)

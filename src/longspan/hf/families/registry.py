@@ -72,11 +72,13 @@ def attention_modules(model: Any) -> AttentionModules:
     """Return the family and the attention modules of a model.
 
     Raises:
-        UnsupportedError: its model type cannot be converted.
+        UnsupportedError: its model type cannot be converted, or not with the installed transformers.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     for family in _FAMILIES:
         if kind in family.model_types:
+            if reason := family.why_not(model):
+                raise UnsupportedError(f"a model of type {kind!r} cannot be converted: {reason}")
             return AttentionModules(family, list(family.attentions(model)))
     known = ", ".join(model_types())
     raise UnsupportedError(f"a model of type {kind!r} cannot be converted; supported types: {known}")
