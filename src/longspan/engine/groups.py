@@ -20,6 +20,7 @@ from longspan.engine import KeyLists
 from longspan.engine.arguments import check_positive, check_shapes
 from longspan.engine.block_sparse import ABSENT, BlockSchedule, KeyRange, attend_blocks, inverse, sees_none
 from longspan.engine.flash import default_scale
+from longspan.engine.neighbors import MemberMasks
 from longspan.errors import ConfigError, UnsupportedError
 
 TILE = 32  # larger tiles leave more slots empty, as every group starts a new one
@@ -185,6 +186,11 @@ def _nearest(
         query, query_place, tile_blocks = key[keys.front : blocks], own_slot - keys.front * TILE, None
     else:
         query, query_place, tile_blocks = _query_tiles(first_slot // TILE + rank // TILE, query_group, keys, reach)
+    masks = None
+    if shared and first_column is None and reach.after is None:
+        number = torch.zeros(blocks, dtype=torch.int64, device=key.device)
+        number.scatter_(0, own_slot.clamp(min=0).flatten() // TILE, (rank // TILE).clamp(max=reach.blocks_before).flatten())
+        masks = MemberMasks(number[keys.front :], TILE, reach.before, reach.include_self)
     return BlockSchedule(
         query=query,
         query_place=query_place.masked_fill(~real, -1).flatten(),
@@ -192,6 +198,7 @@ def _nearest(
         key_slot=keys.slot.flatten(),
         lists=KeyLists(tile_blocks, reach.width),
         visible=KeyRange._make(None if t is None else t.flatten() for t in visible),
+        masks=masks,
     )
 
 
