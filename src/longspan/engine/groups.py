@@ -23,7 +23,7 @@ from longspan.engine.flash import default_scale
 from longspan.engine.neighbors import MemberMasks
 from longspan.errors import ConfigError, UnsupportedError
 
-TILE = 32  # larger tiles leave more slots empty, as every group starts a new one
+TILE = 16  # larger tiles leave more slots empty, as every group starts a new one
 
 
 class MemberRange(NamedTuple):
@@ -188,9 +188,7 @@ def _nearest(
         query, query_place, tile_blocks = _query_tiles(first_slot // TILE + rank // TILE, query_group, keys, reach)
     masks = None
     if shared and first_column is None and reach.after is None:
-        number = torch.zeros(blocks, dtype=torch.int64, device=key.device)
-        number.scatter_(0, own_slot.clamp(min=0).flatten() // TILE, (rank // TILE).clamp(max=reach.blocks_before).flatten())
-        masks = MemberMasks(number[keys.front :], TILE, reach.before, reach.include_self)
+        masks = MemberMasks.at_slots(query_place, rank, len(query), TILE, (reach.before, reach.include_self))
     return BlockSchedule(
         query=query,
         query_place=query_place.masked_fill(~real, -1).flatten(),
@@ -496,10 +494,7 @@ def group_attention_cost(
 
     Args:
         length: queries.
-        num_groups: see `group_attention`.
-        window: see `group_attention`.
-        causal: see `group_attention`.
-        include_self: see `group_attention`.
+        num_groups, window, causal, include_self: see `group_attention`.
     """
     reach = group_reach(min(window, length), causal=causal, include_self=include_self)
     return nearest_entries(length, num_groups, reach, shared=True)

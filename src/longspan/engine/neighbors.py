@@ -30,6 +30,21 @@ class MemberMasks(NamedTuple):
     before: int
     include_self: bool
 
+    @classmethod
+    def at_slots(cls, slot: Tensor, rank: Tensor, tiles: int, height: int, reach: tuple[int, bool]) -> "MemberMasks":
+        """Return the masks of `tiles` tiles of `height` slots.
+
+        Args:
+            slot: (rows, length) slot of each query, negative for padding.
+            rank: (rows, length) members of its group before it.
+            tiles, height: see above.
+            reach: how many members before it a query sees, and whether it sees its own key.
+        """
+        most = -(-reach[0] // height)
+        number = torch.zeros(tiles, dtype=torch.int64, device=slot.device)
+        number.scatter_(0, slot.clamp(min=0).flatten() // height, (rank // height).clamp(max=most).flatten())
+        return cls(number, height, *reach)
+
     def additive(self, dtype: torch.dtype) -> Tensor:
         """Return (blocks_before + 1, queries, keys): 0 where a key is visible, HIDDEN elsewhere."""
         return _member_masks(self.height, self.before, self.include_self, dtype, self.number.device)
@@ -43,7 +58,9 @@ def _member_masks(height: int, before: int, include_self: bool, dtype: torch.dty
     key = torch.arange(-blocks * height, height, device=device)  # slots of the keys, counted from the tile's first
     seen = (key >= slot - before) & (key <= slot if include_self else key < slot)
     first = -height * torch.arange(blocks + 1, device=device)[:, None, None]
-    return torch.zeros(blocks + 1, *seen.shape, dtype=dtype, device=device).masked_fill_(~(seen & (key >= first)), HIDDEN)
+    return torch.zeros(blocks + 1, *seen.shape, dtype=dtype, device=device).masked_fill_(
+        ~(seen & (key >= first)), HIDDEN
+    )
 
 
 class NeighborTiles(NamedTuple):

@@ -82,9 +82,7 @@ class Decoder(Stack):
         if output == "head":
             return self._head()
         with all_or_nothing():
-            h, next_state, rows = self.run(
-                tokens, state, mask, reset, aux_losses, inputs_embeds, keep_state=keep_state
-            )
+            h, next_state, rows = self.run(tokens, state, mask, reset, aux_losses, inputs_embeds, keep_state=keep_state)
             if output == "hidden":
                 return rows.scatter(h), next_state
             if output == "last":

@@ -142,8 +142,8 @@ class Stack(nn.Module):
             keep_state: whether the caller reads the next state.
 
         Returns:
-            Hidden states (B, N, hidden_dim) after the last norm, the next state (None without `keep_state`), and the layout that scatters them
-            back.
+            Hidden states (B, N, hidden_dim) after the last norm, the next state (None without `keep_state`), and the
+            layout that scatters them back.
         """
         streams = all(core.traits.streams for core in self.cores())
         layers = None if state is None else state.layers
