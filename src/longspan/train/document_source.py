@@ -119,7 +119,7 @@ class DocumentSource(BatchSource):
         state = self.carried[part.state_index]
         for segment in part.segments:
             batch = segment.at(part.lanes).to(self.group.device)
-            layout = {"mask": batch.mask, "reset": batch.reset, "aux_losses": aux_losses}
+            layout: dict[str, Any] = {"mask": batch.mask, "reset": batch.reset, "aux_losses": aux_losses}
             if isinstance(self.model, Decoder):
                 layout["keep_state"] = self.carry
             with self.autocast():
