@@ -30,22 +30,22 @@ NAMES = ("full", "window", "sparse", "lsh", "entmax")
 VOCABULARY, QUERIES, KEYS = 257, 64, 320
 
 
-def make_model(name: str) -> nn.Module:
-    """The model of `recipes/lm/NAME.toml`."""
+def make_model(name: str) -> tuple[nn.Module, bool]:
+    """The model of `recipes/lm/NAME.toml`, and whether its training carries a state from step to step."""
     torch.manual_seed(0)
-    table = dict(read_toml(find_recipe(f"lm/{name}.toml"))["model"], vocab_size=VOCABULARY)
-    model: nn.Module = build_model(resolve_model(table))
-    return model
+    recipe = read_toml(find_recipe(f"lm/{name}.toml"))
+    model: nn.Module = build_model(resolve_model(dict(recipe["model"], vocab_size=VOCABULARY)))
+    return model, recipe["train"].get("carry", True)
 
 
-def make_step(model: nn.Module, rows: int, length: int) -> Callable[[], None]:
-    """A training step on `rows` x `length` random bytes."""
+def make_step(model: nn.Module, rows: int, length: int, *, carry: bool) -> Callable[[], None]:
+    """A training step on `rows` x `length` random bytes; without `carry` no state is built, as in `longspan train`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     tokens, targets = (torch.randint(0, 256, (rows, length)) for _ in range(2))
 
     def step() -> None:
         optimizer.zero_grad()
-        loss = next_token_loss(model(tokens, None)[0], targets) / tokens.numel()
+        loss = next_token_loss(model(tokens, None, keep_state=carry)[0], targets) / tokens.numel()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -101,8 +101,9 @@ def main() -> None:
     for name in options.names:
         for call in options.calls:
             rows, length = map(int, call.split("x"))
-            model = make_model(name)
-            step, (products, product_flops) = make_step(model, rows, length), make_products(model, rows, length)
+            model, carry = make_model(name)
+            step = make_step(model, rows, length, carry=carry)
+            products, product_flops = make_products(model, rows, length)
             for _ in range(2):
                 step()
                 products()

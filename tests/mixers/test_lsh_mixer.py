@@ -85,3 +85,18 @@ def test_separate_keys_exist_and_are_read_only_where_configured() -> None:
 def test_wrong_arguments_raise_one_clear_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         build(**fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"checkpoint": True}, {"reversible": True}])
+@pytest.mark.parametrize("name", ["lsh", "routing"])
+def test_a_call_without_a_next_state_gives_the_same_logits_and_gradients(name: str, fields: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    mixers = ({"name": name, **(FIELDS if name == "lsh" else {"num_clusters": 3, "window": 4})},)
+    config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=2, mixers=mixers, **fields)
+    model, tokens = ls.Decoder(config).train(), torch.randint(11, (2, 20))
+    runs = []
+    for keep_state in (True, False):
+        logits, state = model(tokens, keep_state=keep_state)
+        assert (state is not None) == keep_state
+        runs.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    assert all(torch.equal(kept, dropped) for kept, dropped in zip(*runs, strict=True))

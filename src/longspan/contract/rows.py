@@ -40,6 +40,7 @@ class BatchLayout:
         live: (B,) int64, live tokens of each row after the call.
         offsets, lengths_read, lives: host values of `offset`, of the number of real tokens and of `live`.
         shapes_only: tensors have shapes but no values (meta or fake tensors with a state); the layout uses shapes only.
+        keeps_state: whether the caller reads the next state; if not, a core may return None instead of building it.
 
     The host reads masks, resets, offsets and the other tensors that decide the layout (`reads`) once, when
     `BatchLayout` is built; no method of `BatchLayout` waits for a device afterwards.
@@ -66,6 +67,7 @@ class BatchLayout:
         self.device = offset.device
         self._cache: dict[Any, Any] = {}
         self.choices: Choices | None = None
+        self.keeps_state = True
         for name, flags in (("mask", mask), ("reset", reset)):
             if flags is not None and (flags.dtype != torch.bool or flags.shape != (self.batch, columns)):
                 raise ConfigError(

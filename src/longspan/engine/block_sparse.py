@@ -10,6 +10,7 @@ import math
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,11 +18,16 @@ from torch import Tensor
 from longspan.engine import KeyLists, Round, RoundInputs, Schedule, Scores, Tile, attention, flash
 from longspan.engine.arguments import check_positive, check_shapes
 from longspan.engine.flash import default_scale
+from longspan.engine.neighbors import MemberMasks
 from longspan.engine.tiles import HIDDEN, Run, make_open_plan
 from longspan.errors import ConfigError
 
 ENTRIES = 1 << 19  # maximal number of scores in one forward kernel call
 KEY_ENTRIES = 1 << 21  # maximal number of elements of its keys
+_HIDDEN_BITS = {  # of `HIDDEN`, by dtype: integers of the same size, and its bits as such an integer
+    torch.float32: (torch.int32, int(np.float32(HIDDEN).view(np.int32))),
+    torch.float64: (torch.int64, int(np.float64(HIDDEN).view(np.int64))),
+}
 ABSENT = torch.iinfo(torch.int32).max - 1  # rank of an empty slot, outside of every range; differences do not overflow
 
 
@@ -54,7 +60,8 @@ class KeyRange(NamedTuple):
 
     def seen(self) -> Tensor:
         """Return int32 numbers, negative at the pairs in the range, including the query's own key."""
-        return self._replace(own=None).hidden().bitwise_not_()
+        seen = self.rank - self.stop
+        return seen if self.first is None else seen.bitwise_and_((self.first - 1) - self.rank)
 
 
 class ChunkPair(NamedTuple):
@@ -92,6 +99,7 @@ class BlockSchedule(NamedTuple):
         lists: the blocks that a tile reads.
         visible: which keys of them a query sees.
         duplicates: pairs that are visible in earlier rounds.
+        masks: the same as `visible` by masks that the tiles share; None = there are none.
     """
 
     query: Tensor
@@ -101,6 +109,7 @@ class BlockSchedule(NamedTuple):
     lists: KeyLists
     visible: KeyRange
     duplicates: "tuple[KeyRange | ChunkPair, ...]" = ()
+    masks: MemberMasks | None = None
 
     def arranged(self, pairs: Pairs) -> Pairs:
         """Arrange the numbers of queries by tile (tiles, height),
@@ -175,12 +184,27 @@ def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return hidden.clamp_(-1, 0).to(dtype).mul_(-HIDDEN)
 
 
+def hide(mask: Tensor, hidden: Tensor) -> None:
+    """Set a mask of scores (0 or `HIDDEN`) to `HIDDEN` where the int32 numbers `hidden`, which are overwritten, are
+    negative.
+
+    The bits of `HIDDEN` are joined where the sign is set, which takes half the time of numbers that are added.
+    """
+    integers, bits = _HIDDEN_BITS[mask.dtype]
+    chosen = hidden.bitwise_right_shift_(31).to(integers).bitwise_and_(bits)
+    mask.view(integers).bitwise_or_(chosen)
+
+
 class ListedScores(Scores):
     """Mask that hides what the queries of a tile do not see, and what earlier rounds show."""
 
     def __init__(self, inputs: RoundInputs, *, schedule: BlockSchedule) -> None:
         super().__init__(inputs)
-        self.schedule, self.visible = schedule, schedule.arranged(schedule.visible)
+        self.schedule, self.shared = schedule, None
+        if schedule.masks is None:
+            self.visible = schedule.arranged(schedule.visible)
+        else:
+            self.shared = schedule.masks.additive(self.like.dtype)
         self.duplicates = [schedule.arranged(pairs) for pairs in schedule.duplicates]
 
     def tiles_at_once(self, run: Run, heads: int) -> int:
@@ -189,11 +213,24 @@ class ListedScores(Scores):
 
     def added(self, tile: Tile) -> Tensor:
         """Return the additive mask of a tile; see `Scores.added`."""
+        mask = self.like.new_empty(tile.block.rows, tile.run.queries, tile.run.keys)
+        self._fill(mask, tile)
+        return mask[:, None]
+
+    def write(self, tile: Tile, out: Tensor) -> bool:
+        """Write the additive mask of a tile; see `Scores.write`."""
+        self._fill(out[0, :, 0], tile)
+        return True
+
+    def _fill(self, mask: Tensor, tile: Tile) -> None:
+        """Fill a mask (tiles, queries, keys) with 0 where a key is visible, and `HIDDEN` elsewhere."""
         tiles = slice(tile.block.row, tile.block.row + tile.block.rows)
-        hidden = self.schedule.at(self.visible, tiles).hidden()
+        if self.shared is None or self.schedule.masks is None:
+            hide(mask.zero_(), self.schedule.at(self.visible, tiles).hidden())
+        else:
+            torch.index_select(self.shared, 0, self.schedule.masks.number[tiles], out=mask)
         for pairs in self.duplicates:
-            hidden.bitwise_or_(self.schedule.at(pairs, tiles).seen())
-        return additive_mask(hidden, self.like.dtype)[:, None]
+            hide(mask, self.schedule.at(pairs, tiles).seen())
 
 
 def attend_blocks(

@@ -20,9 +20,10 @@ from longspan.engine import KeyLists
 from longspan.engine.arguments import check_positive, check_shapes
 from longspan.engine.block_sparse import ABSENT, BlockSchedule, KeyRange, attend_blocks, inverse, sees_none
 from longspan.engine.flash import default_scale
+from longspan.engine.neighbors import MemberMasks
 from longspan.errors import ConfigError, UnsupportedError
 
-TILE = 32  # larger tiles leave more slots empty, as every group starts a new one
+TILE = 16  # larger tiles leave more slots empty, as every group starts a new one
 
 
 class MemberRange(NamedTuple):
@@ -185,6 +186,9 @@ def _nearest(
         query, query_place, tile_blocks = key[keys.front : blocks], own_slot - keys.front * TILE, None
     else:
         query, query_place, tile_blocks = _query_tiles(first_slot // TILE + rank // TILE, query_group, keys, reach)
+    masks = None
+    if shared and first_column is None and reach.after is None:
+        masks = MemberMasks.at_slots(query_place, rank, len(query), TILE, (reach.before, reach.include_self))
     return BlockSchedule(
         query=query,
         query_place=query_place.masked_fill(~real, -1).flatten(),
@@ -192,6 +196,7 @@ def _nearest(
         key_slot=keys.slot.flatten(),
         lists=KeyLists(tile_blocks, reach.width),
         visible=KeyRange._make(None if t is None else t.flatten() for t in visible),
+        masks=masks,
     )
 
 
@@ -489,10 +494,7 @@ def group_attention_cost(
 
     Args:
         length: queries.
-        num_groups: see `group_attention`.
-        window: see `group_attention`.
-        causal: see `group_attention`.
-        include_self: see `group_attention`.
+        num_groups, window, causal, include_self: see `group_attention`.
     """
     reach = group_reach(min(window, length), causal=causal, include_self=include_self)
     return nearest_entries(length, num_groups, reach, shared=True)

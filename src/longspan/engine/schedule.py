@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from longspan.engine.neighbors import NeighborTiles
 from longspan.engine.tiles import Bands, Block, Plan, Run, Visibility, tile_mask
 
 FORWARD_ENTRIES = 1 << 22  # maximal number of scores in one kernel call, if a mask or bias is built for it
@@ -66,6 +67,19 @@ class Scores:
         The shape is (rows * tiles or 1, heads or 1, queries, keys) or (queries, keys).
         """
         raise NotImplementedError
+
+    def write(self, tile: Tile, out: Tensor) -> bool:
+        """Write what `added` returns to `out` (kv_heads, rows * tiles, group, queries, keys); return whether there is
+        something to add.
+        """
+        added = self.added(tile)
+        if added is None:
+            return False
+        if added.ndim > 2:
+            grouped: Tensor = added.unflatten(1, (-1, out.shape[2]) if added.shape[1] > 1 else (1, 1))
+            added = grouped.transpose(0, 1)
+        out.copy_(added)
+        return True
 
     def seen(self, tile: Tile) -> Tensor | None:
         """Return which keys (rows * tiles, heads or 1, queries, keys) are visible by padding and documents;
@@ -143,6 +157,13 @@ class KeyLists(NamedTuple):
             return x.index_select(0, self.blocks[tiles].flatten()).view(count, -1, *x.shape[2:])
         shape = count, self.width * size, *x.shape[2:]
         return x.as_strided(shape, x.stride(), x.storage_offset() + tiles.start * x.stride(0))
+
+    def neighbors(self, tiles: int, height: int, size: int) -> NeighborTiles | None:
+        """Return `tiles` tiles of `height` queries if they read consecutive blocks of as many keys (`size`), each of
+        which several read; else None.
+        """
+        neighbors = NeighborTiles(tiles, self.width, size)
+        return neighbors if self.blocks is None and height == size and neighbors.worthwhile() else None
 
     def add(self, total: Tensor, part: Tensor, tiles: slice) -> None:
         """Add gradients (tiles, width * size, ...) of what tiles read to `total` (blocks, size, ...)."""

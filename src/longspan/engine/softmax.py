@@ -22,6 +22,7 @@ from torch import Tensor
 from longspan import host
 from longspan.engine import flash
 from longspan.engine.first_order import FirstOrder
+from longspan.engine.neighbors import NeighborTiles
 from longspan.engine.schedule import Round, RoundInputs, Schedule, Scores, Tile
 from longspan.engine.tiles import HIDDEN, Block, Part, Run, make_blocks, make_parts, new_gradient, new_like_heads
 from longspan.state import needs_grad
@@ -320,6 +321,7 @@ class _BackwardPart:
         self.global_heads = slice(first + self.heads.start, first + self.heads.stop)
         self.shape = self.kv.stop - self.kv.start, self.rows.stop - self.rows.start, group
         self.items = self.shape[0] * self.shape[1]
+        self.neighbors: NeighborTiles | None = None
 
     def run(self, queries: list[Tensor], keys: list[Tensor], slots: list[Tensor]) -> None:
         """Compute the gradients of this part's tiles and write them to `slots`.
@@ -337,18 +339,25 @@ class _BackwardPart:
             shaped = [self._by_key(t) for t in slots[1:]]
             self.keyed = [t.flatten(0, 1) for t in shaped]
         else:
-            self.keyed = [torch.empty_like(self.k), torch.empty_like(self.v)]
+            self.neighbors = self.lists.neighbors(self.items, self.q.shape[1], keys[0].shape[2])
+            self.keyed = [] if self.neighbors else [torch.empty_like(self.k), torch.empty_like(self.v)]
         for run in self.plan.runs:
             self.scores.open(run, self.shape[1], self.global_heads)
             scores = self.q.new_empty(self.items, self.group * run.queries, run.keys)
-            weights = torch.empty_like(scores)
+            if self.neighbors is None:
+                weights, spare = torch.empty_like(scores), scores
+            else:
+                weights, spare = (self.neighbors.empty(scores) for _ in range(2))
             for number in range(run.tiles):
-                self._tile(run, number, scores, weights)
+                self._tile(run, number, scores, weights, spare)
         for slot, flat in zip(shaped, self.keyed, strict=False):
             if not _flattens(slot):
                 slot.copy_(flat.view(slot.shape))
         if self.lists is not None:
             for slot, part in zip(slots[1:], self.keyed, strict=True):
+                if self.neighbors is not None:
+                    slot[self.rows.start : self.rows.start + len(part), 0].add_(part)
+                    continue
                 by_row = part.view(*self.shape[:2], *part.shape[1:]).permute(1, 2, 0, 3)
                 self.lists.add(slot[:, self.kv].transpose(1, 2), by_row, self.rows)
 
@@ -363,8 +372,8 @@ class _BackwardPart:
             return x[self.rows, self.kv].transpose(0, 1)
         return self.lists.read(x[:, self.kv].transpose(1, 2), self.rows).permute(2, 0, 1, 3)
 
-    def _tile(self, run: Run, number: int, scores: Tensor, weights: Tensor) -> None:
-        """Recompute the weights of a tile and add its gradients; scores and weights are buffers."""
+    def _tile(self, run: Run, number: int, scores: Tensor, weights: Tensor, spare: Tensor) -> None:
+        """Recompute the weights of a tile and add its gradients, in buffers; `spare`, for slopes, may be `scores`."""
         here, there = run.query_slice(number), run.key_slice(number)
         tile = Tile(run, Block(self.rows.start, self.shape[1], number, 1), self.global_heads)
         height, scale, shape = self.group * run.queries, self.schedule.scale, (*self.shape, run.queries, run.keys)
@@ -373,28 +382,17 @@ class _BackwardPart:
         if self.share:
             share = self.share[0][:, here].reshape(self.items, height, 1)
             grad, inner = grad * share, inner * share
-        added = self.scores.added(tile)
-        if added is None:
-            scores.baddbmm_(q, k.mT, beta=0, alpha=scale)
-        else:
-            scores.view(shape).copy_(self._shaped(added))
-            scores.baddbmm_(q, k.mT, alpha=scale)
+        is_masked = self.scores.write(tile, scores.view(shape))
+        scores.baddbmm_(q, k.mT, beta=int(is_masked), alpha=scale)
         torch.softmax(scores, -1, out=weights)
         scores.copy_(inner * -scale)
         scores.baddbmm_(grad, v.mT, alpha=scale)
-        slopes = torch.mul(scores, weights, out=self.scores.slopes(scores))
+        slopes = torch.mul(scores, weights, out=self.scores.slopes(spare))
         self._add(here.start, there, (slopes, q), (weights, grad))
         dq, slot = torch.bmm(slopes, k).view(*shape[:4], -1), self.dq[:, :, :, here]
         slot.add_(dq) if self.adds else slot.copy_(dq)
         if self.scores.gradients is not None:
             self.scores.backward(tile, slopes)
-
-    def _shaped(self, added: Tensor) -> Tensor:
-        """Reshape a mask or bias to (kv_heads, rows, group, queries, keys)."""
-        if added.ndim > 2:
-            grouped: Tensor = added.unflatten(1, (-1, self.group) if added.shape[1] > 1 else (1, 1))
-            added = grouped.transpose(0, 1)
-        return added
 
     def _add(self, start: int, there: slice, *pairs: tuple[Tensor, Tensor]) -> None:
         """Add a tile to the gradients of keys and values; keys before the query's segment go to the detached ones.
@@ -404,6 +402,9 @@ class _BackwardPart:
             there: key columns of the tile.
             pairs: (slopes, q) for keys and (weights, grad) for values.
         """
+        if self.neighbors is not None:
+            self.keyed = [self.neighbors.by_block(numbers, source) for numbers, source in pairs]
+            return
         border, low, high = self.schedule.border, there.start, there.stop
 
         def add(index: int, columns: slice, mask: Tensor | None = None) -> None:

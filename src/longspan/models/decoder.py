@@ -25,6 +25,8 @@ class Decoder(Stack):
         reset: (batch, length) bool, True = a new document starts here.
         aux_losses: a list to which auxiliary losses are appended.
         inputs_embeds: (batch, length, dim) instead of tokens.
+        keep_state: False = return None instead of the next state, which some mechanisms (`lsh`, `routing`) then do not
+            build: for training that carries none.
 
     Returns of a call:
         Logits (batch, length, vocab_size), zeros at padding, and the next state. With an adaptive softmax they are
@@ -58,6 +60,7 @@ class Decoder(Stack):
         aux_losses: list[Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
         output: Literal["logits", "last", "hidden", "head"] = "logits",
+        keep_state: bool = True,
         **old: Any,
     ) -> Any:
         """Return logits (batch, length, vocab_size) of tokens (batch, length), and the next state; see the class for
@@ -72,13 +75,14 @@ class Decoder(Stack):
                 "reset": reset,
                 "aux_losses": aux_losses,
                 "inputs_embeds": inputs_embeds,
+                "keep_state": keep_state,
             }
             call["output"] = None if output == "logits" else output
             return self(tokens, state, **renames.keywords("Decoder.forward", call, old))
         if output == "head":
             return self._head()
         with all_or_nothing():
-            h, next_state, rows = self.run(tokens, state, mask, reset, aux_losses, inputs_embeds)
+            h, next_state, rows = self.run(tokens, state, mask, reset, aux_losses, inputs_embeds, keep_state=keep_state)
             if output == "hidden":
                 return rows.scatter(h), next_state
             if output == "last":

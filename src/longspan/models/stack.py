@@ -129,6 +129,7 @@ class Stack(nn.Module):
         inputs_embeds: Tensor | None = None,
         hooks: "LayerHooks | None" = None,
         inputs: list[Tensor] | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, StackState | None, BatchLayout]:
         """Run all layers on gathered rows.
 
@@ -138,16 +139,18 @@ class Stack(nn.Module):
             inputs_embeds: (B, columns, dim) instead of tokens.
             hooks: run before and after each layer; None = none.
             inputs: a list to which the input (B, N, dim) of each layer is appended.
+            keep_state: whether the caller reads the next state.
 
         Returns:
-            Hidden states (B, N, hidden_dim) after the last norm, the next state, and the layout that scatters them
-            back.
+            Hidden states (B, N, hidden_dim) after the last norm, the next state (None without `keep_state`), and the
+            layout that scatters them back.
         """
         streams = all(core.traits.streams for core in self.cores())
         layers = None if state is None else state.layers
         if state is not None and not streams:
             raise UnsupportedError(f"{self.why_no_stream()}; call the model with state=None")
         h, rows = self._embed_call(tokens, state, mask, reset, inputs_embeds)
+        rows.keeps_state = keep_state
         if self.config.reversible:
             if hooks is not None:
                 raise UnsupportedError("per_layer memory does not support reversible blocks; set reversible = false")
@@ -167,7 +170,7 @@ class Stack(nn.Module):
                 next_states.append(after)
                 if aux_losses is not None:
                     aux_losses.extend(losses)
-        return self.norm(h), StackState(tuple(next_states), rows.live) if streams else None, rows
+        return self.norm(h), StackState(tuple(next_states), rows.live) if streams and keep_state else None, rows
 
     def _embed_call(
         self,

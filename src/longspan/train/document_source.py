@@ -9,6 +9,7 @@ from torch import Tensor
 from longspan import state as states
 from longspan.errors import ConfigError
 from longspan.mixers import with_aux_losses
+from longspan.models import Decoder
 from longspan.tasks import Documents
 from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint, Position
@@ -118,7 +119,9 @@ class DocumentSource(BatchSource):
         state = self.carried[part.state_index]
         for segment in part.segments:
             batch = segment.at(part.lanes).to(self.group.device)
-            layout = {"mask": batch.mask, "reset": batch.reset, "aux_losses": aux_losses}
+            layout: dict[str, Any] = {"mask": batch.mask, "reset": batch.reset, "aux_losses": aux_losses}
+            if isinstance(self.model, Decoder):
+                layout["keep_state"] = self.carry
             with self.autocast():
                 if self.by_head:
                     hidden, state = self.model.hidden(batch.tokens, state, **layout)

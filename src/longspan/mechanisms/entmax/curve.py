@@ -13,12 +13,12 @@ from the last two points converges much faster where few of many nearly equal sc
 to the bounds found so far. The number of steps is fixed: it may depend on parameters, not on what a row contains.
 
 Most of the time of a step goes into a logarithm and two exponentials per score. Where 1 / a is near a whole number n,
-[1 + y]_+ ^ n is a few products, and its threshold a start from which three steps with the true exponent are enough.
+[1 + y]_+ ^ n is a few products, and its threshold a start from which two or three steps with the true exponent suffice.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ SERIES = {torch.float32: 5e-3, torch.float64: 1e-4}  # below: use the series of 
 
 NEAR = 0.1, 0.67  # a for which the steps start from a whole exponent, and 1 + y needs no log1p to be precise enough
 WHOLE_STEPS, SAVED_STEPS = 5, 4  # steps with the whole exponent, and how many fewer with the true one
-SMALLEST = 1e-30  # lower limit of 1 + y within the steps, whose logarithm is then finite and as fast as others
+CLOSE = 0.05  # distance of 1 / a from a whole number within which one more step is saved
+# lower limits of 1 + y, whose logarithm is then finite and as fast as others, and whose power p is zero
+SMALLEST = {torch.float32: 1e-37, torch.float64: 1e-300}
 
 Sums = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -86,26 +88,58 @@ def solve(sums: Sums, rows: Tensor, keys: int, a: float | Tensor, steps: int, st
     return t
 
 
+def whole_exponent(a: float) -> int | None:
+    """Return the whole number next to 1 / a whose threshold is the start of the steps for `a`; None = none is."""
+    return None if a in (0, 0.5, 1) or not NEAR[0] <= a <= NEAR[1] else round(1 / a)
+
+
+class Exponents(NamedTuple):
+    """What a `Curve` needs of the alphas of its heads; see its attributes."""
+
+    a: float | Tensor
+    largest: float
+    whole: int | None
+    is_close: bool
+
+    @classmethod
+    def of(cls, values: list[float], like: Tensor) -> "Exponents":
+        """Return the exponents of heads with a = `values`, which share a `whole_exponent` or are equal."""
+        whole = whole_exponent(values[0])
+        is_close = whole is not None and all(abs(1 / a - whole) <= CLOSE for a in values)
+        a = values[0] if min(values) == max(values) else like.new_tensor(values)[:, None, None]
+        return cls(a=a, largest=max(values), whole=whole, is_close=is_close)
+
+
 class Curve:
-    """The weights of a tile of rows for one alpha, in reusable buffers.
+    """The weights of a tile of rows for some heads, in reusable buffers.
 
     Attributes:
-        a: alpha - 1.
+        a: alpha - 1, a number; or (heads, 1, 1) if it differs, for heads with one `whole_exponent`.
+        largest: the largest a of the heads.
+        whole: their `whole_exponent`.
+        is_close: whether 1 / a is close to it for all heads.
         unit: factor of the scores: a, or 1 where a is 0.
-        x: (items, rows, keys), input: unit * scores.
+        x: (items, heads, rows, keys), input: unit * scores.
         y: x - t, at least -1 where a > 0.
         log2: log2(p), where a is not 0, 0.5 or 1.
         p: the weights, not normalized.
         w: p ** (2 - alpha), zero where p is zero.
     """
 
-    def __init__(self, buffers: list[Tensor], a: float) -> None:
-        self.a, self.unit = a, a or 1.0
+    def __init__(self, buffers: list[Tensor], exponents: "Exponents") -> None:
+        self.a, self.largest, self.whole, self.is_close = exponents
+        self.unit = self.a if isinstance(self.a, Tensor) else self.a or 1.0
         self.x, self.y, self.log2, self.p, self.w = buffers
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights p, and p ** (2 - alpha), at thresholds t (items, rows, 1); both (items, rows, keys)."""
+        """Return the weights p, and p ** (2 - alpha), at thresholds t (..., rows, 1); both (..., rows, keys)."""
         a, y, p, w = self.a, self.y, self.p, self.w
+        if self.whole is not None:
+            p = self.weights(t)
+            torch.div(p, y, out=w)
+            y.sub_(1.0)
+            return p, w
+        assert not isinstance(a, Tensor)
         torch.sub(self.x, t, out=y)
         if a == 0:
             torch.mul(y, LOG2E, out=p).exp2_()
@@ -124,19 +158,24 @@ class Curve:
 
     def weights(self, t: Tensor) -> Tensor:
         """Return the weights p at thresholds t alone; see `at`."""
+        if self.whole is not None:
+            root = torch.sub(self.x, t - 1, out=self.y).clamp_(min=SMALLEST[t.dtype])
+            torch.log2(root, out=self.log2).mul_(1 / self.a)
+            return torch.exp2(self.log2, out=self.p)
         if self.a in (0, 0.5, 1):
             return self.at(t)[0]
         torch.sub(self.x, t, out=self.y).clamp_(min=-1.0)
         return torch.log1p(self.y, out=self.p).mul_(LOG2E / self.a).exp2_()
 
     def solve(self) -> Tensor:
-        """Return the thresholds (items, rows, 1) relative to the row maxima of x, which are subtracted from x."""
+        """Return the thresholds (..., rows, 1) relative to the row maxima of x, which are subtracted from x."""
         top = self.x.amax(-1, keepdim=True)
         self.x.sub_(top)
-        a, rows, keys, steps = self.a, torch.zeros_like(top), self.x.shape[-1], num_steps(self.a, self.x.dtype)
-        if a in (0, 0.5, 1) or not NEAR[0] <= a <= NEAR[1]:
-            return solve(self._sums, rows, keys, a, steps)
-        return solve(self._near_sums, rows, keys, a, max(3, steps - SAVED_STEPS), self._whole_start(rows))
+        rows, keys, steps = torch.zeros_like(top), self.x.shape[-1], num_steps(self.largest, self.x.dtype)
+        if self.whole is None:
+            return solve(self._sums, rows, keys, self.a, steps)
+        start = self._whole_start(rows, self.whole)
+        return solve(self._near_sums, rows, keys, self.a, max(3, steps - SAVED_STEPS) - self.is_close, start)
 
     def _sums(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums of both results of `at`."""
@@ -145,17 +184,16 @@ class Curve:
         return total, total if w is p else w.sum(-1, keepdim=True)
 
     def _near_sums(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sums of p and w, with one exponential; for steps with `NEAR` a."""
-        root = torch.sub(self.x, t - 1, out=self.y).clamp_(min=SMALLEST)
-        w = torch.log2(root, out=self.w).mul_((1 - self.a) / self.a).exp2_()
-        return torch.mul(w, root, out=self.p).sum(-1, keepdim=True), w.sum(-1, keepdim=True)
+        """Return the sums of p and w, with one exponential; for steps from a whole exponent."""
+        p = self.weights(t)
+        return p.sum(-1, keepdim=True), torch.div(p, self.y, out=self.w).sum(-1, keepdim=True)
 
-    def _whole_start(self, rows: Tensor) -> Tensor:
-        """Return the thresholds (..., 1) for the whole exponent next to 1 / a, by products and Newton's steps alone.
+    def _whole_start(self, rows: Tensor, exponent: int) -> Tensor:
+        """Return the thresholds (..., 1) for a whole exponent, by products and Newton's steps alone.
 
         rows: zeros (..., 1), one per row.
         """
-        exponent, t = round(1 / self.a), rows
+        t = rows
         for _ in range(WHOLE_STEPS):
             root = w = torch.sub(self.x, t - 1, out=self.y).clamp_(min=0.0)
             if exponent == 2:  # the sum of squares without a product of its own
@@ -169,7 +207,7 @@ class Curve:
         return t
 
     def slope(self, gradient: Tensor, weighted: Tensor) -> Tensor:
-        """Return a tile's contribution to the gradient of alpha; overwrites the buffers.
+        """Return a tile's contribution to the gradient of alpha of each head, (heads,); overwrites the buffers.
 
         At fixed t the derivative of log p by alpha is h = (y / (1 + y) - log1p(y)) / a^2. The part through t vanishes
         once the mean of the gradient under w is subtracted.
@@ -178,15 +216,17 @@ class Curve:
             gradient: dL/dp minus its mean under w.
             weighted: w times `gradient`.
         """
-        a, y, p = self.a, self.y, self.p
-        if a < SERIES[y.dtype]:
+        a, y, p, others = self.a, self.y, self.p, (0, 2, 3)
+        if isinstance(a, Tensor):
+            a = a.flatten()
+        elif a < SERIES[y.dtype]:
             x = y.clamp(min=-1e4) if a == 0 else y / a
             rate = series(x, y if a else torch.zeros_like(y)).mul_(p)
-            return rate.mul_(gradient).sum()
-        if a in (0.5, 1.0):
+            return rate.mul_(gradient).sum(others)
+        elif a in (0.5, 1.0):
             torch.log1p(y, out=self.log2).mul_(LOG2E / a)
         log = self.log2.clamp_(min=-1e4).mul_(p).mul_(gradient)
-        return (y.mul_(weighted).sum() / a - log.sum() / LOG2E) / a
+        return (y.mul_(weighted).sum(others) / a - log.sum(others) / LOG2E) / a
 
 
 def series(x: Tensor, y: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class LSHMechanism(DrawnMechanism):
             rows: batch layout of the call (padding, documents, positions).
 
         Returns:
-            The outputs and the next state; the state is None if the instance does not stream.
+            The outputs and the next state; the state is None if the instance does not stream or nobody reads it.
 
         Raises:
             UnsupportedError: the state was made with earlier rotations.
@@ -139,7 +139,7 @@ class LSHMechanism(DrawnMechanism):
             lengths=rows.lengths,
             start=rows.origin,
         )
-        if not self.traits.streams:
+        if not (self.traits.streams and rows.keeps_state):
             return out, None
         if shared:
             k, v = q, v.repeat_interleave(self.shape.group, 1)

@@ -111,7 +111,7 @@ class RoutingMechanism(ClusteredMechanism):
             aux_losses: list to which the commitment loss is appended; None = do not compute it.
 
         Returns:
-            The outputs and the next state; the state is None if the instance does not stream.
+            The outputs and the next state; the state is None if the instance does not stream or nobody reads it.
 
         Raises:
             UnsupportedError: the state was made before the centroids were initialized.
@@ -151,7 +151,7 @@ class RoutingMechanism(ClusteredMechanism):
             lengths=rows.lengths,
             start=rows.origin,
         )
-        if not self.traits.streams:
+        if not (self.traits.streams and rows.keeps_state):
             return out, None
         assert clusters is not None
         return out, self._next_state(k, v, clusters[1], state, rows)
