@@ -39,16 +39,16 @@ def keep_costliest(model: Any, report: Report, count: int, data: Iterable[Batch]
     except BaseException:
         revert(model)
         raise
-    kept = ranking.costliest(count)
-    revert(model, kept)
+    softmax_layers = ranking.costliest(count)
+    revert(model, softmax_layers)
     inner = unwrapped(model)
-    convert_exactly(inner, kept)
+    convert_exactly(inner, softmax_layers)
     cores = mechanisms(inner)
     return replace(
         report,
-        layers=tuple(layer for layer in report.layers if layer not in kept),
+        layers=tuple(layer for layer in report.layers if layer not in softmax_layers),
         new_parameters=tuple(name for name, _ in model.named_parameters() if f".{CORE}." in name),
         bounded=not attention_modules(inner).others and all(core.traits.bounded for core in cores.values()),
-        softmax_layers=kept,
+        softmax_layers=softmax_layers,
         ranking=ranking,
     )

@@ -176,17 +176,17 @@ def convert(
             attention; "auto:N" without `data`.
         DataError: the conversion changes nothing on `data`.
     """
-    name, kept = renames.mixer(name), automatic(layers)
-    if kept and data is None:
+    name, num_softmax = renames.mixer(name), automatic(layers)
+    if num_softmax and data is None:
         raise ConfigError(f"convert: layers = {layers!r} ranks the layers on a text; pass data=[token_ids]")
     chosen = None if isinstance(layers, str) else layers
     report = _convert(model, name, chosen, _defaults(name, renames.fields(name, fields)))
-    if not kept or data is None:
+    if not num_softmax or data is None:
         return report
     # it needs this module
     from longspan.hf.automatic import keep_costliest
 
-    return keep_costliest(model, report, kept, data)
+    return keep_costliest(model, report, num_softmax, data)
 
 
 def convert_without_defaults(model: Any, name: str, layers: Iterable[int], fields: dict[str, Any]) -> None:

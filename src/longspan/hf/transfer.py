@@ -360,14 +360,14 @@ def transfer(
         LongspanError: a gradient is not finite.
     """
     config = TransferConfig(loss=loss, steps=steps, lr=lr, clip=clip, seed=seed)
-    batches, kept, ranking = iter(data), automatic(layers), None
+    batches, num_softmax, ranking = iter(data), automatic(layers), None
     with Transfer(model, config, None if isinstance(layers, str) else layers) as taught:
-        check_automatic(kept, len(taught.layers))
-        check_kept(keep_softmax, len(taught.layers) - kept)
+        check_automatic(num_softmax, len(taught.layers))
+        check_kept(keep_softmax, len(taught.layers) - num_softmax)
         held_out = list(islice(batches, _HELD_OUT_BATCHES)) if held_out is None else held_out
-        if kept:
+        if num_softmax:
             ranking = rank_layers(taught, held_out)
-            taught.restore_softmax(ranking.costliest(kept))
+            taught.restore_softmax(ranking.costliest(num_softmax))
         before = taught.errors(held_out)
         check_errors(model, before)
         if distill:
@@ -380,7 +380,7 @@ def transfer(
             config=config,
             before=before,
             after=taught.errors(held_out),
-            softmax_layers=() if ranking is None else ranking.costliest(kept),
+            softmax_layers=() if ranking is None else ranking.costliest(num_softmax),
             costs=ranking,
         )
         report = keep_worst(taught, report, keep_softmax)

@@ -284,15 +284,15 @@ class _Run:
 
     def prepare(self) -> None:
         """Load the newest checkpoint, or measure the errors before the first step; raises as `run_transfer` does."""
-        kept = automatic(self.settings.layers)
-        check_automatic(kept, len(self.transfer.layers))
-        check_kept(self.settings.keep_softmax, len(self.transfer.layers) - kept)
+        num_softmax = automatic(self.settings.layers)
+        check_automatic(num_softmax, len(self.transfer.layers))
+        check_kept(self.settings.keep_softmax, len(self.transfer.layers) - num_softmax)
         if self.settings.distill:
             output_layer(self.transfer.model)
         loaded = store.load_newest(self.part, self.display.message)
         if loaded is None:
-            if kept:
-                self._keep_costliest(kept)
+            if num_softmax:
+                self._keep_costliest(num_softmax)
             before = self.transfer.errors(self._held_out)
             check_errors(self.transfer.model, before)
             self.position.before = _named(before)
