@@ -86,5 +86,5 @@ def layers_name(model: Any) -> str:
     """Return the dotted name of the list of layers inside a model; raises as `attention_modules` does."""
     modules = attention_modules(model)
     first = modules.convertible[0]
-    attention = next(name for name, module in model.named_modules() if module is modules.attentions[first])
+    attention: str = next(name for name, module in model.named_modules() if module is modules.attentions[first])
     return attention.rsplit(f".{first}.", 1)[0]
