@@ -42,8 +42,8 @@ class TunedConfig:
     lora_targets: tuple[str, ...] = ()
     """suffixes of the names of linear maps that get adapters, such as "q_proj"; empty: all in the layers"""
     checkpoint: bool = False
-    """keep only the inputs of layers for the backward pass, and compute the rest again: much less memory, about a fifth
-    more time; gradients are the same"""
+    """keep only the inputs of layers for the backward pass, and compute the rest again: much less memory, a fifth to a
+    third more time; gradients are the same"""
     vocab_size: int = 0
     """number of token ids of the task; the model may have more"""
 
