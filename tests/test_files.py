@@ -16,6 +16,23 @@ def test_tensors_round_trip_with_views_and_shared_memory(tmp_path: Path) -> None
     assert header == {"kind": "test", "n": 3}
 
 
+def test_only_shared_tensors_are_copied_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, clone = [], torch.Tensor.clone
+
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor.numel())
+        return clone(tensor)
+
+    shared = torch.ones(30)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", counted)
+        write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(1000), "b": shared, "c": shared}, {})
+    assert copied == [30]
+    assert read_tensors(tmp_path / "t.safetensors")[0].keys() == {"a", "b", "c"}
+
+
 def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.json", {"good": 1})
 

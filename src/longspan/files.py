@@ -113,11 +113,28 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
     """Write tensors as safetensors with a JSON header (stored in the file's metadata), atomically."""
-    # safetensors refuses tensors that share memory or have gaps, and needs addresses, which some devices do not have
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = _writable(tensors)
     metadata = {HEADER: json.dumps(dict(header))}
     metadata[DIGEST] = tensors_digest(plain, metadata[HEADER])
     return write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, metadata))
+
+
+def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as safetensors takes them; a copy is made of those only that need it.
+
+    It refuses tensors that share memory or have gaps, and needs addresses, which some devices do not have.
+    """
+    writable: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage()
+        has_own_memory = type(plain) is Tensor and memory.nbytes() == plain.nbytes
+        if not has_own_memory or memory.data_ptr() in addresses:
+            plain = plain.clone()
+        addresses.add(plain.untyped_storage().data_ptr())
+        writable[name] = plain
+    return writable
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], header: str) -> str:

@@ -41,6 +41,21 @@ def test_a_model_is_converted_and_taught(longspan: Command, source: Path, folder
     assert longspan("eval", out, folder / "long.txt", "--tokens", 200).code == 0
 
 
+def test_layers_are_ranked_and_shown(longspan: Command, source: Path, folder: Path, tmp_path: Path) -> None:
+    to = ("--to", "infini", "--segment", 16, "--layers", "auto:1", "-o", tmp_path / "out")
+    refused = longspan("convert", source, *to)
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1].endswith("--layers auto:1: ranks the layers on a text; add --check FILE")
+    assert not (tmp_path / "out").exists()
+    outcome = longspan("convert", source, *to, "--check", folder / "long.txt", "--check-tokens", 60)
+    assert outcome.code == 0, outcome.err
+    rows = [line.split() for line in outcome.out.splitlines() if line.strip().startswith(("0 ", "1 "))]
+    assert [row[-2:] == ["softmax", "kept"] for row in rows[:2]] == [True, False]
+    assert float(rows[0][1]) >= float(rows[1][1])
+    assert "1 layers: infini(" in outcome.out
+    assert longspan("eval", tmp_path / "out", folder / "long.txt", "--tokens", 200).code == 0
+
+
 def test_mistakes_are_one_line(longspan: Command, source: Path, folder: Path, tmp_path: Path) -> None:
     base = ("transfer", source, "--text", folder / "documents", "-o", tmp_path / "out", *SMALL, "--to")
     for arguments, expected in {
@@ -62,6 +77,7 @@ def test_mistakes_are_one_line(longspan: Command, source: Path, folder: Path, tm
 def test_ranges_of_layers() -> None:
     assert layer_ranges("all") is None
     assert layer_ranges("0-2,5,-1") == (0, 1, 2, 5, -1)
-    for wrong in ("", "a", "1-", "1--2x", "1,,2"):
+    assert layer_ranges("auto:2") == "auto:2"
+    for wrong in ("", "a", "1-", "1--2x", "1,,2", "auto:0", "auto:", "auto:1,2"):
         with pytest.raises(ConfigError, match="expected whole numbers and ranges"):
             layer_ranges(wrong)

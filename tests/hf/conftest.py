@@ -18,14 +18,15 @@ def make(kind: str, **more: Any) -> Any:
     # no end token: generation is compared over its whole length
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     if kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=29, n_embd=16, n_layer=2, n_head=4, n_positions=512, **ends, **more)
+        sizes: dict[str, Any] = {"vocab_size": 29, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 512}
+        config = transformers.GPT2Config(**(sizes | ends | more))
         model = transformers.GPT2LMHeadModel(config)
     elif kind == "bert":
         model = transformers.BertModel(transformers.BertConfig(**SIZES, **LONG, **more))
     else:
         name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
         heads = {"num_key_value_heads": 2, "head_dim": 4} if kind == "qwen3" else {"num_key_value_heads": 2}
-        config = getattr(transformers, f"{name}Config")(**SIZES, **LONG, **heads, **ends, **more)
+        config = getattr(transformers, f"{name}Config")(**(SIZES | LONG | heads | ends | more))
         model = getattr(transformers, f"{name}ForCausalLM")(config)
     torch.manual_seed(1)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Training of pretrained models: adapters, all weights or only new ones; resumed runs; saved models."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from tests.hf.conftest import ids, make, save_llama
+from tests.tensor_sizes import LargestTensor
 
 import longspan as ls
 from longspan import hf
 from longspan.cli.app import run as command
 from longspan.errors import ConfigError
+from longspan.hf.decoder import _without_quantization
 from longspan.hf.tuned import TunedConfig, TunedDecoder
-from longspan.train import load_run, run
+from longspan.train import chunked_next_token_loss, load_run, read_log, run
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -148,6 +151,68 @@ def test_gpt2_takes_adapters_too(tmp_path: Path) -> None:
     assert len(learns) == 4
     assert all("c_attn.lora_" in name for name in learns)
     tuned(ids(1, 20))[0].sum().backward()
+
+
+def test_less_memory_gives_the_same_training(
+    endless: Path, book: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With recomputed layers and a loss in chunks, through states that two segments of a step share."""
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    logs = []
+    for name, sparing in (("plain", False), ("sparing", True)):
+        table = recipe(endless, book, lora_rank=2, checkpoint=sparing)
+        table["train"] |= {"bptt_segments": 2, "steps": 3, "dtype": "float64", "loss_chunk": 7 * sparing}
+        evaluation = run(table, tmp_path / name, progress="none").evaluation
+        logs.append([line for line in read_log(tmp_path / name / "log.jsonl") if "loss" in line])
+        assert evaluation is not None
+        logs[-1].append({"loss": evaluation["loss"], "grad_norm": evaluation["accuracy"]})
+    for plain_line, sparing_line in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert sparing_line[name] == pytest.approx(plain_line[name], rel=1e-9)
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    # transformers would warn that layers do without a cache, which they do not read
+    assert "gradient checkpointing" not in caplog.text
+
+
+def test_a_step_stores_neither_logits_nor_activations(endless: Path) -> None:
+    """Its largest tensor is far smaller than the logits of a segment, and it saves only inputs of layers."""
+    segments = [ids(2, 48, seed) for seed in (0, 1)]
+    saved, largest = [], []
+    for sparing in (False, True):
+        model = TunedDecoder(TunedConfig(source=str(endless), lora_rank=2, checkpoint=sparing)).train()
+        num_saved = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal num_saved
+            num_saved += tensor.numel()
+            return tensor
+
+        with LargestTensor() as mode:
+            state, losses = None, []
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                for tokens in segments:
+                    hidden, state = model.hidden(tokens, state)
+                    losses.append(chunked_next_token_loss(hidden, model.head(), tokens, chunk=16 * sparing))
+            torch.stack(losses).sum().backward()
+        saved.append(num_saved)
+        largest.append(mode.largest)
+    logits = segments[0].numel() * 257
+    assert largest[0] >= logits
+    assert largest[1] < logits / 4
+    assert saved[1] < saved[0] / 4
+
+
+def test_weights_of_gguf_are_not_copied() -> None:
+    model = make("llama", tie_word_embeddings=True)
+    text = ids(2, 9)
+    with torch.no_grad():
+        expected = model(text).logits
+        fresh = _without_quantization(model)
+        assert torch.equal(fresh.eval()(text).logits, expected)
+    parameters = dict(model.named_parameters())
+    assert all(parameter is parameters[name] for name, parameter in fresh.named_parameters())
+    assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+    assert not any(tensor.is_meta for tensor in (*fresh.parameters(), *fresh.buffers()))
 
 
 @pytest.mark.parametrize(

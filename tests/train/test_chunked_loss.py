@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tensor_sizes import LargestTensor
 from torch import Tensor
 
 from longspan.errors import ConfigError, UnsupportedError
@@ -82,22 +83,9 @@ def test_products_are_bf16_and_losses_fp32(autocast: bool) -> None:
 
 def largest_tensor(make: Any) -> int:
     """Elements of the largest tensor that a forward and backward pass makes."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, Tensor):
-                    self.largest = max(self.largest, tensor.numel())
-            return out
-
-    mode: Any = Largest  # torch leaves its initializer untyped
-    with mode() as counter:
+    with LargestTensor() as mode:
         make().backward()
-    return int(counter.largest)
+    return int(mode.largest)
 
 
 def test_logits_of_a_whole_call_never_exist() -> None:

@@ -38,6 +38,13 @@ def test_evaluation_with_memory_equals_reading_each_document_alone(
     assert 0 <= evaluation.accuracy <= 1
 
 
+def test_evaluation_in_chunks_of_logits_gives_the_same(model: Decoder, documents: Documents) -> None:
+    whole = evaluate_text(model, documents, chunk=20, batch=3)
+    chunked = evaluate_text(model, documents, chunk=20, batch=3, loss_chunk=7)
+    np.testing.assert_allclose(chunked.nats, whole.nats, rtol=1e-9)
+    assert chunked.correct.tolist() == whole.correct.tolist()
+
+
 @pytest.mark.parametrize("segment", [3, 16])
 def test_evaluation_without_memory_equals_reading_each_segment_alone(
     model: Decoder, documents: Documents, segment: int

@@ -160,6 +160,23 @@ def test_a_transfer_continues_in_every_phase(settings: TransferSettings, tmp_pat
     assert streamed.traits.streams
 
 
+def test_layers_that_keep_softmax_are_chosen_once(settings: TransferSettings, tmp_path: Path) -> None:
+    settings = changed(settings, layers="auto:1", steps=6)
+    whole = run(settings, tmp_path / "whole").report
+    with pytest.raises(KeyError):
+        run(settings, tmp_path / "parts", progress=Stops(5, error=KeyError()), log_every=1)
+    continued = run(settings, tmp_path / "parts").report
+    assert whole is not None
+    assert continued is not None
+    for name in ("layers", "softmax_layers", "costs"):
+        assert continued[name] == whole[name]
+    (kept,) = whole["softmax_layers"]
+    costs = {cost["layer"]: cost["divergence"] for cost in whole["costs"]["costs"]}
+    assert costs[kept] == max(costs.values())
+    assert [line["layer"] for line in whole["layers"]] == [1 - kept]
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_an_interrupt_saves_and_the_same_call_continues(settings: TransferSettings, tmp_path: Path) -> None:
     run(settings, tmp_path / "whole")
     outcome = run(settings, tmp_path / "parts", progress=Stops(6), log_every=1)
@@ -308,6 +325,7 @@ def test_changed_text_is_refused(settings: TransferSettings, tmp_path: Path) -> 
         ({"layers": (0, 7)}, ConfigError, r"layers = \[0, 7\]: must be among the 2 layers 0 to 1"),
         ({"layers": ()}, ConfigError, r"layers = \[\]: must be among"),
         ({"keep_softmax": 2}, ConfigError, "keep_softmax = 2: must be from 0 to 1"),
+        ({"layers": "auto:2"}, ConfigError, "must be from auto:1 to auto:1"),
         ({"text": "/nowhere.txt"}, DataError, "/nowhere.txt"),
         ({"dtype": "int8"}, ConfigError, "--dtype 'int8'"),
         ({"lr": 1e30}, LongspanError, "not finite"),

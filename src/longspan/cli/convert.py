@@ -12,7 +12,8 @@ from longspan import renames
 from longspan.cli.console import console, print_command, print_table, say
 from longspan.cli.options import DeviceOption, DtypeOption, GgufOption, layer_ranges, verb
 from longspan.cli.outputs import check_output_folder
-from longspan.errors import CheckpointError
+from longspan.cli.ranking import print_ranking
+from longspan.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class ConvertOptions:
     layers: Annotated[
         str,
         typer.Option(
-            "--layers", metavar="N,A-B,...", help="Layers to convert; negative numbers count from the last one."
+            "--layers",
+            metavar="N,A-B,...",
+            help="Layers to convert; negative numbers count from the last one. auto:N: all but the N layers whose "
+            "conversion costs most on the file of --check; these keep softmax.",
         ),
     ] = "all"
     check: Annotated[
@@ -87,6 +91,8 @@ def convert(options: ConvertOptions) -> None:
     # check everything else first: loading weights may take minutes
     to = renames.mixer(options.to)
     fields, layers = checked_fields(to, options.segment, options.set_ or []), layer_ranges(options.layers)
+    if isinstance(layers, str) and options.check is None:
+        raise ConfigError(f"--layers {layers}: ranks the layers on a text; add --check FILE")
     _check_output(options.model, output)
     text = None if options.check is None else bytes(read_file(options.check)).decode(errors="replace")
     from longspan import hf
@@ -100,9 +106,12 @@ def convert(options: ConvertOptions) -> None:
     opened = open_pretrained(weights.source, gguf=weights.gguf, dtype=parse_dtype(options.dtype))
     opened.model.to(choose_device(options.device, what="--device"))
     before = None if text is None else _read(opened, text, options.check_tokens)
-    report = hf.convert(opened.model, to, layers=layers, **fields)
+    data = None if before is None else [before.ids]
+    report = hf.convert(opened.model, to, layers=layers, data=data, **fields)
 
     write_folder(output, lambda folder: [part.save_pretrained(folder) for part in opened], seal)
+    if report.ranking is not None:
+        print_ranking(report.ranking.to_dict(), report.softmax_layers)
     console().print(str(report), markup=False)
     if not report.bounded:
         say("note: the state of this model grows with the length of the text")

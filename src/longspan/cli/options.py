@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -108,15 +109,21 @@ GgufOption = Annotated[
 ]
 
 
-def layer_ranges(layers: str) -> tuple[int, ...] | None:
-    """Parse `--layers`: numbers and ranges such as `0-4,9,-1`, or None for `all`; raises ConfigError."""
+def layer_ranges(layers: str) -> tuple[int, ...] | str | None:
+    """Parse `--layers`: numbers and ranges such as `0-4,9,-1`, `auto:N` itself, or None for `all`; raises
+    ConfigError.
+    """
     if layers == "all":
         return None
+    if re.fullmatch(r"auto:[1-9]\d*", layers):
+        return layers
     numbers: list[int] = []
     try:
         for part in layers.split(","):
             first, dash, last = part.strip().partition("-")
             numbers += range(int(first), int(last) + 1) if dash and first else [int(part)]
     except ValueError:
-        raise ConfigError(f"--layers {layers!r}: expected whole numbers and ranges, for example 0-4,9,-1") from None
+        raise ConfigError(
+            f"--layers {layers!r}: expected whole numbers and ranges, for example 0-4,9,-1, or auto:N"
+        ) from None
     return tuple(numbers)

@@ -19,7 +19,8 @@ def train(
         str | None,
         typer.Argument(
             metavar="RECIPE",
-            help="A TOML file with the tables model, task and train, or a name listed by `longspan recipes`.",
+            help="A TOML file with the tables model, task and train (or transfer alone), or a name listed by "
+            "`longspan recipes`.",
             show_default=False,
         ),
     ] = None,
@@ -55,6 +56,7 @@ def train(
 
     Writes the model, its tokenizer, checkpoints and a log to the folder of the run. Ctrl-C finishes the current step,
     saves and exits; --resume continues with identical results. For several GPUs or processes, start it with torchrun.
+    A recipe with a table transfer is an attention transfer: see `longspan transfer`.
 
     Examples:
       longspan train tiny
@@ -66,13 +68,16 @@ def train(
         raise ConfigError(
             "RECIPE is missing: give `longspan train RECIPE`, or `longspan train --resume -o DIR` to continue a run"
         )
+    from longspan.train.transfer_store import is_transfer
+
     folder = check_output_folder(output or Path("runs") / (Path(recipe).stem if recipe else ""), "--output")
-    assignments = (set_ or []) + [
-        f"train.{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value
-    ]
-    assignments += [f"train.init={json.dumps(init, ensure_ascii=False)}"] if init else []
-    outcome = _run(recipe, assignments, folder, resume)
-    name = shlex.quote(str(folder))
+    data, name = _recipe(recipe, set_ or []), shlex.quote(str(folder))
+    if is_transfer(data, folder, resume=resume):
+        if init:
+            raise ConfigError("--init: a transfer starts from transfer.model; leave --init out")
+        return _transfer(_with_fields(data, "transfer", device=device, dtype=dtype), folder, resume)
+    data = _with_fields(data, "train", device=device, dtype=dtype, init=init)
+    outcome = _run(recipe, data, folder, resume)
     if int(os.environ.get("RANK", "0")) != 0:
         return 0
     if outcome.interrupted:
@@ -82,12 +87,35 @@ def train(
     return 0
 
 
-def _run(recipe: str | None, assignments: list[str], folder: Path, resume: bool) -> Any:
-    """Read the recipe, apply the overrides, train, and return the `Result` of the run."""
+def _recipe(recipe: str | None, assignments: list[str]) -> dict[str, Any]:
+    """Read a recipe (None: an empty one) and apply overrides."""
     from longspan.config import override, read_toml
-    from longspan.train import locate_recipe, run
+    from longspan.train import locate_recipe
 
-    data = functools.reduce(override, assignments, {} if recipe is None else read_toml(locate_recipe(recipe)))
+    return functools.reduce(override, assignments, {} if recipe is None else read_toml(locate_recipe(recipe)))
+
+
+def _with_fields(data: dict[str, Any], table: str, **values: str) -> dict[str, Any]:
+    """Return a recipe with the fields of a table that options set; empty ones are left out."""
+    from longspan.config import override
+
+    assignments = [f"{table}.{name}={json.dumps(text, ensure_ascii=False)}" for name, text in values.items() if text]
+    return functools.reduce(override, assignments, data)
+
+
+def _transfer(data: dict[str, Any], folder: Path, resume: bool) -> int:
+    """Run the attention transfer of a recipe, and print its report as `longspan transfer` does."""
+    from longspan.cli.transfer import print_outcome
+    from longspan.train.transfer_recipe import train_transfer
+
+    outcome = train_transfer(data, folder, resume=resume)
+    return print_outcome(outcome, folder, f"continue with: longspan train --resume -o {shlex.quote(str(folder))}")
+
+
+def _run(recipe: str | None, data: dict[str, Any], folder: Path, resume: bool) -> Any:
+    """Train the model of a recipe, and return the `Result` of the run."""
+    from longspan.train import run
+
     missing = [name for name in ("model", "task") if recipe is not None and not resume and not data.get(name)]
     if missing:
         raise ConfigError(

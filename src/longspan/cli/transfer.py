@@ -12,6 +12,7 @@ from longspan.cli.console import console, print_command, print_table, say
 from longspan.cli.convert import checked_fields
 from longspan.cli.options import DeviceOption, DtypeOption, GgufOption, layer_ranges, verb
 from longspan.cli.outputs import check_output_folder
+from longspan.cli.ranking import print_ranking
 from longspan.errors import ConfigError
 
 
@@ -58,7 +59,8 @@ class TransferOptions:
             "--layers",
             metavar="N,A-B,...",
             help="Layers to convert and teach; negative numbers count from the last one. Processes with different "
-            "layers may share one output folder.",
+            "layers may share one output folder. auto:N: all but the N layers whose conversion costs most, before "
+            "training, on held-out text; these keep softmax.",
         ),
     ] = "all"
     loss: Annotated[
@@ -154,10 +156,21 @@ def transfer(options: TransferOptions) -> int:
         checkpoint_every=options.checkpoint_every,
         eval_every=options.eval_every,
     )
+    return print_outcome(outcome, options.output, "the same command continues")
+
+
+def print_outcome(outcome: Any, output: Path, remedy: str) -> int:
+    """Print how a transfer ended, and return the exit status.
+
+    Args:
+        outcome: a `TransferOutcome`.
+        output: folder of the model.
+        remedy: how an interrupted transfer continues.
+    """
     if outcome.interrupted:
-        say(f"stopped after step {outcome.step}, saved in {options.output}; the same command continues")
+        say(f"stopped after step {outcome.step}, saved in {output}; {remedy}")
         return 130
-    _print_report(outcome.report or {}, options.output)
+    _print_report(outcome.report or {}, output)
     return 0
 
 
@@ -166,6 +179,8 @@ def _print_report(report: dict[str, Any], output: Path) -> None:
     from longspan.report import Table
 
     softmax = report["softmax_layers"]
+    if "costs" in report:
+        print_ranking(report["costs"], softmax)
     rows = [
         [
             str(line["layer"]),

@@ -20,6 +20,7 @@ from longspan.hf.decoder import ConvertedDecoder
 from longspan.hf.import_checkpoint import import_checkpoint
 from longspan.hf.loading import load, register
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
+from longspan.hf.ranking import LayerCost, LayerRanking, rank_layers
 from longspan.hf.training import AfterStep, TrainerLoss
 from longspan.hf.transfer import Transfer, TransferReport, transfer
 from longspan.hf.transfer_layer import TransferConfig
@@ -33,6 +34,8 @@ if not TYPE_CHECKING:  # so that type checkers still report misspelled names
 __all__ = [
     "AfterStep",
     "ConvertedDecoder",
+    "LayerCost",
+    "LayerRanking",
     "LongspanConfig",
     "LongspanForCausalLM",
     "LongspanForMaskedLM",
@@ -51,6 +54,7 @@ __all__ = [
     "load",
     "mechanisms",
     "parameter_groups",
+    "rank_layers",
     "revert",
     "transfer",
 ]

@@ -196,7 +196,8 @@ def _build_call(
         keywords["position_ids"] = _count_positions(rows, past.shift)
     most = modules.family.max_positions(base)
     if most is not None and rows.batch and rows.columns:
-        largest = int(keywords["position_ids"].max()) if "position_ids" in keywords else rows.largest_position
+        positions = keywords.get("position_ids")
+        largest = rows.largest_position if positions is None else int(positions.max())
         if largest >= most:
             raise UnsupportedError(
                 f"position {largest} exceeds the {most} learned positions of this {base.config.model_type}; shorten "

@@ -7,7 +7,7 @@ its new parameters (gates, projections). Only the computation between q, k, v an
 
 import functools
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from longspan.hf.calls import Call, check_caches, prepare_call
 from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import AttentionModules, Family, attention_modules
 from longspan.hf.families.base import HEADS
+from longspan.hf.ranking import LayerRanking, automatic
 from longspan.hf.resting import KeepsUnusedModules, restore_modules, set_aside_modules
 from longspan.models.backbone import foreign_optimizer_groups
 from longspan.models.wrappers import unwrap_once, unwrapped
@@ -43,6 +44,8 @@ class Report:
         new_parameters: names of the parameters that the conversion added.
         bounded: the state of the whole model does not grow with the text.
         local_layers: indices of the layers that keep their sliding window, as the mixer `window`.
+        softmax_layers: indices of the layers that keep softmax, with `layers = "auto:N"`.
+        ranking: what the conversion of each layer alone costs, with `layers = "auto:N"`; else None.
     """
 
     name: str
@@ -51,14 +54,17 @@ class Report:
     new_parameters: tuple[str, ...]
     bounded: bool
     local_layers: tuple[int, ...] = ()
+    softmax_layers: tuple[int, ...] = ()
+    ranking: LayerRanking | None = None
 
     def __str__(self) -> str:
         """Return a one-line summary for printing."""
         fields = ", ".join(f"{key}={value!r}" for key, value in self.fields.items())
         state = "state of constant size" if self.bounded else "state that grows with the text"
         local = f", {len(self.local_layers)} local layers keep their window" if self.local_layers else ""
+        softmax = f", {len(self.softmax_layers)} layers keep softmax" if self.softmax_layers else ""
         parameters = f"{len(self.new_parameters)} new parameters"
-        return f"{len(self.layers)} layers: {self.name}({fields}){local}, {parameters}, {state}"
+        return f"{len(self.layers)} layers: {self.name}({fields}){local}{softmax}, {parameters}, {state}"
 
 
 class Converted(KeepsUnusedModules):
@@ -131,7 +137,14 @@ def _check_reentry(core: Mechanism, has_penalties: bool) -> None:
         )
 
 
-def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fields: Any) -> Report:
+def convert(
+    model: Any,
+    name: str,
+    *,
+    layers: Iterable[int] | str | None = None,
+    data: Iterable[Tensor | Mapping[str, Any]] | None = None,
+    **fields: Any,
+) -> Report:
     """Replace the attention of a pretrained model by a mixer, in place.
 
     Layers that have a sliding window of their own are local already. With `layers = None`, a model that mixes them with
@@ -145,7 +158,11 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             Qwen3-MoE, Qwen3-Next, SmolLM, Gemma, Phi-3, OLMo, Granite, Command R7B, StarCoder2, GPT-NeoX, GPT-2, BERT
             and similar ones (`longspan.hf.families`). `revert` undoes the conversion.
         name: name of the mixer. Mixers whose traits are not `convertible` (`transformer_xl`) cannot be used.
-        layers: indices of the layers to convert; negative ones count from the end; None = all, see above.
+        layers: indices of the layers to convert; negative ones count from the end; None = all, see above; "auto:N" =
+            these, except for the N layers whose conversion costs most on `data`, which keep softmax. The ranking is
+            part of the report (`longspan.hf.ranking`).
+        data: text for "auto:N", longer than a segment or a window of the mixer: token ids (rows, length), or dicts of
+            `input_ids`, `attention_mask` and `reset`. The model reads it about half as often as it has layers.
         fields: fields of the mixer; some have other defaults than in a new model (`Mechanism.conversion_fields`). The
             gates of `infini` and `memorizing` start at -4, so that a text of one segment gives the original logits and
             a longer one nearly those of local attention; `lsh` and `routing` use the model's keys.
@@ -156,10 +173,20 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     Raises:
         UnsupportedError: the model's family, its positions, caps of its scores, or the mixer do not allow it.
         ConfigError: an unknown mixer or field (with the nearest name), or layers that do not exist or have no softmax
-            attention.
+            attention; "auto:N" without `data`.
+        DataError: the conversion changes nothing on `data`.
     """
-    name = renames.mixer(name)
-    return _convert(model, name, layers, _defaults(name, renames.fields(name, fields)))
+    name, num_softmax = renames.mixer(name), automatic(layers)
+    if num_softmax and data is None:
+        raise ConfigError(f"convert: layers = {layers!r} ranks the layers on a text; pass data=[token_ids]")
+    chosen = None if isinstance(layers, str) else layers
+    report = _convert(model, name, chosen, _defaults(name, renames.fields(name, fields)))
+    if not num_softmax or data is None:
+        return report
+    # it needs this module
+    from longspan.hf.automatic import keep_costliest
+
+    return keep_costliest(model, report, num_softmax, data)
 
 
 def convert_without_defaults(model: Any, name: str, layers: Iterable[int], fields: dict[str, Any]) -> None:

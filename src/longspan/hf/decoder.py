@@ -275,15 +275,27 @@ def open_pretrained(
         tokenizer: Any = open_tokenizer(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
     if gguf is not None:
-        # transformers refuses to save a model read from GGUF, but not a new model with the same weights
-        config = model.config
-        for name in ("quantization_config", "_name_or_path"):
-            config.__dict__.pop(name, None)
-        fresh = type(model)(config).to(model.dtype)
-        fresh.load_state_dict(model.state_dict())
-        fresh.generation_config = model.generation_config
-        model = fresh
+        model = _without_quantization(model)
     return ModelAndTokenizer(model.eval(), tokenizer)
+
+
+def _without_quantization(model: Any) -> Any:
+    """Return a new model of transformers with the weights of one that was read from GGUF, which are not copied.
+
+    transformers refuses to save a model read from GGUF, but not a new one with the same weights.
+    """
+    for name in ("quantization_config", "_name_or_path"):
+        model.config.__dict__.pop(name, None)
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    # with the parameters themselves, tied ones stay tied
+    fresh.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    # those of RoPE are not in the state dict
+    for name, buffer in model.named_buffers():
+        module, _, leaf = name.rpartition(".")
+        setattr(fresh.get_submodule(module), leaf, buffer)
+    fresh.generation_config = model.generation_config
+    return fresh
 
 
 def end_tokens_of(source: str | Path) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from longspan.hf.convert import revert
 from longspan.hf.distillation import next_token_divergence, output_layer
 from longspan.hf.families import attention_modules
 from longspan.hf.opening import convert_exactly, exact_mechanisms
+from longspan.hf.ranking import LayerRanking, automatic, check_automatic, rank_layers
 from longspan.hf.transfer_layer import ErrorSums, Loss, TransferConfig, TransferLayer, seeded
 from longspan.models.wrappers import unwrapped
 
@@ -52,9 +53,11 @@ class TransferReport:
         config: of the transfer.
         before, after: relative error by layer on held-out pieces: |o - o*|^2 / |o*|^2, summed over tokens, of the
             outputs that the loss compares.
-        softmax_layers: layers that compute softmax again, because their errors were the largest.
+        softmax_layers: layers that compute softmax again, because they cost most (`costs`), or because their errors
+            were the largest.
         divergence: divergence of the model's predictions from the pretrained model's on held-out pieces, in nats per
             token, before and after distillation; None = no distillation.
+        costs: what the conversion of each layer alone costs before any training; None = layers were not "auto:N".
     """
 
     config: TransferConfig
@@ -62,6 +65,7 @@ class TransferReport:
     after: dict[int, float]
     softmax_layers: tuple[int, ...] = ()
     divergence: tuple[float, float] | None = None
+    costs: LayerRanking | None = None
 
     @property
     def ranking(self) -> list[int]:
@@ -74,7 +78,13 @@ class TransferReport:
             {"layer": layer, "error_before": self.before[layer], "error_after": self.after[layer]}
             for layer in sorted(self.after)
         ]
-        rest = {"ranking": self.ranking, "softmax_layers": self.softmax_layers, "divergence": self.divergence}
+        rest: dict[str, Any] = {
+            "ranking": self.ranking,
+            "softmax_layers": self.softmax_layers,
+            "divergence": self.divergence,
+        }
+        if self.costs is not None:
+            rest["costs"] = self.costs.to_dict()
         return {"config": to_dict(self.config), "layers": layers, **to_dict(rest)}
 
     def __str__(self) -> str:
@@ -93,7 +103,7 @@ class Transfer:
 
     Args:
         model: a converted causal model of transformers, without adapters. Only what the loss says is changed.
-        config: of the transfer.
+        config: of the transfer; None = its layers are only compared with their teachers (`longspan.hf.ranking`).
         layers: converted layers to teach, negative ones counting from the end; None = all converted ones. Others
             compute what their pretrained attention does.
 
@@ -102,8 +112,8 @@ class Transfer:
         UnsupportedError: the model is bidirectional, has adapters or quantized projections.
     """
 
-    def __init__(self, model: Any, config: TransferConfig, layers: Iterable[int] | None = None) -> None:
-        self.model, self.config = unwrapped(model), config
+    def __init__(self, model: Any, config: TransferConfig | None, layers: Iterable[int] | None = None) -> None:
+        self.model, self._config = unwrapped(model), config
         modules = self._modules = attention_modules(self.model)
         self._base = modules.family.base(self.model)
         chosen = _chosen(layers, modules.cores, len(modules.attentions))
@@ -125,6 +135,12 @@ class Transfer:
             raise
         self.layers = {index: self._all[index] for index in chosen}
         self.model.eval()
+
+    @property
+    def config(self) -> TransferConfig:
+        """The configuration of the current phase: the transfer, or the distillation after it."""
+        assert self._config is not None
+        return self._config
 
     def __enter__(self) -> Self:
         return self
@@ -191,14 +207,19 @@ class Transfer:
         device = self.model.get_input_embeddings().weight.device
         return {name: value.to(device) for name, value in named.items() if value is not None}
 
+    def last_hidden(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Return the last hidden states (rows, length, dim) of the model for what `arguments` returned."""
+        hidden: Tensor = self._base(**arguments, use_cache=False).last_hidden_state
+        return hidden
+
     # -- distillation ------------------------------------------------------------------------------------------------
 
     def begin_distillation(self, steps: int) -> None:
         """Start a second phase, of calls of `distill`: new optimizers, a tenth of the learning rate on a cosine."""
         lr = self.config.base_lr / 10
-        self.config = replace(self.config, steps=steps, lr=lr, schedule="cosine", seed=self.config.seed + 1)
+        self._config = replace(self.config, steps=steps, lr=lr, schedule="cosine", seed=self.config.seed + 1)
         for layer in self.layers.values():
-            layer.begin(self.config)
+            layer.begin(self._config)
 
     def distill(self, batch: Batch) -> float:
         """Make one optimizer step in all taught layers together, on the divergence of the model's predictions.
@@ -232,11 +253,11 @@ class Transfer:
         """Return the divergence of a batch, and the auxiliary losses of the mechanisms."""
         arguments, aux_losses = self.arguments(batch), list[Tensor]()
         with torch.no_grad(), self.substituted({}):
-            teacher = self._base(**arguments, use_cache=False).last_hidden_state
+            teacher = self.last_hidden(arguments)
         students = {index: functools.partial(layer.student, aux_losses) for index, layer in self._all.items()}
         seed = next(iter(self.layers.values())).seed
         with seeded(seed, teacher.device), self.substituted(students):
-            student = self._base(**arguments, use_cache=False).last_hidden_state
+            student = self.last_hidden(arguments)
         mask = arguments.get("attention_mask")
         real = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask.bool()
         return next_token_divergence(self.model, teacher[real], student[real]), aux_losses
@@ -297,7 +318,7 @@ def transfer(
     loss: Loss = "heads",
     steps: int = 1000,
     lr: float | None = None,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[int] | str | None = None,
     held_out: Sequence[Batch] | None = None,
     clip: float = 1.0,
     seed: int = 0,
@@ -318,7 +339,9 @@ def transfer(
         steps: number of optimizer steps; AdamW without weight decay.
         lr: learning rate; None = 1e-2 for heads, where it is constant, and 1e-3 for outputs, where it falls along a
             cosine to a hundredth.
-        layers: converted layers to teach; None = all. The result for a layer does not depend on the others.
+        layers: converted layers to teach; None = all. The result for a layer does not depend on the others. "auto:N" =
+            all but the N layers whose conversion costs most by `rank_layers` on `held_out`, before any step; these get
+            their pretrained attention back.
         held_out: batches on which errors are measured; None = the first four of `data`, which are then not learned.
         clip: largest norm of the gradient of a layer; 0 = no clipping.
         seed: of dropout in mechanisms and of redrawn projections.
@@ -328,7 +351,7 @@ def transfer(
         on_step: called with the number of steps done and the losses by layer, except in distillation.
 
     Returns:
-        The relative errors before and after.
+        The relative errors before and after, and with "auto:N" the ranking of all layers.
 
     Raises:
         ConfigError: the model is not converted, the mechanism has no parameters for loss "heads", or a wrong setting.
@@ -337,10 +360,14 @@ def transfer(
         LongspanError: a gradient is not finite.
     """
     config = TransferConfig(loss=loss, steps=steps, lr=lr, clip=clip, seed=seed)
-    batches = iter(data)
-    with Transfer(model, config, layers) as taught:
-        check_kept(keep_softmax, len(taught.layers))
+    batches, num_softmax, ranking = iter(data), automatic(layers), None
+    with Transfer(model, config, None if isinstance(layers, str) else layers) as taught:
+        check_automatic(num_softmax, len(taught.layers))
+        check_kept(keep_softmax, len(taught.layers) - num_softmax)
         held_out = list(islice(batches, _HELD_OUT_BATCHES)) if held_out is None else held_out
+        if num_softmax:
+            ranking = rank_layers(taught, held_out)
+            taught.restore_softmax(ranking.costliest(num_softmax))
         before = taught.errors(held_out)
         check_errors(model, before)
         if distill:
@@ -349,7 +376,13 @@ def transfer(
             losses = taught.step(batch)
             if on_step is not None:
                 on_step(step, losses)
-        report = TransferReport(config=config, before=before, after=taught.errors(held_out))
+        report = TransferReport(
+            config=config,
+            before=before,
+            after=taught.errors(held_out),
+            softmax_layers=() if ranking is None else ranking.costliest(num_softmax),
+            costs=ranking,
+        )
         report = keep_worst(taught, report, keep_softmax)
         if not distill:
             return report
@@ -379,9 +412,9 @@ def check_kept(keep_softmax: int, num_layers: int) -> None:
 
 def keep_worst(taught: Transfer, report: TransferReport, count: int) -> TransferReport:
     """Give the `count` layers with the largest errors their pretrained attention back; return the report with them."""
-    worst = tuple(sorted(report.ranking[:count]))
+    worst = sorted(report.ranking[:count])
     taught.restore_softmax(worst)
-    return replace(report, softmax_layers=worst)
+    return replace(report, softmax_layers=tuple(sorted({*report.softmax_layers, *worst})))
 
 
 def check_errors(model: Any, errors: Mapping[int, float]) -> None:

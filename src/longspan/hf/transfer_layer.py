@@ -105,10 +105,10 @@ class TransferLayer:
         self.teacher, self.core = attention, attention.longspan
         self.step, self.loss, self.sums = 0, math.nan, ErrorSums()
         self.trained: dict[str, nn.Parameter] = {}
-        if config is None:
-            return
         if not isinstance(self.core, Mechanism):
             raise UnsupportedError("transfer: the model has adapters; transfer first and add adapters afterwards")
+        if config is None:
+            return
         core_parameters = {f"{CORE}.{name}": parameter for name, parameter in self.core.named_parameters()}
         self.trained = core_parameters if config.loss == "heads" else dict(attention.named_parameters())
         if not self.trained:

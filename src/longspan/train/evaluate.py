@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from longspan import state as states
 from longspan.contract.maps import device_and_dtype
 from longspan.errors import DataError, UnsupportedError
 from longspan.models import AdaptiveHead
+from longspan.models.head import CalledHead
+from longspan.models.head import Head as LinearHead
 from longspan.tasks import Document, Documents
 from longspan.tasks.base import Array, Head
 from longspan.train.distributed import Group
@@ -26,6 +28,7 @@ Progress = Callable[[int, int], bool | None]
 _TOTALS = ("nats", "tokens", "units", "correct")
 # rows of logits of an adaptive softmax that are computed at once, because its vocabulary is large
 _ROWS = 256
+OutputHead: TypeAlias = AdaptiveHead | LinearHead | CalledHead
 
 
 class EvaluationStopped(Exception):
@@ -113,6 +116,7 @@ def evaluate_text(
     batch: int = 16,
     memory: bool = True,
     segment_length: int | None = None,
+    loss_chunk: int = 0,
     group: Group | None = None,
     unit: str = "byte",
     progress: Progress | None = None,
@@ -131,26 +135,29 @@ def evaluate_text(
         memory: carry the state through each document. False: every segment of `segment_length` tokens starts from an
             empty state, to measure the benefit of the memory.
         segment_length: tokens per segment without memory; None: `chunk`.
+        loss_chunk: tokens whose logits exist at once; 0: those of a whole call. With a large vocabulary, logits are
+            the largest tensors; the model needs a linear output layer.
         group: processes that share the work; all of them return the same totals.
         unit: name of the units that the task counts, for `Evaluation.unit`.
         progress: see `Progress`.
 
     Raises:
-        UnsupportedError: `memory=True` and the model does not stream.
+        UnsupportedError: `memory=True` and the model does not stream; `loss_chunk` and it has no linear output layer.
         EvaluationStopped: `progress` returned False.
     """
     if memory and not model.traits.streams:
         raise UnsupportedError("evaluate_text: this model does not stream; call it with memory=False")
     group = group or Group(device=device_and_dtype(model).device)
     restart = None if memory else segment_length or chunk
-    totals, head = np.zeros((4, len(documents))), adaptive_head(model)
+    totals = np.zeros((4, len(documents)))
+    head: OutputHead | None = model.head() if loss_chunk else adaptive_head(model)
     read, total, going = 0, -(-int(documents.lengths.sum()) // group.world_size), True
     calls = read_documents(
         model, documents, chunk=chunk, batch=batch, restart=restart, group=group, hidden=head is not None
     )
     with contextlib.closing(calls) as outputs:
         for out, part in outputs:
-            totals += _totals(out, part, len(documents), head)
+            totals += _totals(out, part, len(documents), head, loss_chunk or _ROWS)
             read += int((part.document >= 0).sum())
             if progress is not None and progress(min(read, total), total) is False:
                 going = False
@@ -244,33 +251,35 @@ def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
     return Documents(items, names)
 
 
-def target_nats(out: Tensor, targets: Tensor, head: AdaptiveHead | None) -> Tensor:
+def target_nats(out: Tensor, targets: Tensor, head: OutputHead | None, chunk: int = _ROWS) -> Tensor:
     """Return the loss of each target in nats, (batch, length).
 
     Args:
-        out: logits (batch, length, vocabulary); with an adaptive head, hidden states (batch, length, dim), whose
-            logits are computed for few rows at once.
+        out: logits (batch, length, vocabulary); with a head, hidden states (batch, length, dim), whose logits are
+            computed for few rows at once.
         targets: (batch, length) int64.
-        head: the adaptive softmax of the model; None: `out` has logits.
+        head: the output layer of the model; None: `out` has logits.
+        chunk: rows whose logits exist at once.
     """
-    return token_nats(out, targets) if head is None else head_nats(out, head, targets, chunk=_ROWS)
+    return token_nats(out, targets) if head is None else head_nats(out, head, targets, chunk=chunk)
 
 
-def _totals(out: Tensor, part: Batch, count: int, head: AdaptiveHead | None) -> Array:
+def _totals(out: Tensor, part: Batch, count: int, head: OutputHead | None, chunk: int) -> Array:
     """Return nats, tokens, units and correct predictions of one batch per document, (4, documents) fp64.
 
     Args:
-        out: logits, or hidden states if there is an adaptive head.
+        out: logits, or hidden states if there is a head.
         part: the batch that was read.
         count: number of documents.
-        head: the adaptive softmax of the model, or None.
+        head: the output layer of the model, or None.
+        chunk: rows whose logits exist at once, with a head.
     """
     targets = part.targets.to(out.device)
-    nats = target_nats(out, targets, head).cpu().double().numpy()
+    nats = target_nats(out, targets, head, chunk).cpu().double().numpy()
     if head is None:
         likeliest = out.argmax(-1)
     else:
-        rows = out.flatten(0, 1).split(_ROWS)
+        rows = out.flatten(0, 1).split(chunk)
         likeliest = torch.cat([head.logits(part_rows).argmax(-1) for part_rows in rows]).view(targets.shape)
     right = (likeliest == targets).cpu().numpy()
     graded = part.graded.numpy()

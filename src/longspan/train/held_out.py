@@ -72,6 +72,7 @@ class HeldOutEvaluation(Callback):
                 chunk=stage.segment_length,
                 batch=stage.lanes,
                 memory=self.source.carry,
+                loss_chunk=stage.loss_chunk,
                 group=trainer.group,
                 unit=self.task.unit,
                 progress=show,

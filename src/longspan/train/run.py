@@ -25,7 +25,7 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.files import write_json
 from longspan.models import build_model, resolve_model
 from longspan.train import checkpoint as checkpoints
-from longspan.train import folders, pretrained
+from longspan.train import folders, pretrained, transfer_store
 from longspan.train.config import TrainConfig
 from longspan.train.copy_curriculum import CopyCurriculumConfig
 from longspan.train.curriculum import CurriculumConfig
@@ -62,6 +62,11 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: an unknown table or field (with a suggestion), or an invalid value.
     """
     recipe = renames.recipe(recipe)
+    if transfer_store.TABLE in recipe:
+        raise ConfigError(
+            "recipe: a table [transfer] is an attention transfer, which `longspan train` and "
+            "longspan.train.transfer_recipe.train_transfer run"
+        )
     for name in recipe:
         if name not in (*TABLES, "about", "longspan"):
             raise ConfigError(f"recipe: unknown table {name!r}{nearest(name, [*TABLES, 'about'])}")

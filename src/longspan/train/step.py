@@ -115,7 +115,7 @@ class Optimization:
             kind, key, name = (*path.split(".", 2), "", "")[:3]
             # checkpoints of earlier versions may have parameters that no longer exist
             if kind == "optimizer" and name in parameters:
-                self.optimizer.state[parameters[name]][key] = moment.clone().to(parameters[name].device)
+                self.optimizer.state[parameters[name]][key] = moment.to(parameters[name].device)
         self.generator.set_state(tensors["random.after_step"])
         if (cpu := tensors.get(f"random.cpu.{self.group.rank}")) is not None:
             torch.set_rng_state(cpu)

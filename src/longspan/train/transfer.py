@@ -22,6 +22,7 @@ from longspan.hf.decoder import ModelAndTokenizer, end_tokens_of, one_line_error
 from longspan.hf.distillation import output_layer
 from longspan.hf.families import attention_modules
 from longspan.hf.opening import convert_exactly, locate_weights
+from longspan.hf.ranking import LayerRanking, automatic, check_automatic, rank_layers
 from longspan.hf.transfer import Transfer, TransferReport, check_errors, check_kept, keep_worst
 from longspan.hf.transfer_layer import TransferConfig
 from longspan.models.io import is_converted
@@ -39,6 +40,9 @@ from longspan.train.pieces import Pieces
 from longspan.train.signals import on_interrupt
 from longspan.train.transfer_display import TransferDisplay, make_transfer_display
 
+_RANKING_TOKENS = 4096
+"""Tokens of held-out text on which layers are ranked, rounded up to whole pieces."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSettings:
@@ -52,8 +56,9 @@ class TransferSettings:
     """mechanism to convert to; empty: the model is converted already"""
     fields: dict[str, Any] = field(default_factory=dict)
     """fields of the mechanism"""
-    layers: tuple[int, ...] | None = None
-    """layers to convert and teach, negative ones counting from the end; None: all"""
+    layers: tuple[int, ...] | str | None = None
+    """layers to convert and teach, negative ones counting from the end; None: all; `"auto:N"`: all but the N layers
+    whose conversion costs most on about 4,096 held-out tokens (`longspan.hf.ranking`), which keep softmax"""
     pattern: str = "*.txt"
     """glob of the files to read in a folder"""
     length: int = 1024
@@ -75,7 +80,13 @@ class TransferSettings:
     """loss, steps, learning rate, seed"""
 
     def __post_init__(self) -> None:
+        automatic(self.layers)
         check_least(self, "transfer", {"length": 2, "batch": 1, "held_out": 1, "keep_softmax": 0, "distill": 0})
+
+    @property
+    def chosen(self) -> tuple[int, ...] | None:
+        """The layers that are named; None: all, some of which may keep softmax."""
+        return None if isinstance(self.layers, str) else self.layers
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as plain data, in one level."""
@@ -132,7 +143,7 @@ def run_transfer(
             raise ConfigError(f"transfer.{name} = {every}: must be at least 1")
     settings = _checked(settings)
     store.check_output(settings.model, out)
-    part = out / store.TRANSFER / store.part_name(settings.layers)
+    part = out / store.TRANSFER / store.part_name(settings.chosen)
     where = choose_device(device, what="--device")
     with torch.random.fork_rng([where] if where.type == "cuda" else []), reserved(part, resume=True) as start:
         store.check_settings(part, settings.plain())
@@ -146,7 +157,7 @@ def run_transfer(
         store.check_settings(part, text)
         opened = _open_model(settings)
         opened.model.to(where)
-        with Transfer(opened.model, settings.config, settings.layers) as transfer:
+        with Transfer(opened.model, settings.config, settings.chosen) as transfer:
             run = _Run(settings, part, transfer, task, display)
             run.prepare()
             write_json(part / store.SETTINGS, {**settings.plain(), **text})
@@ -178,12 +189,12 @@ def _checked(settings: TransferSettings) -> TransferSettings:
         )
     path = Path(settings.model)
     model = str(path.resolve()) if path.exists() else settings.model
-    if settings.layers is None:
+    if settings.chosen is None:
         return replace(settings, model=model)
     options: dict[str, Any] = {} if weights.gguf is None else {"gguf_file": weights.gguf}
     with one_line_errors(settings.model):
         count = AutoConfig.from_pretrained(weights.source, **options).num_hidden_layers
-    return replace(settings, model=model, layers=resolve_layers(settings.layers, count, "transfer"))
+    return replace(settings, model=model, layers=resolve_layers(settings.chosen, count, "transfer"))
 
 
 def _check_other_parts(out: Path, part: Path, settings: TransferSettings) -> None:
@@ -194,8 +205,9 @@ def _check_other_parts(out: Path, part: Path, settings: TransferSettings) -> Non
         theirs = read_object(path)
         if theirs["model"] != settings.model:
             raise ConfigError(f"{path.parent}: teaches layers of {theirs['model']}; choose another output folder")
-        shared = set(theirs["layers"] or ()) & set(settings.layers or ())
-        if shared or theirs["layers"] is None or settings.layers is None:
+        named = theirs["layers"] if isinstance(theirs["layers"], list) else None
+        shared = set(named or ()) & set(settings.chosen or ())
+        if shared or named is None or settings.chosen is None:
             layers = f"layer {min(shared)}" if shared else "the same layers"
             raise ConfigError(f"{path.parent}: already teaches {layers}; choose other layers, or another output folder")
         if theirs["distill"] or settings.distill:
@@ -214,7 +226,7 @@ def _open_model(settings: TransferSettings) -> ModelAndTokenizer:
         return ModelAndTokenizer(hf.load(weights.source, **options), open_tokenizer(weights.source))
     opened = open_pretrained(weights.source, gguf=weights.gguf, dtype=dtype)
     torch.manual_seed(settings.config.seed)
-    hf.convert(opened.model, settings.to, layers=settings.layers, **settings.fields)
+    hf.convert(opened.model, settings.to, layers=settings.chosen, **settings.fields)
     return opened
 
 
@@ -272,11 +284,15 @@ class _Run:
 
     def prepare(self) -> None:
         """Load the newest checkpoint, or measure the errors before the first step; raises as `run_transfer` does."""
-        check_kept(self.settings.keep_softmax, len(self.transfer.layers))
+        num_softmax = automatic(self.settings.layers)
+        check_automatic(num_softmax, len(self.transfer.layers))
+        check_kept(self.settings.keep_softmax, len(self.transfer.layers) - num_softmax)
         if self.settings.distill:
             output_layer(self.transfer.model)
         loaded = store.load_newest(self.part, self.display.message)
         if loaded is None:
+            if num_softmax:
+                self._keep_costliest(num_softmax)
             before = self.transfer.errors(self._held_out)
             check_errors(self.transfer.model, before)
             self.position.before = _named(before)
@@ -284,12 +300,21 @@ class _Run:
         self.position, tensors = loaded
         self._pieces.load_state_dict(self.position.data)
         self._saved_step = step = self.position.step
-        if self.position.after:
-            self.transfer.restore_softmax(self.position.softmax_layers)
-            if self.settings.distill:
-                self.transfer.begin_distillation(self.settings.distill)
-                step -= self.config.steps
+        self.transfer.restore_softmax(self.position.softmax_layers)
+        if self.position.after and self.settings.distill:
+            self.transfer.begin_distillation(self.settings.distill)
+            step -= self.config.steps
         self.transfer.load_tensors(tensors, step)
+
+    def _keep_costliest(self, count: int) -> None:
+        """Rank the layers on a few held-out pieces, and give the costliest ones their softmax back."""
+        self.display.message(f"{self.part}: measuring what the conversion of each layer costs")
+        pieces = max(_RANKING_TOKENS // self.settings.length, 1)
+        batches = self._held_out[: -(-pieces // self.settings.batch)]
+        ranking = rank_layers(self.transfer, batches)
+        self.position.costs = ranking.to_dict()
+        self.position.softmax_layers = list(ranking.costliest(count))
+        self.transfer.restore_softmax(self.position.softmax_layers)
 
     def fit(self, *, checkpoint_every: int, eval_every: int, log_every: int) -> bool:
         """Make all steps that are left; return True if interrupted."""
@@ -335,7 +360,10 @@ class _Run:
         """Measure the errors after the last step of the transfer, restore softmax, and begin the distillation."""
         position = self.position
         report = TransferReport(
-            config=self.config, before=_numbered(position.before), after=self.transfer.errors(self._held_out)
+            config=self.config,
+            before=_numbered(position.before),
+            after=self.transfer.errors(self._held_out),
+            softmax_layers=tuple(position.softmax_layers),
         )
         self.display.errors(report.after)
         position.after = _named(report.after)
@@ -355,6 +383,7 @@ class _Run:
             divergence=None
             if position.divergence is None
             else (position.divergence, self.transfer.divergence(self._held_out)),
+            costs=None if position.costs is None else LayerRanking.of(position.costs),
         )
 
     def _save(self, log: Log) -> None:

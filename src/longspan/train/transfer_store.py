@@ -27,6 +27,8 @@ from longspan.train import folders
 from longspan.train.checkpoint import META, TRAINING, last_good, list_checkpoints
 
 TRANSFER, SETTINGS, REPORT, TRAINED = "transfer", "settings.json", "report.json", "trained.safetensors"
+TABLE = "transfer"
+"""name of the table of a recipe that describes a transfer"""
 _KEPT = 2
 
 
@@ -46,6 +48,8 @@ class TransferPosition:
     """relative errors by layer after the last step of the transfer, before distillation; empty until then"""
     softmax_layers: list[int] = field(default_factory=list)
     """layers that got their softmax back"""
+    costs: dict[str, Any] | None = None
+    """what the conversion of each layer costs, with `layers = "auto:N"`: `LayerRanking.to_dict`"""
     divergence: float | None = None
     """divergence of predictions before distillation"""
 
@@ -208,3 +212,14 @@ def read_report(part: Path) -> dict[str, Any] | None:
     """Return the report of a set of layers; None if it is not finished."""
     path = part / REPORT
     return None if not path.is_file() else dict(read_json(path))
+
+
+def only_part(folder: Path) -> Path | None:
+    """Return the folder of the one set of layers that a model's folder has; None if there is none, or several."""
+    paths = sorted((folder / TRANSFER).glob(f"layers-*/{SETTINGS}"))
+    return paths[0].parent if len(paths) == 1 else None
+
+
+def is_transfer(recipe: Mapping[str, Any], folder: Path, *, resume: bool) -> bool:
+    """Return whether a recipe, or with `resume` the folder in which it began, is an attention transfer."""
+    return TABLE in recipe or (resume and not recipe and only_part(folder) is not None)

@@ -7,6 +7,6 @@ registry    the family of a model
 """
 
 from longspan.hf.families.base import Family, HeadLayout, Projected
-from longspan.hf.families.registry import AttentionModules, attention_modules, model_types
+from longspan.hf.families.registry import AttentionModules, attention_modules, layers_name, model_types
 
-__all__ = ["AttentionModules", "Family", "HeadLayout", "Projected", "attention_modules", "model_types"]
+__all__ = ["AttentionModules", "Family", "HeadLayout", "Projected", "attention_modules", "layers_name", "model_types"]

@@ -82,3 +82,11 @@ def attention_modules(model: Any) -> AttentionModules:
             return AttentionModules(family, list(family.attentions(model)))
     known = ", ".join(model_types())
     raise UnsupportedError(f"a model of type {kind!r} cannot be converted; supported types: {known}")
+
+
+def layers_name(model: Any) -> str:
+    """Return the dotted name of the list of layers inside a model; raises as `attention_modules` does."""
+    modules = attention_modules(model)
+    first = modules.convertible[0]
+    attention: str = next(name for name, module in model.named_modules() if module is modules.attentions[first])
+    return attention.rsplit(f".{first}.", 1)[0]
