@@ -231,7 +231,7 @@ def test_bidirectional_mechanisms_convert_an_encoder(name: str, fields: dict[str
 
 @pytest.mark.parametrize("name", ["infini", "associative", "performer", "routing"])
 def test_a_saved_conversion_loads_as_it_was(name: str, tmp_path: Path) -> None:
-    fields = {} if name in ("performer", "routing") else {"segment": 6}
+    fields: dict[str, Any] = {} if name in ("performer", "routing") else {"segment": 6}
     model, text = make("llama"), ids(1, 30)
     hf.convert(model, name, layers=[1], **fields)
     with torch.no_grad():

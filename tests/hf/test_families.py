@@ -264,6 +264,7 @@ def test_chosen_layers_alone_are_converted_beside_local_ones(layers: list[int]) 
     model = make_family("gemma3")
     text, mask = padded("left")
     before = model(text, attention_mask=mask).logits
+    fields: dict[str, Any]
     for index in layers:
         name, fields = ("full", {}) if index % 2 else ("window", {"window": WINDOW, "sinks": 0})
         hf.convert(model, name, layers=[index], **fields)
