@@ -106,7 +106,11 @@ class Exponents(NamedTuple):
         """Return the exponents of heads with a = `values`, which share a `whole_exponent` or are equal."""
         whole = whole_exponent(values[0])
         is_close = whole is not None and all(abs(1 / a - whole) <= CLOSE for a in values)
-        a = values[0] if min(values) == max(values) else like.new_tensor(values)[:, None, None]
+        a = (
+            values[0]
+            if min(values) == max(values)
+            else torch.tensor(values, dtype=like.dtype).to(like.device)[:, None, None]
+        )
         return cls(a=a, largest=max(values), whole=whole, is_close=is_close)
 
 
