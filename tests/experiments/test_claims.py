@@ -102,6 +102,8 @@ def test_rmt_maps(tmp_path: Any) -> None:
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
 
 
+# `test_tiny_claims.py` runs the same claims with fewer repetitions
+@pytest.mark.long
 def test_claims_that_are_computed_or_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     from longspan.experiments.claims import (
         find,

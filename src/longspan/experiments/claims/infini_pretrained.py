@@ -247,7 +247,14 @@ def train_once(run: Path, endless: Path, steps: int, segment: int, source: str, 
         source: of the text; empty: all speeches.
         train: further fields of `[train]`.
     """
-    settings = {"steps": steps, "segment_length": segment, "lanes": 1, "final_eval_tokens": 1000, **train}
+    settings = {
+        "steps": steps,
+        "segment_length": segment,
+        "lanes": 1,
+        "accumulation": 1,
+        "final_eval_tokens": 1000,
+        **train,
+    }
     recipe = read_recipe("pretrained", **settings)
     recipe["model"]["source"] = str(endless)
     if source:

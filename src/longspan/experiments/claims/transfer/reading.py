@@ -111,8 +111,9 @@ def _tuning(variant: Variant, setting: Setting) -> dict[str, Any]:
     """Return the recipe that tunes the pretrained model in segments of a recurrent memory."""
     plan, segment = setting.plan, variant.fields["segment_length"]
     parts = plan.length // segment
-    train = {"segment_length": segment, "lanes": plan.batch, "bptt_segments": parts, "checkpoint_every": 25}
-    recipe = read_recipe("pretrained", steps=plan.steps + plan.distill, final_eval_tokens=1000, **train)
+    train = {"segment_length": segment, "lanes": plan.batch, "accumulation": 1, "bptt_segments": parts}
+    train |= {"steps": plan.steps + plan.distill, "final_eval_tokens": 1000, "checkpoint_every": 25}
+    recipe = read_recipe("pretrained", **train)
     recipe["model"] |= {"source": str(setting.original), "memory": {**variant.fields, "bptt_segments": parts}}
     recipe["task"]["source"] = str(setting.texts.training)
     return recipe
