@@ -364,10 +364,9 @@ def test_what_hybrids_cannot_do_is_said_in_one_line() -> None:
 
 @pytest.mark.skipif("qwen3_next" not in KINDS, reason="needs a later transformers")
 def test_hybrids_of_an_early_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longspan.hf.families import hybrid
-
     model = make_family("qwen3_next")
-    monkeypatch.setattr(hybrid.transformers, "__version__", "5.6.0")
+    # the module of transformers that the family knows, whatever other tests have imported since
+    monkeypatch.setattr("longspan.hf.families.hybrid.transformers.__version__", "5.6.0")
     with pytest.raises(UnsupportedError, match=r"'qwen3_next' cannot be converted: linear attention.*upgrade"):
         hf.convert(model, "full")
 
