@@ -13,7 +13,7 @@ from tests.experiments.jobs import halved
 from longspan.experiments.workers import Done, run_jobs
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_job_that_fails_does_not_stop_the_others(workers: int) -> None:
     reported: list[int] = []
     # a job that ends its process can only be done in a worker; every worker takes seconds to start

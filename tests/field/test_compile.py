@@ -24,7 +24,8 @@ def compiled(model: torch.nn.Module) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", names(NAMES))
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_decoder_trains_and_streams_as_before(name: str) -> None:
     model = own(name)
     mask = torch.ones(2, 9, dtype=torch.bool)

@@ -22,10 +22,14 @@ def subjects() -> list[tuple[str, Make]]:
 
 
 def is_long(check: Callable[[Make], None], name: str) -> bool:
-    """Cells for `make test-long`: definitions that take seconds, but for the first form of most mechanisms."""
+    """Cells for `make test-long`: definitions that take seconds, but for the first form of most mechanisms, and the
+    slowest mechanism in its last forms.
+    """
     first = name.endswith("-0")
+    if name in ("entmax-2", "entmax-3"):
+        return True
     if check is definition.check_definition:
-        return name.startswith("entmax") and not first
+        return name.startswith(("entmax", "compressive", "associative", "window_linear", "gated_delta")) and not first
     return check is definition.check_definition_of_long_calls and (name.startswith("entmax") or not first)
 
 

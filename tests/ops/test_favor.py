@@ -89,6 +89,7 @@ def mse(
     return sum(error * error for error in errors) / draws
 
 
+@pytest.mark.long
 def test_variances_are_ordered_as_in_theory() -> None:
     x, y = 0.5 * draw(6, 8) / 2, 0.5 * draw(7, 8) / 2
     independent = mse("positive", 8, x, y, orthogonal=False, draws=3000)

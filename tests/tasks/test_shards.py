@@ -103,6 +103,7 @@ write_shards(Path(sys.argv[1]), documents(), hashlib.blake2b())
 """
 
 
+@pytest.mark.long
 def test_files_left_by_a_kill_are_hidden_and_cleared(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     subprocess.run([sys.executable, "-c", KILLED, str(cache / "train")], check=False)

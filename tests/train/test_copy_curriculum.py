@@ -51,6 +51,7 @@ def test_a_step_reads_words_written_twice() -> None:
     assert torch.equal(tokens, draw_words(task, 4, 5, (0, 1)))
 
 
+@pytest.mark.long
 def test_a_run_learns_and_resumes_where_it_stopped(tmp_path: Path) -> None:
     whole = override(RECIPE, "train.steps=150")
     run(whole, tmp_path / "whole", progress="none")
