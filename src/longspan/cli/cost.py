@@ -96,7 +96,8 @@ def cost(options: CostOptions) -> None:
 
     The figures are sums over the layers as configured, so mixed and converted models are counted layer by layer, and
     states are exact to the byte. FLOPs count 2 per multiply-add. With --training, the peak memory of a training step
-    is measured at two lengths, since it grows in proportion to the length.
+    is measured at two lengths, since it grows in proportion to the length. It is that of tensors: on Linux a process
+    takes up to twice as much, unless MALLOC_MMAP_THRESHOLD_=65536 makes it give freed memory back.
 
     Examples:
       longspan cost lm/window

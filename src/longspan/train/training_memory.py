@@ -1,7 +1,10 @@
 """Peak memory of a training step, measured on short texts and extended to any length.
 
 Everything that a step stores grows in proportion to the tokens of a row, because no operation here builds a matrix of
-all queries times all keys. So two lengths give the line, and the third one tells how far it can be trusted.
+all queries times all keys. So two lengths give the line.
+
+Tensors are counted. A process takes up to twice as much on Linux, because glibc keeps freed blocks in a heap; with
+MALLOC_MMAP_THRESHOLD_=65536 it gives them back, at the price of some time.
 """
 
 import math
@@ -20,7 +23,8 @@ from longspan.train.distributed import Group
 from longspan.train.document_source import DocumentSource
 from longspan.train.step import Optimization
 
-LENGTHS = (512, 1024)
+LENGTHS = (1024, 2048)
+"""tokens per row; below a thousand tokens `lsh` computes in another way"""
 _BYTES = 256
 
 
