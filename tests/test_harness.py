@@ -204,7 +204,7 @@ def test_a_preset_of_a_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
     for arguments, expected in {
         ("--benchmark", "babilong"): "the harness cannot load this benchmark: no hub; it needs the hub",
-        ("--benchmark", "ruller"): "'ruller': is no benchmark of long contexts",
+        ("--benchmark", "ruller"): "'ruller': not a benchmark of long contexts",
         ("--benchmark", "ruler:small", "--head", "4"): "leave out --head",
     }.items():
         assert command(["eval", str(folder), *arguments]) == 2

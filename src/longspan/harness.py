@@ -96,7 +96,7 @@ def find_preset(name: str) -> Preset:
         return PRESETS[benchmark][size or "small"]
     except KeyError:
         names = ", ".join(f"{known}[:small|full]" for known in PRESETS)
-        raise ConfigError(f"{name!r}: is no benchmark of long contexts; choose one of {names}") from None
+        raise ConfigError(f"{name!r}: not a benchmark of long contexts; choose one of {names}") from None
 
 
 def run_preset(run: str | Path, preset: Preset) -> list[Score]:

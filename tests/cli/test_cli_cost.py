@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.cli.command import Command
 
-from longspan.cli.cost import BINARY, size
+from longspan.cli.cost import size
 from longspan.errors import ConfigError
 
 
@@ -21,13 +21,13 @@ def figures(longspan: Command, *arguments: object) -> Any:
     ("text", "value"), [("4096", 4096), ("32k", 32_000), ("1.5M", 1_500_000), ("128Ki", 131_072), (" 2Gi", 2 << 30)]
 )
 def test_sizes(text: str, value: int) -> None:
-    assert size("--length", text, BINARY) == value
+    assert size("--length", text) == value
 
 
 @pytest.mark.parametrize("text", ["", "many", "3i", "-4", "0", "4KB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="--length"):
-        size("--length", text, BINARY)
+        size("--length", text)
 
 
 def test_a_recipe_at_several_lengths(longspan: Command, tmp_path: Path) -> None:
@@ -53,6 +53,18 @@ def test_every_mechanism_in_one_model(longspan: Command, byte_run: Path) -> None
     left_out = [line.split(":")[2].strip() for line in outcome.err.splitlines() if "left out" in line]
     assert sorted([*names, *left_out]) == sorted(mixers.names())
     assert {"full", "window", "linear"} <= set(names)
+
+
+def test_the_vocabulary_is_that_of_the_task(longspan: Command) -> None:
+    from longspan import tasks
+    from longspan.config import read_toml
+    from longspan.models import build_model
+    from longspan.train.recipes import find_recipe
+
+    recipe = read_toml(find_recipe("reformer-copy"))
+    model = build_model(recipe["model"] | {"vocab_size": tasks.build(recipe["task"]).vocab_size})
+    (counted,) = figures(longspan, "reformer-copy", "--length", "4096")["models"]
+    assert counted["parameters"] == model.num_parameters()
 
 
 def test_a_recurrent_memory(longspan: Command) -> None:

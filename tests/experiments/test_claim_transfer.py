@@ -17,11 +17,12 @@ from longspan.experiments.claims.base import Outcome
 from longspan.experiments.claims.continued import grade
 from longspan.experiments.claims.transfer import reading, texts
 from longspan.experiments.claims.transfer.criteria import criteria
-from longspan.experiments.claims.transfer.plan import EDGES, ORIGINAL, PLANS, Variant
+from longspan.experiments.claims.transfer.plan import ORIGINAL, PLANS, Variant
 from longspan.experiments.claims.transfer.reading import NO_LOCAL, NO_MEMORY, WHOLE
 from longspan.experiments.claims.transfer.report import outcome
 from longspan.experiments.claims.transfer.results import Results
 from longspan.experiments.claims.transfer.texts import KINDS
+from longspan.hf.check import EDGES
 from longspan.packages import package_folder
 from longspan.train.statistics import share_bootstrap
 

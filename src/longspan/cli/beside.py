@@ -64,15 +64,16 @@ def other_readings(model: Any, task: "TextTask", options: EvaluateOptions) -> It
 
 def _other_model(name: str, tokenizer: "Tokenizer", options: EvaluateOptions) -> OtherReading:
     """Open another model: a folder, or the run's model with simpler attention; raises as `other_readings`."""
-    from longspan.hf.baselines import Baseline
+    from longspan.hf.baselines import Baseline, local_tokens
 
     loading: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
     if name in get_args(Baseline):
         model = _baseline(cast("Baseline", name), options.run, loading)
+        local = local_tokens(model.inner)
         description = {
             "original": "the attention before the conversion, with the weights of the run",
-            "window": f"a window of {_local(model):,} tokens in each layer, with the weights of the run",
-            "sinks": f"a window of {_local(model):,} tokens and the first 4, with the weights of the run",
+            "window": f"a window of {local:,} tokens in each layer, with the weights of the run",
+            "sinks": f"a window of {local:,} tokens and the first 4, with the weights of the run",
         }[name]
     else:
         model, task = open_run(name, **loading)
@@ -106,13 +107,6 @@ def _baseline(name: "Baseline", run: str, loading: dict[str, Any]) -> Any:
         raise ConfigError(f"--beside {name}: {run} is not a converted model; name the folder of another run instead")
     replace_attention(model.inner, name)
     return ConvertedDecoder(model.inner)
-
-
-def _local(model: Any) -> int:
-    """Return the tokens of the window of a converted model."""
-    from longspan.hf.baselines import local_tokens
-
-    return local_tokens(model.inner)
 
 
 def _positions(model: Any) -> int | None:

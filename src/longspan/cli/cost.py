@@ -61,7 +61,10 @@ class CostOptions:
         ),
     ] = False
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="TYPE", help="dtype of weights and states: float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            "--dtype", metavar="TYPE", help="dtype of weights and states: float32, bfloat16, float16 or float64."
+        ),
     ] = "float32"
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="DIR", help="Write an HTML report with figures to this folder.")
@@ -80,6 +83,7 @@ class ModelCost(NamedTuple):
         streamed: largest number of tokens whose state fits into the memory beside the weights; None = no limit, or no
             memory was given.
         training: memory of a training step; None = not measured.
+        trained: longest row whose training fits into the memory; None = not measured, or no memory was given.
     """
 
     name: str
@@ -88,6 +92,21 @@ class ModelCost(NamedTuple):
     at: "dict[int, Footprint]"
     streamed: int | None
     training: "TrainingMemory | None"
+    trained: int | None
+
+
+class Counted(NamedTuple):
+    """A model to count.
+
+    Attributes:
+        name: of the model or of its mechanism.
+        model: without weights where possible.
+        recipe: with its table `model`; None = a pretrained model.
+    """
+
+    name: str
+    model: Any
+    recipe: dict[str, Any] | None
 
 
 @verb(CostOptions)
@@ -105,19 +124,16 @@ def cost(options: CostOptions) -> None:
       longspan cost quickstart-lm --training --memory 8GB
       longspan cost ./SmolLM2-135M --mixers window,infini,linear --dtype bfloat16 -o out/cost
     """
-    import torch
+    from longspan.train.opening import parse_dtype
 
     if options.output:
         check_output_folder(options.output, "--output")
-    lengths = [size("--length", part, BINARY) for part in options.length.split(",")]
-    budget = size("--memory", options.memory.removesuffix("B"), BINARY) if options.memory else None
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if options.dtype not in dtypes:
-        raise ConfigError(f"--dtype {options.dtype!r}: must be one of {', '.join(dtypes)}")
-    costs = [
-        _measure(name, model, lengths, budget, dtypes[options.dtype], options)
-        for name, model in _models(options).items()
-    ]
+    lengths = [size("--length", part) for part in options.length.split(",")]
+    budget = size("--memory", options.memory.removesuffix("B")) if options.memory else None
+    dtype = parse_dtype(options.dtype)
+    if dtype is None:
+        raise ConfigError("--dtype: is empty; give one, for example float32")
+    costs = [_measure(counted, lengths, budget, dtype, options) for counted in _models(options)]
     if options.output:
         path = _write_page(costs, lengths, options)
     if options.as_json:
@@ -131,19 +147,19 @@ def cost(options: CostOptions) -> None:
         out.print(f"\n{path}", markup=False, highlight=False)
 
 
-def size(option: str, text: str, binary: dict[str, int]) -> int:
+def size(option: str, text: str) -> int:
     """Parse a number with a unit: k, M, G are powers of 1,000, Ki, Mi, Gi of 1,024; raises ConfigError for others."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)\s*", text, re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
         raise ConfigError(f"{option} {text!r}: expected a number such as 4096, 32k, 1M or 128Ki")
-    value = int(float(match[1]) * (binary if match[3] else UNITS)[match[2].lower()])
+    value = int(float(match[1]) * (BINARY if match[3] else UNITS)[match[2].lower()])
     if value < 1:
         raise ConfigError(f"{option} {text!r}: must be at least 1")
     return value
 
 
-def _models(options: CostOptions) -> dict[str, Any]:
-    """Build the models to count, by name, without weights where possible.
+def _models(options: CostOptions) -> list[Counted]:
+    """Build the models to count, without weights where possible.
 
     Raises:
         ConfigError: no such recipe, run or folder, or a mechanism that does not exist.
@@ -151,47 +167,45 @@ def _models(options: CostOptions) -> dict[str, Any]:
     from longspan import mixers
     from longspan.train.opening import is_pretrained_folder
 
-    if not options.mixers:
-        names = [""]
-    else:
-        names = mixers.names() if options.mixers == "all" else [part.strip() for part in options.mixers.split(",")]
-    from_folder = is_pretrained_folder(options.model)
-    built: dict[str, Any] = {}
-    for name in names:
+    names = mixers.names() if options.mixers == "all" else [part.strip() for part in options.mixers.split(",")]
+    recipe = None if is_pretrained_folder(options.model) else _recipe(options.model)
+    models: list[Counted] = []
+    for mixer in names:
+        name = mixer or options.model
         try:
-            built[name or options.model] = (
-                _pretrained(options.model, name) if from_folder else _own(options.model, name)
-            )
+            if recipe is None:
+                models.append(_pretrained(name, options.model, mixer))
+            else:
+                models.append(_own(name, recipe, mixer))
         except LongspanError as error:
             if options.mixers != "all":
                 raise
             say(f"{name}: left out: {error}")
-    return built
+    return models
 
 
-def _pretrained(folder: str, mixer: str) -> Any:
+def _pretrained(name: str, folder: str, mixer: str) -> Counted:
     """Build a model of transformers, converted to a mechanism if one is given."""
     from longspan.hf.opening import open_empty
 
-    return open_empty(folder, mixer)
+    return Counted(name, open_empty(folder, mixer), None)
 
 
-def _own(model: str, mixer: str) -> Any:
+def _own(name: str, recipe: dict[str, Any], mixer: str) -> Counted:
     """Build the model of a recipe or a run, with one mechanism in each layer if one is given."""
     import torch
 
     from longspan.models import build_model
 
-    table = dict(_recipe(model).get("model", {}))
-    if mixer:
-        table["mixers"] = [{"name": mixer}]
+    table = dict(recipe["model"], **({"mixers": [{"name": mixer}]} if mixer else {}))
     # a recurrent memory reads values of its cell when it is built, so it needs weights; such models are small
     with torch.device("cpu" if "memory" in table else "meta"):
-        return build_model(table)
+        return Counted(name, build_model(table), {**recipe, "model": table})
 
 
 def _recipe(model: str) -> dict[str, Any]:
     """Return the recipe of a run or the recipe of this name, with the size of the vocabulary."""
+    from longspan import tasks
     from longspan.config import read_toml
     from longspan.files import read_object
     from longspan.train.recipes import locate_recipe
@@ -202,54 +216,51 @@ def _recipe(model: str) -> dict[str, Any]:
     if table.get("kind") == "pretrained":
         raise ConfigError(f"{model}: trains a pretrained model; give its folder, model.source")
     if "vocab_size" not in table:
-        task = recipe.get("task", {})
-        subwords = task.get("tokenizer", "bytes") in ("subword", "word") or task.get("name", "text") == "memory"
-        table["vocab_size"] = task.get("vocab_size") or (4096 if subwords else 256)
+        task = tasks.resolve(recipe.get("task", {}))
+        # learned vocabularies take the size that they may have at most; others, bytes among them, are read off the task
+        is_learned = task.get("tokenizer") in ("subword", "word") or task["name"] == "memory"
+        table["vocab_size"] = (is_learned and task["vocab_size"]) or tasks.build(task).vocab_size
     return {**recipe, "model": table}
 
 
 def _measure(
-    name: str, model: Any, lengths: list[int], budget: int | None, dtype: "torch.dtype", options: CostOptions
+    counted: Counted, lengths: list[int], budget: int | None, dtype: "torch.dtype", options: CostOptions
 ) -> ModelCost:
     """Return the cost of a model at all lengths."""
     from longspan.cost import footprint, longest_state
 
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in counted.model.parameters())
     weights = parameters * dtype.itemsize
     # a classifier over a recurrent memory adds one map per text
-    counted = getattr(model, "recurrent", model)
-    streamed = None if budget is None else longest_state(counted, max(budget - weights, 0), dtype)
+    model = getattr(counted.model, "recurrent", counted.model)
+    training = _training(counted.recipe, options.batch) if options.training else None
     return ModelCost(
-        name=name,
+        name=counted.name,
         parameters=parameters,
         weights=weights,
-        at={length: footprint(counted, length, batch_size=options.batch, dtype=dtype) for length in lengths},
-        streamed=streamed,
-        training=_training(name, options) if options.training else None,
+        at={length: footprint(model, length, batch_size=options.batch, dtype=dtype) for length in lengths},
+        streamed=None if budget is None else longest_state(model, max(budget - weights, 0), dtype),
+        training=training,
+        trained=None if training is None or budget is None else training.longest(budget),
     )
 
 
-def _training(name: str, options: CostOptions) -> "TrainingMemory":
-    """Measure the memory of training the model of a recipe or a run."""
+def _training(recipe: dict[str, Any] | None, rows: int) -> "TrainingMemory":
+    """Measure the memory of training the model of a recipe with `rows` rows per step."""
     from dataclasses import replace
 
     from longspan.config import from_dict
     from longspan.models import build_model
     from longspan.train.config import TrainConfig
-    from longspan.train.opening import is_pretrained_folder
     from longspan.train.training_memory import training_memory
 
-    if is_pretrained_folder(options.model):
+    if recipe is None:
         raise ConfigError(
             "--training: is measured for recipes and runs of text, not for pretrained models; leave it out"
         )
-    recipe = _recipe(options.model)
-    table = dict(recipe["model"])
-    if name != options.model:
-        table["mixers"] = [{"name": name}]
     fields = {key: value for key, value in recipe.get("train", {}).items() if key in TrainConfig.__dataclass_fields__}
     config: TrainConfig = from_dict(TrainConfig, fields, "train")
-    return training_memory(build_model(table), replace(config, lanes=options.batch, stages=None, init=""))
+    return training_memory(build_model(recipe["model"]), replace(config, lanes=rows, stages=None, init=""))
 
 
 def _tables(costs: list[ModelCost], lengths: list[int], options: CostOptions) -> "list[tuple[str, Table]]":
@@ -313,9 +324,8 @@ def _limits(cost: ModelCost, options: CostOptions) -> list[str]:
         line.append("no limit" if cost.streamed is None else f"{cost.streamed:,}")
     if cost.training is not None:
         line += [si_bytes(cost.training.fixed), si_bytes(cost.training.per_token)]
-        if options.memory:
-            budget = size("--memory", options.memory.removesuffix("B"), BINARY)
-            line.append(f"{cost.training.longest(budget):,}")
+    if cost.trained is not None:
+        line.append(f"{cost.trained:,}")
     return line
 
 

@@ -197,7 +197,7 @@ class _Others:
     Attributes:
         nats: by reading, per document the loss of each token, NaN where it was not read.
         about: by reading, how the text was read.
-        costs: by model, with that of the run first; empty if there is no other model.
+        costs: by model, the run's first; empty without other models.
     """
 
     nats: "dict[str, list[Array]]" = field(default_factory=dict)
@@ -300,7 +300,7 @@ def tables(figures: Figures) -> Tables:
         (
             name,
             *(figure(key, reading.figures[key]) for key in KEYS),
-            figure("bits", gain[name]) if name in gain else "",
+            _measured(gain[name], 4) if name in gain else "",
         )
         for name, reading in figures.readings.items()
     ]
@@ -354,10 +354,8 @@ KEYS = {
 
 def figure(key: str, measured: "Interval") -> str:
     """Format a measured value, and its interval if it has one, for the table; empty if it was not measured."""
-    if math.isnan(measured.value):
-        return ""
-    if key.startswith("bits"):
-        return interval(measured)
+    if key.startswith("bits") or math.isnan(measured.value):
+        return _measured(measured, 4)
     # the perplexity per word of a weak model has too many digits for the table
     digits = ".2e" if measured.value >= 1e6 else ",.0f" if measured.value >= 1000 else ",.2f"
     value, low, high = (f"{number:{digits}}" for number in measured)
@@ -377,7 +375,7 @@ def bucket_tables(buckets: "Sequence[Bucket]", what: str, unit: str, measured: s
     """
     first, *others = buckets[0].values
     labels = [(name_of(bucket), f"{bucket.amount:,}") for bucket in buckets]
-    gains = [tuple(_present(bucket.gains[name]) for name in others) for bucket in buckets]
+    gains = [tuple(_measured(bucket.gains[name], 3) for name in others) for bucket in buckets]
     if len(others) < 2:
         values = [tuple(interval(value, 3) for value in bucket.values.values()) for bucket in buckets]
         columns = (what, unit, *(f"{name}, {measured}" for name in buckets[0].values))
@@ -404,9 +402,9 @@ def _value(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.3f}"
 
 
-def _present(measured: "Interval") -> str:
-    """Format a difference with its interval; empty if it was not measured."""
-    return "" if math.isnan(measured.value) else interval(measured, 3)
+def _measured(value: "Interval", digits: int) -> str:
+    """Format a value with its interval; empty if it was not measured."""
+    return "" if math.isnan(value.value) else interval(value, digits)
 
 
 def name_of(bucket: "Bucket") -> str:

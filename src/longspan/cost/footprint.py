@@ -125,7 +125,7 @@ def longest_state(model: Any, budget: int, dtype: torch.dtype = torch.float32) -
         dtype: of the state.
 
     Returns:
-        Tokens; 0 if even an empty state is larger; None = there is no limit, or the model does not stream.
+        Tokens; 0 if even an empty state is larger; None = no limit, or the model does not stream.
     """
     if not model.traits.streams or model.state_nbytes(1, LONGEST, dtype) <= budget:
         return None

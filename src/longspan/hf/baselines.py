@@ -9,7 +9,6 @@ from longspan.hf.opening import convert_exactly
 Baseline = Literal["original", "window", "sinks"]
 WINDOW = 512
 """tokens of the window if no mechanism of the model has a local part"""
-SINKS = 4
 
 
 def local_tokens(model: Any) -> int:
@@ -42,5 +41,6 @@ def replace_attention(model: Any, baseline: Baseline) -> None:
     if baseline == "original":
         convert_exactly(model)
     else:
-        sinks = {"sinks": SINKS, "sink_positions": "cache"} if baseline == "sinks" else {"sinks": 0}
-        convert(model, "window", window=window, **sinks)
+        # conversions have sinks
+        fields: dict[str, Any] = {} if baseline == "sinks" else {"sinks": 0}
+        convert(model, "window", window=window, **fields)

@@ -43,11 +43,11 @@ def reading_cost(model: Any, tokens: Array, lengths: tuple[int, ...]) -> Reading
         lengths: numbers of tokens at which to state the bytes of the state; computed, not read.
 
     Raises:
-        DataError: there are no tokens.
+        DataError: `tokens` is empty.
         UnsupportedError: the model does not stream.
     """
     if not len(tokens):
-        raise DataError("reading_cost: there are no tokens to read; give a longer text")
+        raise DataError("reading_cost: the text has no tokens; give a longer one")
     session, dtype = StreamSession(model), device_and_dtype(model).dtype
     started = time.perf_counter()
     session.feed(tokens.tolist())

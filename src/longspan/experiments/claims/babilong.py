@@ -132,9 +132,9 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
         name = ORIGINAL if variant is None else variant.folder
         model = functools.cache(functools.partial(open_variant, variant, models, original))
         # the original no further than its positions
-        asked = [length for length in plan.lengths if variant is not None or length <= plan.transfer.tokens]
+        lengths = [length for length in plan.lengths if variant is not None or length <= plan.transfer.tokens]
         answers[name] = {}
-        for length in asked:
+        for length in lengths:
             path = folder / "answers" / f"{name}-{length}x{plan.count}.json"
             record = measure_once(path, functools.partial(_ask_opened, model, task, length, plan.count))
             answers[name][length], seconds = record["answers"], seconds + record["seconds"]
@@ -212,7 +212,7 @@ def outcome(answers: Answers, plan: Plan, seconds: float) -> Outcome:
     """Judge the answers: verdict, and a table of all models by length."""
     from longspan.experiments.small_models import ABOUT
 
-    asked = criteria(answers, plan)
+    conditions = criteria(answers, plan)
     names = {variant.folder: variant.name for variant in plan.transfer.variants}
     rows = [
         [names.get(name, name), *(_cell(by_length.get(length, "")) for length in plan.lengths)]
@@ -222,7 +222,7 @@ def outcome(answers: Answers, plan: Plan, seconds: float) -> Outcome:
     left_out = f"Not asked: {', '.join(missing)}; run `longspan reproduce transfer` first. " if missing else ""
     model = f"a Llama of {ABOUT}" if plan.transfer.small_model else "SmolLM2-135M-Instruct"
     return Outcome(
-        verdict=grade(asked),
+        verdict=grade(conditions),
         figures=[
             Figure(f"right answers, {names.get(name, name)}", "", _counts(by_length))
             for name, by_length in answers.items()
@@ -230,7 +230,7 @@ def outcome(answers: Answers, plan: Plan, seconds: float) -> Outcome:
         size=f"{plan.count} texts per length, one fact at a random place, six possible answers; recurrent memory "
         f"trained for {plan.steps} steps on at most 5 segments of {plan.segment} tokens of its own; {model}, converted "
         "by the claim transfer, not trained for the task",
-        note=left_out + criteria_text(asked),
+        note=left_out + criteria_text(conditions),
         data={"answers": {name: {str(at): right for at, right in by.items()} for name, by in answers.items()}},
         tables=[
             Table(

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from longspan.hf.check import EDGES
+
 Loss = Literal["heads", "outputs"]
 Training = Literal["none", "transfer", "tuning"]
 ORIGINAL = "original"
-EDGES = (0, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
-"""Ends of the ranges of positions."""
 
 
 @dataclass(frozen=True, kw_only=True)

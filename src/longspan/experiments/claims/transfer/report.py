@@ -26,12 +26,14 @@ def outcome(results: Results, layers: int, note: str = "") -> Outcome:
         layers: of the pretrained model.
         note: put before the criteria.
     """
-    asked, plan = criteria(results, layers), results.plan
+    conditions, plan = criteria(results, layers), results.plan
     return Outcome(
-        verdict=grade(asked),
+        verdict=grade(conditions),
         figures=_figures(results),
         size=_size(plan),
-        note=" ".join(filter(None, (note, _missing(results), criteria_text(asked), "" if plan.small_model else _NOTE))),
+        note=" ".join(
+            filter(None, (note, _missing(results), criteria_text(conditions), "" if plan.small_model else _NOTE))
+        ),
         data={"read": results.read, "trained": results.trained},
         tables=tables(results),
         pictures=[_picture(results)] if results.finished else [],
@@ -137,7 +139,7 @@ def _table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], 
 
 def _by_position(results: Results) -> list[Table]:
     """Return one table per kind of text: the original's loss by position, and what each variant adds to it."""
-    found = []
+    by_kind = []
     for kind in KINDS:
         original = [results.loss(ORIGINAL, (kind,), span) for span in results.ranges]
         rows = [["original, nats per token", *(_or_dash(number(loss.value) if loss else "") for loss in original)]]
@@ -145,8 +147,8 @@ def _by_position(results: Results) -> list[Table]:
             more = [results.difference(variant.folder, ORIGINAL, (kind,), span) for span in results.ranges]
             rows.append([variant.name, *map(_cell, more)])
         caption = f"Loss by position, {kind}: nats per token above the original; {_INTERVALS}."
-        found.append(_table("model", [_title(span) for span in results.ranges], rows, caption))
-    return found
+        by_kind.append(_table("model", [_title(span) for span in results.ranges], rows, caption))
+    return by_kind
 
 
 def _beyond(results: Results) -> Table:
