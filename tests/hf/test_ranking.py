@@ -37,7 +37,9 @@ def converted_alone(model: Any, layer: int, text: Tensor, mask: Tensor) -> tuple
 
 
 # GPT-2 is called with some of its layers converted, as its head passes position_ids=None
-@pytest.mark.parametrize("kind", ["llama", "gpt2", *{"gemma2", "granite"} & {*KINDS}, *HYBRIDS[:1]])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", *(kind for kind in ("gemma2", "granite") if kind in KINDS), *HYBRIDS[:1]]
+)
 @torch.no_grad()
 def test_costs_are_those_of_models_with_one_converted_layer(kind: str) -> None:
     model, text, mask = build(kind), ids(2, 14), torch.ones(2, 14, dtype=torch.int64)
