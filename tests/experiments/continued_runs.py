@@ -10,6 +10,7 @@ from tests.experiments.tiny_runs import shared_folder, tiny_outcome
 
 from longspan.experiments.claims.base import Claim, Outcome
 from longspan.experiments.claims.continued import FLOOR, Plan, Results
+from longspan.experiments.workers import ONE_WORKER
 
 
 def run_of(bits: float, *, falls: float = 0.0, documents: int = 20) -> dict[str, Any]:
@@ -54,11 +55,11 @@ def measured_twice(claim: Claim, folder: Path, **changes: Any) -> Outcome:
     if not changes:
         tiny_outcome(claim.name, folder)
         folder = shared_folder(folder, claim.name)
-    outcome = claim.parallel(folder, plan, lines.append, 1)
+    outcome = claim.parallel(folder, plan, lines.append, ONE_WORKER)
     assert not changes or lines[0].startswith(f"{FLOOR}, seed 0: ")
     assert not outcome.data["failures"], outcome.data["failures"]
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
-    again = claim.parallel(folder, plan, lines.append, 1)
+    again = claim.parallel(folder, plan, lines.append, ONE_WORKER)
     assert (again.figures, again.note, again.verdict) == (outcome.figures, outcome.note, outcome.verdict)
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
     return outcome

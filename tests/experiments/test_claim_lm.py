@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from longspan.experiments.claims.base import Outcome
 from longspan.experiments.claims.continued import CEILING, FLOOR, ModelSpec, single_run
 from longspan.experiments.claims.continued.plan import floor_and_ceiling
 from longspan.experiments.claims.runs import evenly, read_recipe
+from longspan.experiments.workers import NOT_BEGUN, Workers
 from longspan.models import build_model
 from longspan.tasks.base import heads
 from longspan.train import evaluate_text, load_run, run
@@ -143,6 +146,34 @@ def test_a_run_of_the_same_recipe_is_copied_from_another_claim(
     faster = dataclasses.replace(plan, train={**plan.train, "lr": 0.5})
     with pytest.raises(TypeError, match="NoneType"):
         single_run.train_and_measure(dataclasses.replace(job, plan=faster, folder=folder.parent / "faster"))
+
+
+@needs_text
+def test_runs_of_an_earlier_result_are_not_trained_again(
+    measured: tuple[Outcome, list[str], Path], start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, lines, folder = measured[0], list[str](), tmp_path / "claim"
+    plan = dataclasses.replace(claim.PLANS["tiny"], start=start, documents=3, curve_documents=2)
+    monkeypatch.setattr(single_run, "train_or_resume", None)
+    data = json.loads(json.dumps(outcome.data))
+    longer = dataclasses.replace(plan, curve_reach=256)
+    slower = dataclasses.replace(plan, train={**plan.train, "lr": 1e-4})
+    assert [claim.COMPARISON.restore(folder, changed, data) for changed in (longer, slower)] == [0, 0]
+    # a folder in which a run has begun is left as it is
+    (folder / "window" / "seed-0").mkdir(parents=True)
+    assert claim.COMPARISON.restore(folder, plan, data) == 2
+    (folder / "window" / "seed-0").rmdir()
+    assert claim.COMPARISON.restore(folder, plan, data) == 1
+    over = Workers(until=time.monotonic() - 1)
+    again = claim.COMPARISON.measure(folder, plan, lines.append, over)
+    assert again.data["models"] == outcome.data["models"]
+    assert again.data["failures"] == {"segments_relative": NOT_BEGUN}
+    assert lines == [f"segments_relative, seed 0: {NOT_BEGUN}"]
+    assert again.tables[0].rows[-1][1] == NOT_BEGUN
+    # another claim, which may need the weights, does not copy a record without them
+    (floor, _) = floor_and_ceiling(plan)
+    with pytest.raises(TypeError, match="NoneType"):
+        single_run.train_and_measure(single_run.Job(spec=floor, plan=plan, seed=0, folder=tmp_path / "other"))
 
 
 @needs_text

@@ -12,6 +12,7 @@ import torch
 from longspan.errors import LongspanError
 from longspan.experiments.claims import performer_protein, protein_curve, protein_runs, runs, similarity
 from longspan.experiments.claims.protein_runs import Point, Shape, TrainedRun
+from longspan.experiments.workers import ONE_WORKER, Workers
 from longspan.files import read_json
 from longspan.models import EncoderConfig, MaskedLM
 from longspan.tasks import Documents
@@ -162,14 +163,14 @@ def test_models_with_features_continue_from_the_best_exact_one(tmp_path: Path) -
 def test_several_workers_train_the_same_models_as_one(tmp_path: Path) -> None:
     plan = small_plan(tmp_path)
     jobs = [protein_runs.first_job(tmp_path / "alone", shape, plan) for shape in plan.shapes]
-    alone = protein_runs.train_all(jobs, 1, lambda line: None)
+    alone = protein_runs.train_all(jobs, ONE_WORKER, lambda line: None)
     jobs = [protein_runs.first_job(tmp_path / "together", shape, plan) for shape in plan.shapes]
-    together = protein_runs.train_all(jobs, 2, lambda line: None)
+    together = protein_runs.train_all(jobs, Workers(2), lambda line: None)
     assert [run.last.nats.tolist() for run in alone] == [run.last.nats.tolist() for run in together]
     plan = replace(plan, recipe=(("task", "source", "nothing.fasta"),))
     failing = [protein_runs.first_job(tmp_path / "failing", plan.shapes[0], plan)]
     with pytest.raises(LongspanError, match=r"performer-protein: the run 1x16 failed: .*nothing"):
-        protein_runs.train_all(failing, 1, lambda line: None)
+        protein_runs.train_all(failing, ONE_WORKER, lambda line: None)
 
 
 def falling(bits: list[float], counted: float) -> tuple[TrainedRun, Evaluation]:

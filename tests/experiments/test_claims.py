@@ -12,6 +12,7 @@ from longspan.experiments import claims
 from longspan.experiments.claims import grid, rmt
 from longspan.experiments.claims.base import TOO_SMALL, Claim, Figure
 from longspan.experiments.claims.base import Outcome as Measured
+from longspan.experiments.workers import Workers
 from longspan.files import read_json
 from longspan.report import Table
 
@@ -154,6 +155,8 @@ def test_sizes_and_jobs_that_a_claim_does_not_have_are_named(longspan: Callable[
         (("rmt-flops", "--size", "small", "--full"), "--full and --size small contradict each other"),
         (("rmt-flops", "--jobs", "2"), "--jobs 2: the runs of rmt-flops are not trained in parallel"),
         (("language-modelling", "--jobs", "0"), "--jobs 0: must be at least 1"),
+        (("language-modelling", "--minutes", "-1"), "--minutes -1: must be at least 0"),
+        (("rmt-flops", "--minutes", "5"), "--minutes 5: rmt-flops has no separate runs"),
     ):
         assert message in longspan("reproduce", *options).error
 
@@ -185,8 +188,8 @@ def test_a_claim_with_plans_is_undecided_at_the_size_tiny(tmp_path: Any) -> None
 def test_jobs_and_size_reach_the_claim_and_tables_the_page(tmp_path: Any) -> None:
     calls = []
 
-    def measure(folder: Any, plan: Any, say: Any, jobs: int) -> Measured:
-        calls.append((plan, jobs))
+    def measure(folder: Any, plan: Any, say: Any, workers: Workers) -> Measured:
+        calls.append((plan, workers.count))
         table = Table(columns=("model", "bits"), rows=[("window", "2.5")], caption="Losses.")
         return Measured(verdict="undecided", figures=[Figure("a", "", "b")], size="tiny", tables=[table])
 
@@ -194,7 +197,7 @@ def test_jobs_and_size_reach_the_claim_and_tables_the_page(tmp_path: Any) -> Non
     claim = Claim(
         name="some", system="x", source="y", text="z", minutes=minutes, parallel=measure, plans={"tiny": "the plan"}
     )
-    outcome = claim.run(tmp_path, "tiny", print, 3)
+    outcome = claim.run(tmp_path, "tiny", print, Workers(3))
     assert calls == [("the plan", 3)]
     claims.save_result(tmp_path, claim, "tiny", outcome, 1.0)
     (record,) = claims.read_results(tmp_path, ["some"])
@@ -205,3 +208,23 @@ def test_jobs_and_size_reach_the_claim_and_tables_the_page(tmp_path: Any) -> Non
     assert "`longspan reproduce some --size tiny`" in page
     del record["tables"]
     assert "Losses" not in claims.markdown([record]), "results of earlier versions have no tables"
+
+
+def test_an_earlier_result_of_the_same_size_restores_its_runs(tmp_path: Any) -> None:
+    calls: list[Any] = []
+
+    def restore(folder: Any, plan: Any, data: Any) -> int:
+        calls.append((folder, plan, data))
+        return 2
+
+    outcome = Measured(verdict="undecided", figures=[], size="some", data={"models": {"window": []}})
+    fields: Any = {"name": "some", "system": "x", "source": "y", "text": "z", "minutes": {"tiny": 0.1, "full": 9}}
+    claim = Claim(**fields, parallel=lambda *_: outcome, restore=restore, plans={"tiny": "short", "full": "long"})
+    assert claims.restore(tmp_path, claim, "full", tmp_path / "runs") == 0, "no result"
+    claims.save_result(tmp_path, claim, "full", outcome, 1.0)
+    assert claims.restore(tmp_path, claim, "tiny", tmp_path / "runs") == 0, "of another size"
+    assert not calls
+    assert claims.restore(tmp_path, claim, "full", tmp_path / "runs") == 2
+    assert calls == [(tmp_path / "runs", "long", outcome.data)]
+    without = Claim(**fields, parallel=lambda *_: outcome, plans={"tiny": "short", "full": "long"})
+    assert claims.restore(tmp_path, without, "full", tmp_path / "runs") == 0

@@ -34,7 +34,7 @@ from longspan.experiments.claims.continued.plan import recipe_of
 from longspan.experiments.claims.continued.remedies import remedies_table
 from longspan.experiments.claims.continued.results import needs_seeds
 from longspan.experiments.claims.continued.single_run import Job
-from longspan.experiments.workers import Done
+from longspan.experiments.workers import Done, Workers
 
 PLAN = Plan(corpus="speeches", start="none", length=64, rows=2, steps=20)
 
@@ -190,7 +190,7 @@ def test_remedies_are_tried_where_a_claim_does_not_hold(
 ) -> None:
     names: list[str] = []
 
-    def train(jobs: list[Job], workers: int, say: Say) -> list[tuple[Job, Done]]:
+    def train(jobs: list[Job], workers: Workers, say: Say) -> list[tuple[Job, Done]]:
         names.extend(job.spec.name for job in jobs)
         return [(job, Done(run_of(losses(2.0)))) for job in jobs]
 

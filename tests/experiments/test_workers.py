@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.experiments.jobs import halved
 
-from longspan.experiments.workers import Done, run_jobs
+from longspan.experiments.workers import NOT_BEGUN, Done, Workers, run_jobs
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
@@ -18,21 +18,29 @@ def test_a_job_that_fails_does_not_stop_the_others(workers: int) -> None:
     reported: list[int] = []
     # a job that ends its process can only be done in a worker; every worker takes seconds to start
     jobs = [0, 6, 1 if workers == 1 else -1]
-    first, second, third = run_jobs(halved, jobs, workers, lambda job, done: reported.append(job))
+    first, second, third = run_jobs(halved, jobs, Workers(workers), lambda job, done: reported.append(job))
     assert sorted(reported) == sorted(jobs)
     assert first == Done(failure="the loss is not finite; try a lower train.lr")
     assert second == Done(3.0)
     assert third.failure.startswith("ZeroDivisionError: one" if workers == 1 else "its process was ended by SIGKILL")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_job_begins_after_the_time_is_over(count: int) -> None:
+    reported: list[int] = []
+    over = Workers(count, until=time.monotonic() - 1)
+    assert run_jobs(halved, [6, 8, 10], over, lambda job, done: reported.append(job)) == [Done(failure=NOT_BEGUN)] * 3
+    assert reported == [6, 8, 10]
+
+
 INTERRUPTED = """
 import sys, time
 from pathlib import Path
 from tests.experiments.jobs import waits
-from longspan.experiments.workers import run_jobs
+from longspan.experiments.workers import Workers, run_jobs
 
 if __name__ == "__main__":
-    run_jobs(waits, [Path(sys.argv[1]) / name for name in "ab"], 2, print)
+    run_jobs(waits, [Path(sys.argv[1]) / name for name in "ab"], Workers(2), print)
 """
 
 

@@ -1,5 +1,6 @@
 """`longspan reproduce`."""
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,12 +37,26 @@ def reproduce(
         int,
         typer.Option("--jobs", metavar="N", help="Processes that train at a time, one thread each, where claims can."),
     ] = 1,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--minutes",
+            metavar="N",
+            help="Let no run begin after N minutes, and judge what ended; the same command goes on with the rest.",
+            show_default="no limit",
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for its runs; a second call resumes them.")
     ] = Path("out/claims"),
     docs: Annotated[
         Path | None,
-        typer.Option("--docs", metavar="DIR", help="Save the numbers in DIR/claims/ and rewrite DIR/claims.md."),
+        typer.Option(
+            "--docs",
+            metavar="DIR",
+            help="Save the numbers in DIR/claims/ and rewrite DIR/claims.md; runs of language-modelling whose numbers "
+            "are there already are not trained again.",
+        ),
     ] = None,
 ) -> int:
     """Reproduce a claim of a paper at a small size and print its numbers next to the paper's.
@@ -54,11 +69,13 @@ def reproduce(
       longspan reproduce rmt-flops
       longspan reproduce language-modelling --size tiny
       longspan reproduce rmt --full --docs docs
+      longspan reproduce language-modelling --full --jobs 2 --minutes 60 --docs docs
     """
     check_output_folder(output, "--output")
     if docs is not None:
         check_output_folder(docs, "--docs")
     from longspan.experiments import claims
+    from longspan.experiments.workers import Workers
     from longspan.report import Table
 
     if name is None:
@@ -71,10 +88,13 @@ def reproduce(
         print_table(Table(columns=("claim", "system", *claims.SIZES), rows=rows, right=(2, 3, 4)))
         return 0
     claim, chosen = claims.find(name), _size(size, full)
-    claim.check(chosen, jobs)
+    claim.check(chosen, jobs, minutes)
     console().print(f"{claim.text} ({claim.source})", markup=False)
-    started = time.perf_counter()
-    outcome = claim.run(output / f"{name}-{chosen}", chosen, say, jobs)
+    started, folder = time.perf_counter(), output / f"{name}-{chosen}"
+    if docs is not None and (count := claims.restore(docs / "claims", claim, chosen, folder)):
+        say(f"{count} runs are measured already, in {docs / 'claims'}")
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    outcome = claim.run(folder, chosen, say, Workers(jobs, until))
     seconds = time.perf_counter() - started
     rows = [(figure.what, figure.paper, figure.ours) for figure in outcome.figures]
     for table in (Table(columns=("measured", "paper", "here"), rows=rows), *outcome.tables):

@@ -7,11 +7,13 @@ in the same way.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,28 @@ from longspan.errors import LongspanError
 Job = TypeVar("Job")
 
 
+NOT_BEGUN = "not begun, as the time of --minutes was over"
+"""`Done.failure` of a job whose turn came too late"""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many jobs run at a time, and until when one may begin."""
+
+    count: int = 1
+    """processes; 1: jobs run in this process, one after another"""
+    until: float = math.inf
+    """`time.monotonic()` after which no job begins; one that began is finished"""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further job may begin."""
+        return time.monotonic() > self.until
+
+
+ONE_WORKER = Workers()
+
+
 @dataclass(frozen=True)
 class Done:
     """What became of a job: the value that it returned, or why it failed."""
@@ -36,21 +60,21 @@ class Done:
 
 
 def run_jobs(
-    work: Callable[[Job], Any], jobs: Sequence[Job], workers: int, report: Callable[[Job, Done], None]
+    work: Callable[[Job], Any], jobs: Sequence[Job], workers: Workers, report: Callable[[Job, Done], None]
 ) -> list[Done]:
     """Call `work` with every job, on one thread each, and return what became of them in the order of the jobs.
 
     Args:
         work: a function of a module; with several workers it and the jobs are pickled.
         jobs: its arguments.
-        workers: processes at a time; 1: in this process, one after another.
+        workers: how many at a time, and until when one may begin; later ones fail with `NOT_BEGUN`.
         report: called in this process after every job.
 
     Raises:
         KeyboardInterrupt: this process was interrupted; all workers have stopped.
     """
     outcomes: list[Done] = [Done()] * len(jobs)
-    ended = _here(work, jobs) if workers == 1 else _in_workers(work, jobs, workers)
+    ended = _here(work, jobs, workers) if workers.count == 1 else _in_workers(work, jobs, workers)
     with contextlib.closing(ended):
         for index, outcome in ended:
             outcomes[index] = outcome
@@ -58,10 +82,10 @@ def run_jobs(
     return outcomes
 
 
-def _here(work: Callable[[Job], Any], jobs: Sequence[Job]) -> Generator[tuple[int, Done]]:
+def _here(work: Callable[[Job], Any], jobs: Sequence[Job], workers: Workers) -> Generator[tuple[int, Done]]:
     """Yield the index and the outcome of every job, done in this process."""
     for index, job in enumerate(jobs):
-        yield index, _attempt(work, job)
+        yield index, Done(failure=NOT_BEGUN) if workers.is_over else _attempt(work, job)
 
 
 def _attempt(work: Callable[[Job], Any], job: Job) -> Done:
@@ -78,21 +102,24 @@ def _attempt(work: Callable[[Job], Any], job: Job) -> Done:
         torch.set_num_threads(threads)
 
 
-def _in_workers(work: Callable[[Job], Any], jobs: Sequence[Job], workers: int) -> Generator[tuple[int, Done]]:
+def _in_workers(work: Callable[[Job], Any], jobs: Sequence[Job], workers: Workers) -> Generator[tuple[int, Done]]:
     """Yield the index and the outcome of every job as it ends, done by worker processes."""
     context = multiprocessing.get_context("spawn")
     waiting, running = deque(enumerate(jobs)), dict[Connection, tuple[int, SpawnProcess]]()
     try:
         while waiting or running:
-            while waiting and len(running) < workers:
+            while waiting and (workers.is_over or len(running) < workers.count):
                 index, job = waiting.popleft()
+                if workers.is_over:
+                    yield index, Done(failure=NOT_BEGUN)
+                    continue
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_serve, args=(work, job, sender), daemon=True)
                 process.start()
                 # so that the end of the worker closes the pipe
                 sender.close()
                 running[receiver] = index, process
-            ended = connection.wait(list(running))
+            ended = connection.wait(list(running)) if running else []
             for receiver in [receiver for receiver in running if receiver in ended]:
                 index, process = running.pop(receiver)
                 yield index, _outcome(receiver, process)

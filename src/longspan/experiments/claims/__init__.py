@@ -18,7 +18,7 @@ from longspan.experiments.claims.infini_passkey import INFINI_PASSKEY
 from longspan.experiments.claims.infini_pretrained import INFINI_PRETRAINED
 from longspan.experiments.claims.language_modelling import LANGUAGE_MODELLING
 from longspan.experiments.claims.maps import RMT_MAPS
-from longspan.experiments.claims.page import markdown, read_results, save_result
+from longspan.experiments.claims.page import markdown, read_results, restore, save_result
 from longspan.experiments.claims.performer_approximation import PERFORMER_APPROXIMATION
 from longspan.experiments.claims.performer_protein import PERFORMER_PROTEIN
 from longspan.experiments.claims.performer_recovery import PERFORMER_RECOVERY
@@ -32,7 +32,19 @@ from longspan.experiments.claims.sparse import SPARSE
 from longspan.experiments.claims.transfer import TRANSFER
 from longspan.experiments.claims.xl import XL
 
-__all__ = ["SIZES", "Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
+__all__ = [
+    "SIZES",
+    "Claim",
+    "Figure",
+    "Outcome",
+    "Size",
+    "find",
+    "markdown",
+    "names",
+    "read_results",
+    "restore",
+    "save_result",
+]
 
 _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from longspan.config import nearest
 from longspan.errors import ConfigError
+from longspan.experiments.workers import ONE_WORKER, Workers
 from longspan.report import Picture, Table
 from longspan.train import Interval
 
@@ -77,7 +78,9 @@ class Claim:
         minutes: approximate time on two cores of each size that the claim has.
         plans: the plan of each size; empty: the claim is computed, and the same at every size.
         parallel: instead of `measure`, of a claim whose runs can be trained by several processes at a time; called with
-            (folder, plan, say, jobs).
+            (folder, plan, say, workers).
+        restore: called with (folder, plan, data) of an earlier result of this size; writes what it measured into the
+            folder, so that it is not measured again, and returns the number of runs.
     """
 
     name: str
@@ -87,12 +90,13 @@ class Claim:
     minutes: dict[Size, float]
     measure: Callable[[Path, Any, Say], Outcome] | None = None
     plans: Mapping[str, Any] = field(default_factory=dict)
-    parallel: Callable[[Path, Any, Say, int], Outcome] | None = None
+    parallel: Callable[[Path, Any, Say, Workers], Outcome] | None = None
+    restore: Callable[[Path, Any, Mapping[str, Any]], int] | None = None
 
     def __post_init__(self) -> None:
         assert (self.measure is None) != (self.parallel is None), f"{self.name}: needs either measure or parallel"
 
-    def run(self, folder: Path, size: Size, say: Say, jobs: int = 1) -> Outcome:
+    def run(self, folder: Path, size: Size, say: Say, workers: Workers = ONE_WORKER) -> Outcome:
         """Measure the claim at a size; files in `folder` let a second call resume.
 
         At the size `tiny` the verdict is "undecided", except for claims that are the same at every size.
@@ -100,28 +104,34 @@ class Claim:
         Raises:
             ConfigError: the claim does not have that size, or cannot use several processes.
         """
-        self.check(size, jobs)
-        outcome = self._measured(folder, self.plans.get(size), say, jobs)
+        self.check(size, workers.count)
+        outcome = self._measured(folder, self.plans.get(size), say, workers)
         if size == "tiny" and self.plans:
             # a few steps meet a criterion, or miss it, by chance
             return replace(outcome, verdict="undecided", note=f"{TOO_SMALL} {outcome.note}".rstrip())
         return outcome
 
-    def _measured(self, folder: Path, plan: Any, say: Say, jobs: int) -> Outcome:
+    def _measured(self, folder: Path, plan: Any, say: Say, workers: Workers) -> Outcome:
         """Call the function that measures the claim."""
         if self.parallel is not None:
-            return self.parallel(folder, plan, say, jobs)
+            return self.parallel(folder, plan, say, workers)
         assert self.measure is not None
         return self.measure(folder, plan, say)
 
-    def check(self, size: str, jobs: int = 1) -> None:
-        """Raise ConfigError if the claim does not have a size, or cannot use so many processes."""
+    def check(self, size: str, jobs: int = 1, minutes: float | None = None) -> None:
+        """Raise ConfigError if the claim does not have a size, or cannot use so many processes or limited minutes."""
         if size not in self.minutes:
             raise ConfigError(f"{self.name}: has no size {size!r}{nearest(size, self.minutes)}")
         if jobs < 1:
             raise ConfigError(f"--jobs {jobs}: must be at least 1")
         if jobs > 1 and self.parallel is None:
             raise ConfigError(f"--jobs {jobs}: the runs of {self.name} are not trained in parallel; leave --jobs out")
+        if minutes is not None and minutes < 0:
+            raise ConfigError(f"--minutes {minutes:g}: must be at least 0")
+        if minutes is not None and self.parallel is None:
+            raise ConfigError(
+                f"--minutes {minutes:g}: {self.name} has no separate runs; leave --minutes out, and stop it with Ctrl-C"
+            )
 
 
 def signed(interval: Interval) -> str:

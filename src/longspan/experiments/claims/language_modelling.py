@@ -123,6 +123,7 @@ LANGUAGE_MODELLING = Claim(
     source="the papers' tables of language modeling, at a small size",
     text="Models with memory beat the same models without it; local and sparse attention lose little to dense.",
     parallel=COMPARISON.measure,
+    restore=COMPARISON.restore,
     minutes={"tiny": 0.2, "small": 4, "full": 180},
     plans=PLANS,
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.experiments.claims.base import Claim, Outcome, Size
-from longspan.files import read_json, write_atomically, write_json
+from longspan.files import read_json, read_object, write_atomically, write_json
 from longspan.version import __version__
 
 _HEAD = """# Claims of the papers, reproduced
@@ -30,7 +30,7 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
         "system": claim.system,
         "source": claim.source,
         "text": claim.text,
-        "command": f"longspan reproduce {claim.name}" + _OPTION[size],
+        "command": _command(claim, size),
         "verdict": outcome.verdict,
         "figures": [asdict(figure) for figure in outcome.figures],
         "tables": [asdict(table) for table in outcome.tables],
@@ -43,6 +43,25 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
     }
     write_json(path, record)
     return path
+
+
+def restore(folder: Path, claim: Claim, size: Size, runs: Path) -> int:
+    """Write what an earlier result in `folder` measured into a folder for runs; return the number of restored runs.
+
+    None are, unless the claim can restore them (`Claim.restore`) and the result is of the same size.
+    """
+    path = folder / f"{claim.name}.json"
+    if claim.restore is None or not path.is_file():
+        return 0
+    record = read_object(path)
+    if record.get("command") != _command(claim, size):
+        return 0
+    return claim.restore(runs, claim.plans[size], record["data"])
+
+
+def _command(claim: Claim, size: Size) -> str:
+    """Return the command that measures a claim at a size."""
+    return f"longspan reproduce {claim.name}{_OPTION[size]}"
 
 
 def _writer(image: bytes) -> Callable[[Path], object]:

@@ -50,6 +50,7 @@ from longspan.experiments.claims.similarity import (
     similarity_of_embeddings,
 )
 from longspan.experiments.figures import matrix_figure, picture_of
+from longspan.experiments.workers import ONE_WORKER, Workers
 from longspan.report import Picture
 from longspan.report.figures import Panel
 from longspan.tasks import ProteinTask
@@ -123,7 +124,7 @@ class Scored(NamedTuple):
     mapped: int
 
 
-def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
+def measure(folder: Path, plan: Plan, say: Say, workers: Workers = ONE_WORKER) -> Outcome:
     """Train exact attention in all sizes, continue the best with every mixer, score and map; a second call resumes.
 
     Raises:
@@ -134,9 +135,9 @@ def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
     if plan.draws and importlib.util.find_spec("scipy") is None:
         raise UnsupportedError("performer-protein: its extrapolation needs scipy; pip install 'longspan[scaling]'")
     source = str(first_sequences(folder / "sequences.fasta", plan.sequences)) if plan.sequences else ""
-    firsts = [replace(first_job(folder, shape, plan, source), quiet=jobs > 1) for shape in plan.shapes]
+    firsts = [replace(first_job(folder, shape, plan, source), quiet=workers.count > 1) for shape in plan.shapes]
     # the longest first, so that no process waits for it at the end
-    exact = train_all(firsts[::-1], jobs, say)[::-1]
+    exact = train_all(firsts[::-1], workers, say)[::-1]
     _, task = cast("tuple[Any, ProteinTask]", load_run(firsts[0].run))
     held_out = held_out_of(task, plan)
     counts = {
@@ -147,7 +148,7 @@ def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
     for run in exact:
         say(f"exact {run.folder.name}: {signed(beyond(counted, run)[-1])} bits better than counting")
     best = min(zip(firsts, exact, strict=True), key=lambda pair: pair[1].last.bits_per_unit)
-    continued = _continue(folder, best[0], say, jobs)
+    continued = _continue(folder, best[0], say, workers)
     scored = _scored(continued, counts, plan)
     for name in MIXERS:
         say(f"{name}: {_score_text(scored.scores[name])}")
@@ -155,14 +156,14 @@ def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
     return _outcome(plan, exact, reaches, best[0], scored, sum(run.seconds for run in (*exact, *continued.values())))
 
 
-def _continue(folder: Path, best: Job, say: Say, jobs: int) -> dict[str, TrainedRun]:
+def _continue(folder: Path, best: Job, say: Say, workers: Workers) -> dict[str, TrainedRun]:
     """Continue the best model with every mixer; return the runs by the mixer's name."""
     every = []
     for name, mixer in MIXERS.items():
         table = mixer if name == "exact" else {**mixer, "num_features": best.plan.features}
-        every.append(replace(continued_job(folder, _folder_of(name), table, best), quiet=jobs > 1))
+        every.append(replace(continued_job(folder, _folder_of(name), table, best), quiet=workers.count > 1))
     # those with features take longer
-    return dict(zip(MIXERS, train_all(every[::-1], jobs, say)[::-1], strict=True))
+    return dict(zip(MIXERS, train_all(every[::-1], workers, say)[::-1], strict=True))
 
 
 def _folder_of(name: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from longspan.errors import CheckpointError, LongspanError
 from longspan.experiments.claims.base import Say
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
-from longspan.experiments.workers import Done, run_jobs
+from longspan.experiments.workers import Done, Workers, run_jobs
 from longspan.files import write_text
 from longspan.tasks import Documents, ProteinTask
 from longspan.tasks.base import Array
@@ -215,7 +215,7 @@ def first_sequences(path: Path, count: int) -> Path:
     return path
 
 
-def train_all(jobs: Sequence[Job], workers: int, say: Say) -> list[TrainedRun]:
+def train_all(jobs: Sequence[Job], workers: Workers, say: Say) -> list[TrainedRun]:
     """Train and score runs in several processes; return them in the order of the jobs. A second call resumes.
 
     Raises:

@@ -10,7 +10,7 @@ from longspan.errors import LongspanError
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
-from longspan.experiments.workers import Done, run_jobs
+from longspan.experiments.workers import ONE_WORKER, Done, Workers, run_jobs
 from longspan.models import build_model
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure
@@ -174,7 +174,7 @@ def frontier(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return best
 
 
-def _scores(jobs: Sequence[Job], workers: int, say: Say) -> list[dict[str, Any]]:
+def _scores(jobs: Sequence[Job], workers: Workers, say: Say) -> list[dict[str, Any]]:
     """Train and score runs; raises LongspanError if one failed, after the others have ended."""
 
     def report(job: Job, done: Done) -> None:
@@ -188,16 +188,16 @@ def _scores(jobs: Sequence[Job], workers: int, say: Say) -> list[dict[str, Any]]
     return [done.value for done in ended]
 
 
-def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
+def measure(folder: Path, plan: Plan, say: Say, workers: Workers = ONE_WORKER) -> Outcome:
     """Train all runs, fit the laws, save the prediction of the larger run, and only then train it."""
 
     def job(shape: Shape, tokens: int) -> Job:
         """Return the job of a run."""
-        return Job(folder=folder, shape=shape, tokens=tokens, held_out=plan.held_out, quiet=jobs > 1)
+        return Job(folder=folder, shape=shape, tokens=tokens, held_out=plan.held_out, quiet=workers.count > 1)
 
     # the longest first, so that no process waits for a long one at the end
     every = [job(shape, tokens) for tokens in plan.tokens[::-1] for shape in plan.shapes[::-1]]
-    records = _scores(every, jobs, say)[::-1]
+    records = _scores(every, workers, say)[::-1]
     laws = fit_laws(records, plan.draws, plan.forms)
 
     def predict() -> dict[str, Any]:
@@ -208,7 +208,7 @@ def measure(folder: Path, plan: Plan, say: Say, jobs: int = 1) -> Outcome:
 
     predicted = measure_once(folder / "prediction.json", predict)
     say(f"{plan.larger.name}, {plan.larger_tokens:,} bytes: {predicted['loss']:.4f} nats predicted")
-    (larger,) = _scores([job(plan.larger, plan.larger_tokens)], 1, say)
+    (larger,) = _scores([job(plan.larger, plan.larger_tokens)], ONE_WORKER, say)
     return outcome(records, laws, predicted, larger, plan)
 
 

@@ -9,7 +9,7 @@ from longspan.experiments.claims.base import Figure, signed
 from longspan.experiments.claims.continued import recurrence
 from longspan.experiments.claims.continued.curves import FLAT
 from longspan.experiments.claims.continued.plan import CEILING, EARLY, FLOOR, start_model
-from longspan.experiments.claims.continued.results import NEEDED, Pair, Results
+from longspan.experiments.claims.continued.results import NEEDED, Pair, Results, without_run
 from longspan.experiments.figures import interval_series, picture_of
 from longspan.report import Picture, Table
 from longspan.report.figures import Mark, Series, line_figure
@@ -70,7 +70,7 @@ def _loss_table(results: Results) -> Table:
             )
         )
     blank = [""] * (len(columns) - 2)
-    rows += [(name, f"failed: {failure}", *blank) for name, failure in results.failures.items()]
+    rows += [(name, without_run(failure), *blank) for name, failure in results.failures.items()]
     plan = results.plan
     caption = (
         f"Held-out loss. All models read {plan.steps * plan.tokens_per_step:,} bytes; equal time: after "

@@ -10,6 +10,7 @@ import numpy as np
 
 from longspan.experiments.claims.continued.curves import FLAT, Curve, equal_seconds
 from longspan.experiments.claims.continued.plan import CEILING, FLOOR, Plan
+from longspan.experiments.workers import NOT_BEGUN
 from longspan.tasks.base import Array
 from longspan.train import Interval, bootstrap, paired_bootstrap, share_bootstrap
 
@@ -83,9 +84,9 @@ class Results:
         return f"{' and '.join(falling)} still falling" if falling else ""
 
     def failure(self, *names: str) -> str:
-        """Return the message of the first model that failed, as "a failed: message"; empty if none did."""
+        """Return the message of the first model that failed or was not begun, as "a failed: message"; empty if none."""
         failed = [name for name in names if name in self.failures and name not in self.runs]
-        return f"{failed[0]} failed: {self.failures[failed[0]]}" if failed else ""
+        return f"{failed[0]} {without_run(self.failures[failed[0]])}" if failed else ""
 
     def is_complete(self, name: str) -> bool:
         """Return whether all runs of a model made all steps; False: the clock ended one."""
@@ -146,6 +147,11 @@ class Results:
         """Return all numbers as plain data."""
         models = {name: list(runs) for name, runs in self.runs.items()}
         return {"models": models, "failures": dict(self.failures), "inspected": dict(self.inspected)}
+
+
+def without_run(failure: str) -> str:
+    """Say of a model why it has no run: it failed, or its turn came after the time was over."""
+    return failure if failure == NOT_BEGUN else f"failed: {failure}"
 
 
 def bits_per_byte(run: Mapping[str, Any]) -> float:

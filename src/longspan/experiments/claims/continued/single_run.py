@@ -52,8 +52,18 @@ class Job:
 
 def record_file(run: Path, plan: Plan) -> Path:
     """Return the file of the measurements of a run."""
-    sizes = f"{plan.documents}x{plan.reach}-{plan.first}-{plan.curve_documents}x{plan.curve_reach}"
-    return run / f"measured-{sizes}.json"
+    return run / f"measured-{_measured_sizes(plan)}.json"
+
+
+def _measured_sizes(plan: Plan) -> str:
+    """Return the sizes of the measurements of a run as text."""
+    return f"{plan.documents}x{plan.reach}-{plan.first}-{plan.curve_documents}x{plan.curve_reach}"
+
+
+def is_record_of(record: Mapping[str, Any], job: Job) -> bool:
+    """Return whether measurements are those of a run by the recipe of a job, with the measurements of its plan."""
+    same_recipe = record.get("recipe") == recipe_hash(recipe_of(job.spec, job.plan, job.seed))
+    return same_recipe and record.get("measured") == _measured_sizes(job.plan)
 
 
 def train_and_measure(job: Job) -> dict[str, Any]:
@@ -62,10 +72,10 @@ def train_and_measure(job: Job) -> dict[str, Any]:
     A run that another claim in the same output folder made by the same recipe is copied.
 
     Returns:
-        Plain data: `recipe` (its digest), `parameters`, `taken_parameters`, `new`, `steps`, `tokens`, `seconds`,
-        `curve` (see `Curve`), `documents`, `nats` and `units` per document, `first` (the same of their first bytes),
-        `positions` and `distances` (see `_places`), `flops` of a forward pass per byte, `state` (bytes at two lengths;
-        None: the model does not stream).
+        Plain data: `recipe` (its digest), `measured` (sizes of the measurements), `seed`, `parameters`,
+        `taken_parameters`, `new`, `steps`, `tokens`, `seconds`, `curve` (see `Curve`), `documents`, `nats` and `units`
+        per document, `first` (the same of their first bytes), `positions` and `distances` (see `_places`), `flops` of a
+        forward pass per byte, `state` (bytes at two lengths; None: the model does not stream).
     """
     if not job.record.is_file() and (same := _same_run(job)) is not None:
         shutil.copytree(same, job.run, dirs_exist_ok=True)
@@ -78,7 +88,8 @@ def _same_run(job: Job) -> Path | None:
     # claims may give the same model different names
     for run in sorted(job.folder.parent.glob(f"*/*/{job.run.name}")):
         record = record_file(run, job.plan)
-        if record.is_file() and read_json(record).get("recipe") == digest:
+        # a restored record has no weights, which the other claim may need
+        if record.is_file() and (run / "model").is_dir() and read_json(record).get("recipe") == digest:
             return run
     return None
 
@@ -95,6 +106,8 @@ def _trained_and_measured(job: Job) -> dict[str, Any]:
     start = read_json(job.run / SUMMARY)
     record = {
         "recipe": recipe_hash(recipe),
+        "measured": _measured_sizes(job.plan),
+        "seed": job.seed,
         "parameters": model.num_parameters(),
         "taken_parameters": start["taken_parameters"],
         "new": start["new"],
