@@ -20,6 +20,7 @@ SMALL = {
     "train": "--set train.steps=2 --set train.eval_every=0 --set train.final_eval_tokens=300 --set train.threads=1",
     "eval": "--tokens 600",
     "generate": "--tokens 3",
+    "plan": "--mixers window --time 1s",
     "transfer": "--steps 2 --length 32 --batch 2",
 }
 OF_MEMORY = "--segments 1,2 --count 2"
@@ -29,6 +30,7 @@ ELSEWHERE = {
     "quickstart": "takes minutes; tests/experiments/test_quickstart.py runs it small",
     "quickstart-lm": "takes minutes; tests/experiments/test_quickstart_lm.py runs it small",
     "reproduce rmt --full --docs docs": "takes hours; tests of claims run it small",
+    "reproduce language-modelling --full --jobs 2 --minutes 60 --docs docs": "the same",
     "reproduce language-modelling --size tiny": "trains a start first; tests/experiments/test_claim_lm.py has its own",
     "stream runs/first -": "reads a log without end",
     "train sparse-tiles -o runs/tiles": "needs images; tests/tasks/test_bytes.py reads tiles",

@@ -18,6 +18,7 @@ from longspan.cli.cost import cost
 from longspan.cli.evaluate import evaluate
 from longspan.cli.generate import generate
 from longspan.cli.mixers import mixers
+from longspan.cli.plan import plan
 from longspan.cli.recipes import recipes
 from longspan.cli.show import patterns, scaling, spans, support
 from longspan.cli.stream import stream
@@ -70,6 +71,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "transfer": transfer,
     "mixers": mixers,
     "cost": cost,
+    "plan": plan,
     "recipes": recipes,
     "reproduce": reproduce,
     "quickstart": quickstart,

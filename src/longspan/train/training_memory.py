@@ -8,8 +8,9 @@ MALLOC_MMAP_THRESHOLD_=65536 it gives them back, at the price of some time.
 """
 
 import math
+import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -53,31 +54,54 @@ class TrainingMemory:
         return max(math.floor((budget - self.weights - self.fixed) / max(self.per_token, 1e-9)), 0)
 
 
-def step_bytes(model: Any, config: TrainConfig) -> int:
-    """Return the peak bytes of tensors in the second step of a training, beyond the model's weights.
+class StepCost(NamedTuple):
+    """What a training step costs.
 
-    The first step creates the state of the optimizer. The text is random, the model is changed.
+    Attributes:
+        peak: largest bytes of tensors at a time, beyond the model's weights.
+        seconds: of the fastest timed step; 0 if none was.
+    """
+
+    peak: int
+    seconds: float
+
+
+def step_cost(model: Any, config: TrainConfig, timed: int = 0) -> StepCost:
+    """Measure a training step after the first one, which creates the state of the optimizer.
+
+    The text is random, the model is changed.
 
     Args:
         model: a causal language model on the CPU.
         config: of the training; `segment_length`, `lanes`, `bptt_segments`, `accumulation` and `dtype` matter.
+        timed: steps that are timed, before the one whose memory is measured.
     """
     tokenizer = Bytes()
     length = config.segment_length * config.bptt_segments
     random = np.random.default_rng(0)
     texts = [
-        TextDocument(random.integers(0, min(model.vocab_size, _BYTES), 4 * length, dtype=np.uint8), tokenizer)
+        TextDocument(random.integers(0, min(model.vocab_size, _BYTES), (4 + timed) * length, dtype=np.uint8), tokenizer)
         for _ in range(config.lanes)
     ]
     documents = Documents(texts, [str(number) for number in range(config.lanes)])
     optimization, source = Optimization(model, config, Group()), DocumentSource(model, documents, config, Group())
     optimization.step(source, 0, 1e-6)
+    seconds = []
+    for step in range(timed):
+        began = time.perf_counter()
+        optimization.step(source, 1 + step, 1e-6)
+        seconds.append(time.perf_counter() - began)
     tracker = MemTracker()
     tracker.track_external(model, optimization.optimizer)
     with tracker:
-        optimization.step(source, 1, 1e-6)
+        optimization.step(source, 1 + timed, 1e-6)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
-    return int(peak["Total"]) - weight_bytes(model)
+    return StepCost(peak=int(peak["Total"]) - weight_bytes(model), seconds=min(seconds, default=0.0))
+
+
+def step_bytes(model: Any, config: TrainConfig) -> int:
+    """Return the peak bytes of tensors in a training step, beyond the model's weights; see `step_cost`."""
+    return step_cost(model, config).peak
 
 
 def weight_bytes(model: Any) -> int:
