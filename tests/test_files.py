@@ -61,3 +61,9 @@ def test_missing_damaged_and_foreign_files(tmp_path: Path) -> None:
         read_tensors(path)
     with pytest.raises(ls.CheckpointError, match="no such file"):
         read_json(tmp_path / "none.json")
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ls.errors.CheckpointError, match=r"could not be saved: .*check free space and permissions"):
+        write_json(tmp_path / "file" / "data.json", {})

@@ -117,6 +117,18 @@ def test_steps_are_measured_once(planner: Callable[..., Planner], measured: list
     assert len(measured) == 3 * len(SIZES), "a damaged file is replaced"
     planner(PLENTY).candidate("infini")
     assert len(measured) == 4 * len(SIZES)
+    planner(PLENTY, again=True).candidate("infini")
+    assert len(measured) == 5 * len(SIZES)
+    planner(PLENTY).candidate("window")
+    assert len(measured) == 5 * len(SIZES), "what was not measured again stays"
+
+
+def test_a_plan_goes_on_where_it_cannot_save(measured: list[Any], tmp_path: Path) -> None:
+    lines: list[str] = []
+    (tmp_path / "file").touch()
+    planner = Planner(PLENTY, lines.append, file=tmp_path / "file" / "steps.json", sizes=SIZES[:1])
+    assert planner.candidate("window").size == SIZES[0]
+    assert lines[1].startswith("the next plan measures again: ")
 
 
 @pytest.mark.parametrize("family", planning.families())

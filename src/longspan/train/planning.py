@@ -17,7 +17,7 @@ import torch
 
 from longspan.config import from_dict, read_toml
 from longspan.cost import footprint
-from longspan.errors import LongspanError
+from longspan.errors import CheckpointError, LongspanError
 from longspan.files import read_json, write_json
 from longspan.models import build_model
 from longspan.train.config import TrainConfig
@@ -232,7 +232,8 @@ class Planner:
     ) -> None:
         self.needs, self._say, self._sizes = needs, say, sizes
         self._file = file or cache_folder() / "calibration.json"
-        self._saved: dict[str, Any] = {} if again else self._read()
+        self._saved = self._read()
+        self._again, self._measured_now = again, set[str]()
 
     def candidate(self, family: str) -> Candidate:
         """Return the largest size of a recipe that fits, or the smallest size, which has a problem.
@@ -315,11 +316,19 @@ class Planner:
         """Return the measured steps of a recipe at a width, from the file of an earlier plan if they are there."""
         tables = [sized_table(recipe, size, count) for count in (1, 2)]
         key = json.dumps([tables, asdict(config), _machine()], sort_keys=True, default=str)
-        if key not in self._saved:
+        if key not in self._saved or (self._again and key not in self._measured_now):
             self._say(f"measuring steps of {name}, width {size.dim}")
             self._saved[key] = calibrate(tables, config).to_dict()
-            write_json(self._file, self._saved)
+            self._measured_now.add(key)
+            self._save()
         return Calibration.of(self._saved[key])
+
+    def _save(self) -> None:
+        """Save all measured steps; where that fails, say so: the plan does not need the file."""
+        try:
+            write_json(self._file, self._saved)
+        except CheckpointError as error:
+            self._say(f"the next plan measures again: {error}")
 
     def _read(self) -> dict[str, Any]:
         """Return the saved steps; none if there is no file, or a damaged one, which is then replaced."""
