@@ -8,6 +8,7 @@ MALLOC_MMAP_THRESHOLD_=65536 it gives them back, at the price of some time.
 """
 
 import math
+import statistics
 import time
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ class StepCost(NamedTuple):
 
     Attributes:
         peak: largest bytes of tensors at a time, beyond the model's weights.
-        seconds: of the fastest timed step; 0 if none was.
+        seconds: median of the timed steps; 0 if none was.
     """
 
     peak: int
@@ -96,7 +97,9 @@ def step_cost(model: Any, config: TrainConfig, timed: int = 0) -> StepCost:
     with tracker:
         optimization.step(source, 1 + timed, 1e-6)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
-    return StepCost(peak=int(peak["Total"]) - weight_bytes(model), seconds=min(seconds, default=0.0))
+    return StepCost(
+        peak=int(peak["Total"]) - weight_bytes(model), seconds=statistics.median(seconds) if seconds else 0.0
+    )
 
 
 def step_bytes(model: Any, config: TrainConfig) -> int:

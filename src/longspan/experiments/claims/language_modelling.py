@@ -121,7 +121,8 @@ LANGUAGE_MODELLING = Claim(
     name="language-modelling",
     system="all",
     source="the papers' tables of language modeling, at a small size",
-    text="Models with memory beat the same models without it; beside them, all other mechanisms after the same training.",
+    text="Models with memory beat the same models without it; beside them, all other mechanisms after the same "
+    "training.",
     parallel=COMPARISON.measure,
     restore=COMPARISON.restore,
     minutes={"tiny": 0.2, "small": 4, "full": 180},
