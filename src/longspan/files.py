@@ -48,7 +48,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
             f"{path}: could not be saved: {error}{unchanged}; check free space and permissions"
         ) from None
     finally:
-        # where its folder could not be made there is no such file, and no such folder
+        # the folder does not exist if a parent of it is a file
         with contextlib.suppress(NotADirectoryError):
             temporary.unlink(missing_ok=True)
     return path

@@ -14,8 +14,8 @@ from longspan.config import override, read_toml
 from longspan.models import build_model
 from longspan.train import find_recipe, planning
 from longspan.train.config import TrainConfig
-from longspan.train.planning import Calibration, ModelSize, Needs, Planner, calibrate, sized_table, training_of
-from longspan.train.training_memory import TrainingMemory, step_bytes
+from longspan.train.planning import Calibration, ModelSize, Needs, Planner, calibrate, sized_table
+from longspan.train.training_memory import TrainingMemory, step_bytes, text_training
 
 SIZES = (ModelSize(16, 1, 2), ModelSize(32, 2, 2), ModelSize(64, 4, 2))
 PLENTY = Needs(length=5000, memory=10**12, seconds=1e9)
@@ -144,7 +144,7 @@ def test_every_recipe_can_be_sized_and_its_command_trains_that_model(
     model = build_model({**recipe["model"], "vocab_size": 256})
     assert model.num_parameters() == tried.parameters
     assert recipe["train"]["steps"] == tried.steps
-    assert recipe["train"]["lr"] == training_of(recipe_of(family)).lr
+    assert recipe["train"]["lr"] == text_training(recipe_of(family)).lr
     assert recipe["task"]["source"] == "book.txt"
 
 
@@ -165,7 +165,7 @@ def test_candidates_are_sorted_by_reach_then_size_then_measured_loss(
 @pytest.mark.parametrize(("family", "sees_start"), [("window", False), ("infini", True), ("rmt", True)])
 def test_real_steps_give_time_memory_and_reach(family: str, sees_start: bool) -> None:
     recipe = recipe_of(family)
-    config = replace(training_of(recipe), lanes=2)
+    config = replace(text_training(recipe), lanes=2)
     tables = [sized_table(recipe, ModelSize(16, 4, 2), count) for count in (1, 2, 4)]
     calibration = calibrate(tables[:2], config)
     assert all(seconds > 0 for seconds in calibration.seconds)

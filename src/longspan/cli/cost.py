@@ -193,14 +193,10 @@ def _pretrained(name: str, folder: str, mixer: str) -> Counted:
 
 def _own(name: str, recipe: dict[str, Any], mixer: str) -> Counted:
     """Build the model of a recipe or a run, with one mechanism in each layer if one is given."""
-    import torch
-
-    from longspan.models import build_model
+    from longspan.cost import countable_model
 
     table = dict(recipe["model"], **({"mixers": [{"name": mixer}]} if mixer else {}))
-    # a recurrent memory reads values of its cell when it is built, so it needs weights; such models are small
-    with torch.device("cpu" if "memory" in table else "meta"):
-        return Counted(name, build_model(table), {**recipe, "model": table})
+    return Counted(name, countable_model(table), {**recipe, "model": table})
 
 
 def _recipe(model: str) -> dict[str, Any]:
@@ -249,18 +245,14 @@ def _training(recipe: dict[str, Any] | None, rows: int) -> "TrainingMemory":
     """Measure the memory of training the model of a recipe with `rows` rows per step."""
     from dataclasses import replace
 
-    from longspan.config import from_dict
     from longspan.models import build_model
-    from longspan.train.config import TrainConfig
-    from longspan.train.training_memory import training_memory
+    from longspan.train.training_memory import text_training, training_memory
 
     if recipe is None:
         raise ConfigError(
             "--training: is measured for recipes and runs of text, not for pretrained models; leave it out"
         )
-    fields = {key: value for key, value in recipe.get("train", {}).items() if key in TrainConfig.__dataclass_fields__}
-    config: TrainConfig = from_dict(TrainConfig, fields, "train")
-    return training_memory(build_model(recipe["model"]), replace(config, lanes=rows, stages=None, init=""))
+    return training_memory(build_model(recipe["model"]), replace(text_training(recipe), lanes=rows))
 
 
 def _tables(costs: list[ModelCost], lengths: list[int], options: CostOptions) -> "list[tuple[str, Table]]":

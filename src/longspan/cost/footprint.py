@@ -4,7 +4,7 @@ All figures come from the model's own layers, one by one, so models that mix mec
 rather than estimated by one formula. A model on the meta device is enough, which has no weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from longspan.contract.base import Mechanism
-from longspan.models import RecurrentMemory
+from longspan.models import RecurrentMemory, build_model
 
 FURTHER = 256
 """tokens over which the FLOPs of a further token are averaged at least"""
@@ -46,6 +46,15 @@ class Footprint:
     state_bytes: int | None
     kv_bytes: int
     score_bytes: int
+
+
+def countable_model(table: Mapping[str, Any]) -> Any:
+    """Return the model of a table `[model]`, without weights unless it has a recurrent memory.
+
+    A recurrent memory reads values of its cell when it is built; such models are small.
+    """
+    with torch.device("cpu" if "memory" in table else "meta"):
+        return build_model(table)
 
 
 def footprint(model: Any, length: int, *, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> Footprint:

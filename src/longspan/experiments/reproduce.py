@@ -42,7 +42,7 @@ def reproduce(
         typer.Option(
             "--minutes",
             metavar="N",
-            help="Let no run begin after N minutes, and judge what ended; the same command goes on with the rest.",
+            help="Start no run after N minutes and judge the finished ones; the same command continues with the rest.",
             show_default="no limit",
         ),
     ] = None,
@@ -76,17 +76,9 @@ def reproduce(
         check_output_folder(docs, "--docs")
     from longspan.experiments import claims
     from longspan.experiments.workers import Workers
-    from longspan.report import Table
 
     if name is None:
-        if docs is not None:
-            return _write_docs(docs)
-        rows = [
-            (claim.name, claim.system, *(f"{claim.minutes[size]:g} min" for size in claims.SIZES))
-            for claim in map(claims.find, claims.names())
-        ]
-        print_table(Table(columns=("claim", "system", *claims.SIZES), rows=rows, right=(2, 3, 4)))
-        return 0
+        return _list_claims() if docs is None else _write_docs(docs)
     claim, chosen = claims.find(name), _size(size, full)
     claim.check(chosen, jobs, minutes)
     console().print(f"{claim.text} ({claim.source})", markup=False)
@@ -96,16 +88,36 @@ def reproduce(
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes
     outcome = claim.run(folder, chosen, say, Workers(jobs, until))
     seconds = time.perf_counter() - started
+    _print_outcome(outcome)
+    results_folder = output if docs is None else docs / "claims"
+    path = claims.save_result(results_folder, claim, chosen, outcome, seconds)
+    console().print(f"all numbers: {path}", markup=False)
+    return 0 if docs is None else _write_docs(docs)
+
+
+def _list_claims() -> int:
+    """Print all claims with the minutes of every size; return exit status 0."""
+    from longspan.experiments import claims
+    from longspan.report import Table
+
+    rows = [
+        (claim.name, claim.system, *(f"{claim.minutes[size]:g} min" for size in claims.SIZES))
+        for claim in map(claims.find, claims.names())
+    ]
+    print_table(Table(columns=("claim", "system", *claims.SIZES), rows=rows, right=(2, 3, 4)))
+    return 0
+
+
+def _print_outcome(outcome: "claims.Outcome") -> None:
+    """Print the tables, the note and the verdict of a claim."""
+    from longspan.report import Table
+
     rows = [(figure.what, figure.paper, figure.ours) for figure in outcome.figures]
     for table in (Table(columns=("measured", "paper", "here"), rows=rows), *outcome.tables):
         print_table(table)
     for line in (outcome.note, f"{outcome.verdict}; {outcome.size}"):
         if line:
             console().print(line, markup=False)
-    results_folder = output if docs is None else docs / "claims"
-    path = claims.save_result(results_folder, claim, chosen, outcome, seconds)
-    console().print(f"all numbers: {path}", markup=False)
-    return 0 if docs is None else _write_docs(docs)
 
 
 def _size(size: str | None, full: bool) -> "claims.Size":

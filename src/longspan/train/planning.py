@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longspan.config import from_dict, read_toml
-from longspan.cost import footprint
+from longspan.config import read_toml
+from longspan.cost import countable_model, footprint
 from longspan.errors import CheckpointError, LongspanError
 from longspan.files import read_json, write_json
 from longspan.models import build_model
 from longspan.train.config import TrainConfig
 from longspan.train.recipes import find_recipe, recipe_names
 from longspan.train.starts import cache_folder
-from longspan.train.training_memory import LENGTHS, TrainingMemory, step_cost, weight_bytes
+from longspan.train.training_memory import LENGTHS, TrainingMemory, step_cost, text_training, weight_bytes
 from longspan.version import __version__
 
 TOKENS_PER_PARAMETER = 20
@@ -220,12 +220,6 @@ def sized_table(recipe: Mapping[str, Any], size: ModelSize, num_layers: int = 0)
     return {**recipe["model"], **sizes, "mixers": mixers, "vocab_size": _BYTES}
 
 
-def training_of(recipe: Mapping[str, Any]) -> TrainConfig:
-    """Return the table `[train]` of a recipe, for text without stages and without a start."""
-    config: TrainConfig = from_dict(TrainConfig, dict(recipe["train"]), "train")
-    return replace(config, stages=None, init="", steps=None)
-
-
 class Planner:
     """Finds the largest size of a recipe that fits, by measured steps.
 
@@ -278,10 +272,9 @@ class Planner:
 
     def _measured(self, name: str, recipe: Mapping[str, Any], size: ModelSize) -> Candidate:
         """Return the candidate of a size, with what it costs on this machine."""
-        needs, config = self.needs, training_of(recipe)
+        needs, config = self.needs, text_training(recipe)
         calibration = self._calibration(name, recipe, size, config)
-        with torch.device("cpu" if "memory" in recipe["model"] else "meta"):
-            model = build_model(sized_table(recipe, size))
+        model = countable_model(sized_table(recipe, size))
         parameters, weights = model.num_parameters(), weight_bytes(model)
         # without a carried state only what is in the row can be learned
         row = config.segment_length if config.carry else max(needs.length, config.segment_length)
@@ -347,7 +340,7 @@ class Planner:
             self._say(f"the next plan measures again: {error}")
 
     def _read(self) -> dict[str, Any]:
-        """Return the saved steps; none if there is no file, or a damaged one, which is then replaced."""
+        """Return the saved steps; empty if the file is missing or damaged. A damaged file is overwritten later."""
         try:
             saved = read_json(self._file) if self._file.is_file() else {}
         except LongspanError:
@@ -374,7 +367,7 @@ def calibrate(tables: Sequence[Mapping[str, Any]], config: TrainConfig) -> Calib
         seconds.append(costs[-1].seconds / (rows[-1] * lanes * config.bptt_segments))
         slope = (costs[-1].peak - costs[0].peak) / (rows[-1] - rows[0]) if len(rows) > 1 else 0.0
         fixed = costs[0].peak - slope * rows[0]
-        weights = weight_bytes(build_model(table))
+        weights = weight_bytes(countable_model(table))
         memory.append(TrainingMemory(fixed=fixed, per_token=slope, rows=lanes, weights=weights))
     first, second = memory
     return Calibration(seconds=(seconds[0], seconds[1]), memory=(first, second), sees_start=_sees_start(tables[1]))

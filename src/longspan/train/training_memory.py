@@ -10,12 +10,14 @@ MALLOC_MMAP_THRESHOLD_=65536 it gives them back, at the price of some time.
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from longspan.config import from_dict
 from longspan.errors import UnsupportedError
 from longspan.tasks.base import Documents
 from longspan.tasks.text import TextDocument
@@ -65,6 +67,13 @@ class StepCost(NamedTuple):
 
     peak: int
     seconds: float
+
+
+def text_training(recipe: Mapping[str, Any]) -> TrainConfig:
+    """Return the table `[train]` of a recipe for measured steps: without stages, a start, and fields of curricula."""
+    fields = {key: value for key, value in recipe.get("train", {}).items() if key in TrainConfig.__dataclass_fields__}
+    config: TrainConfig = from_dict(TrainConfig, fields, "train")
+    return replace(config, stages=None, init="")
 
 
 def step_cost(model: Any, config: TrainConfig, timed: int = 0) -> StepCost:
