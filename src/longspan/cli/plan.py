@@ -75,7 +75,7 @@ def plan(options: PlanOptions) -> None:
     needs = _needs(options)
     planner = planning.Planner(needs, say, again=options.again)
     candidates = []
-    for name in _chosen(options.mixers, planning.families()):
+    for name in chosen(options.mixers, planning.families()):
         try:
             candidates.append(planner.candidate(name))
         except LongspanError as error:
@@ -129,7 +129,7 @@ def seconds(option: str, text: str) -> float:
     return float(match[1]) * SECONDS[match[2].lower()]
 
 
-def _chosen(text: str, known: list[str]) -> list[str]:
+def chosen(text: str, known: list[str]) -> list[str]:
     """Return the names of the recipes that an option names; raises ConfigError for others."""
     from longspan.config import nearest
 

@@ -1,7 +1,6 @@
 """Figures that only the experiments draw: heat maps of shares and of symmetric matrices."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -9,10 +8,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from longspan.report import Picture
-from longspan.report.figures import Panel, Series, picture
+from longspan.report.figures import Panel
 from longspan.report.style import LIGHT, Theme
-from longspan.train import Interval
 
 
 def heat_figure(
@@ -99,18 +96,3 @@ def matrix_figure(
         if below:
             figure.supxlabel(below, fontsize=9, color=theme.faint)
     return figure
-
-
-def interval_series(
-    x: Sequence[float], intervals: Sequence[Interval], label: str = "", kind: Literal["marked", "points"] = "marked"
-) -> Series:
-    """Return values with their intervals as one series of a line figure."""
-    value, low, high = zip(*intervals, strict=True)
-    return Series(x=x, y=value, low=low, high=high, label=label, kind=kind)
-
-
-def picture_of(
-    figure: Callable[..., Figure], name: str, *arguments: Any, alt: str, caption: str = "", **axes: Any
-) -> Picture:
-    """Draw a figure in the light and the dark theme: `figure(*arguments, theme=..., **axes)` for each."""
-    return picture(name, lambda theme: figure(*arguments, theme=theme, **axes), alt=alt, caption=caption)

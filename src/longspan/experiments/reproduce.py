@@ -75,7 +75,7 @@ def reproduce(
     if docs is not None:
         check_output_folder(docs, "--docs")
     from longspan.experiments import claims
-    from longspan.experiments.workers import Workers
+    from longspan.train.workers import Workers
 
     if name is None:
         return _list_claims() if docs is None else _write_docs(docs)

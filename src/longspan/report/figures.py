@@ -25,9 +25,11 @@ __all__ = [
     "Mark",
     "Panel",
     "Series",
+    "interval_series",
     "line_figure",
     "pattern_figure",
     "picture",
+    "picture_of",
     "to_png",
 ]
 
@@ -275,3 +277,21 @@ def picture(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: st
         caption: text below the figure.
     """
     return Picture(name=name, light=to_png(draw(LIGHT)), dark=to_png(draw(DARK)), alt=alt, caption=caption)
+
+
+def interval_series(
+    x: Sequence[float],
+    intervals: Sequence[tuple[float, float, float]],
+    label: str = "",
+    kind: Literal["marked", "points"] = "marked",
+) -> Series:
+    """Return values with their intervals, (value, low, high) per point, as one series of a line figure."""
+    value, low, high = zip(*intervals, strict=True)
+    return Series(x=x, y=value, low=low, high=high, label=label, kind=kind)
+
+
+def picture_of(
+    figure: Callable[..., Figure], name: str, *arguments: Any, alt: str, caption: str = "", **axes: Any
+) -> Picture:
+    """Draw a figure in the light and the dark theme: `figure(*arguments, theme=..., **axes)` for each."""
+    return picture(name, lambda theme: figure(*arguments, theme=theme, **axes), alt=alt, caption=caption)

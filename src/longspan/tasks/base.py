@@ -97,6 +97,18 @@ def heads(documents: Documents, length: int, count: int = 0) -> Documents:
     return Documents(items, [name for _, name in chosen], f"{documents.fingerprint}:{length}:{count}")
 
 
+def evenly(documents: Documents, count: int) -> Documents:
+    """Return `count` evenly spaced documents; all of them if `count` is 0 or larger than their number."""
+    if not count or count >= len(documents):
+        return documents
+    chosen = [index * len(documents) // count for index in range(count)]
+    return Documents(
+        [documents[index] for index in chosen],
+        [documents.names[index] for index in chosen],
+        f"{documents.fingerprint}:{count}",
+    )
+
+
 @dataclass(frozen=True)
 class Head:
     """The start of a document, as a document."""

@@ -129,6 +129,7 @@ def run(
     *,
     resume: bool = False,
     progress: str | Display = "auto",
+    until: int | None = None,
 ) -> Result:
     """Train the model of a recipe in a folder; with torchrun, every process calls this function.
 
@@ -138,6 +139,7 @@ def run(
         folder: of the run; created if it does not exist.
         resume: continue from the newest undamaged checkpoint, with results identical bit for bit.
         progress: `"auto"` (live on a terminal, else plain lines), `"live"`, `"plain"`, `"none"`, or your own display.
+        until: stop after this step as after an interrupt, with a checkpoint, if the run has more steps; None: make all.
 
     Raises:
         ConfigError: the recipe is invalid, differs from that of the resumed run, or does not fit `train.init`.
@@ -151,7 +153,7 @@ def run(
     config = from_dict(_train_config(resolved), resolved["train"], "train")
     group = join_group(config.device)
     with _caller_undisturbed(group, config.threads), _reserved(folder, resume, group) as start:
-        return _train(resolved, config, folder, resume, group, display if group.main else Display(), start)
+        return _train(resolved, config, folder, resume, group, display if group.main else Display(), start, until)
 
 
 @contextlib.contextmanager
@@ -172,7 +174,14 @@ def _reserved(folder: Path, resume: bool, group: Group) -> Iterator[Start]:
 
 
 def _train(
-    resolved: dict[str, Any], config: Any, folder: Path, resume: bool, group: Group, display: Display, start: Start
+    resolved: dict[str, Any],
+    config: Any,
+    folder: Path,
+    resume: bool,
+    group: Group,
+    display: Display,
+    start: Start,
+    until: int | None,
 ) -> Result:
     """Prepare task and model in the locked folder, train, and publish the model.
 
@@ -184,6 +193,7 @@ def _train(
         group: processes of the run.
         display: progress display.
         start: marked as begun when everything has been checked.
+        until: see `run`.
     """
     if group.main and pretrained.is_pretrained(resolved):
         pretrained.write_tokenizer(resolved["model"], folder)
@@ -239,7 +249,7 @@ def _train(
 
     # publishing merges adapters into the weights, so models with adapters are evaluated first
     early = not hasattr(model, "export")
-    result = trainer.fit(publish if early else None)
+    result = trainer.fit(publish if early else None, until)
     if not early and group.main and trainer.trained:
         publish()
     if result.interrupted and trainer.trained:

@@ -18,6 +18,7 @@ from typing import Any
 
 from longspan.config import read_toml
 from longspan.errors import CheckpointError
+from longspan.files import read_object
 from longspan.train.lock import waiting_for_others
 from longspan.train.recipes import find_recipe
 from longspan.version import __version__
@@ -51,6 +52,19 @@ def start_folder(init: str) -> Path:
             "and give the folder of that run"
         )
     return folder
+
+
+def start_model(start: str) -> dict[str, Any]:
+    """Return the `[model]` table of a start.
+
+    Raises:
+        CheckpointError: the start is missing or damaged.
+    """
+    folder = start_folder(start)
+    if (folder / "recipe.json").is_file():
+        table: dict[str, Any] = read_object(folder / "recipe.json")["model"]
+        return table
+    return read_object(folder / "config.json")
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:

@@ -119,12 +119,13 @@ class Trainer:
         """Whether there is a checkpoint of the current step."""
         return self._saved_step == self.position.step
 
-    def fit(self, publish: Callable[[], None] | None = None) -> Result:
+    def fit(self, publish: Callable[[], None] | None = None, until: int | None = None) -> Result:
         """Train until all steps (or minutes) are done, or until interrupted.
 
         Args:
             publish: writes the trained model; called in the main process between the last checkpoint and the final
                 evaluation.
+            until: step after which to stop as after an interrupt; None: make all steps.
 
         Raises:
             DivergedError: the loss is not finite; the message has the step, the last good checkpoint and advice.
@@ -135,7 +136,7 @@ class Trainer:
         evaluation = None
         try:
             with on_interrupt(self._stop_soon):
-                interrupted = self._loop(log)
+                interrupted = self._loop(log, until)
                 if not interrupted:
                     self._save(log)
                     self.trained = True
@@ -149,12 +150,12 @@ class Trainer:
         position = self.position
         return Result(self.folder, position.step, position.tokens, position.seconds, evaluation, interrupted)
 
-    def _loop(self, log: Log | None) -> bool:
-        """Make steps and save checkpoints until the end; return True if interrupted."""
+    def _loop(self, log: Log | None, until: int | None) -> bool:
+        """Make steps and save checkpoints until the end; return True if interrupted, or after step `until`."""
         every = self.config.checkpoint_every
         self.source.callback.before_steps(self, log)
         while not self.done:
-            if self.group.any(self.stopping):
+            if self.group.any(self.stopping) or (until is not None and self.position.step >= until):
                 self._save(log)
                 return True
             self._step(log)

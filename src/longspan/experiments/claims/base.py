@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from longspan.config import nearest
 from longspan.errors import ConfigError
-from longspan.experiments.workers import ONE_WORKER, Workers
 from longspan.report import Picture, Table
 from longspan.train import Interval
+from longspan.train.workers import ONE_WORKER, Workers
 
 Size = Literal["tiny", "small", "full"]
 SIZES: tuple[Size, ...] = ("tiny", "small", "full")

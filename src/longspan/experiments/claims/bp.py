@@ -30,12 +30,12 @@ from longspan.experiments.claims.continued import (
     measure_with,
     plans,
 )
-from longspan.experiments.claims.continued.plan import floor_and_ceiling, start_model
+from longspan.experiments.claims.continued.plan import floor_and_ceiling
 from longspan.experiments.claims.growth import growth_picture, power
-from longspan.experiments.claims.runs import evenly
 from longspan.mechanisms.bp.definition import spans
-from longspan.tasks.base import heads
+from longspan.tasks.base import evenly, heads
 from longspan.train import TrainConfig
+from longspan.train.starts import start_model
 
 BP = "bp"
 NEAREST = 8

@@ -23,9 +23,8 @@ from longspan.experiments.claims.continued import (
     if_flat,
     plans,
 )
-from longspan.experiments.figures import interval_series, picture_of
 from longspan.report import Picture
-from longspan.report.figures import Mark, line_figure
+from longspan.report.figures import Mark, interval_series, line_figure, picture_of
 from longspan.train import Interval
 from longspan.train import lm_evaluation as lm
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from longspan.cost import OPT, recurrent_ratio
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
-from longspan.experiments.figures import picture_of
-from longspan.report.figures import Series, line_figure
+from longspan.report.figures import Series, line_figure, picture_of
 
 _PAPER = {"125M": 295, "175B": 29}
 

@@ -11,8 +11,9 @@ from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdic
 from longspan.experiments.claims.rmt import MINING, TINY_RECIPE, ask_once, calibrate_once, train_once
 from longspan.experiments.claims.runs import trained_seconds
 from longspan.experiments.claims.tries import Cause, Try, tries_table
-from longspan.experiments.figures import heat_figure, picture_of
+from longspan.experiments.figures import heat_figure
 from longspan.report import Table
+from longspan.report.figures import picture_of
 
 
 class Plan(NamedTuple):

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from longspan.errors import UnsupportedError
-from longspan.experiments.figures import picture_of
 from longspan.process import forget_peak, highest_bytes, resident_bytes
 from longspan.process import peak_bytes as process_peak
 from longspan.report import Picture
-from longspan.report.figures import Series, line_figure
+from longspan.report.figures import Series, line_figure, picture_of
 
 Step = Callable[[], object]
 

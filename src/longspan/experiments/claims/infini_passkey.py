@@ -8,10 +8,9 @@ from typing import Any, cast
 
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
-from longspan.experiments.figures import picture_of
 from longspan.files import read_json
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, line_figure, picture_of
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
 from longspan.train import evaluate_passkey, load_run, wilson
 

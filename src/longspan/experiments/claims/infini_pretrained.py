@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.claims.tries import Cause, Try, tries_table
-from longspan.experiments.figures import picture_of
 from longspan.files import write_text
 from longspan.process import resident_bytes
 from longspan.report import Picture, Table
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, line_figure, picture_of
 from longspan.stream import StreamSession
 from longspan.tasks.sources import read_source
 from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask

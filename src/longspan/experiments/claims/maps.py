@@ -10,8 +10,9 @@ from torch import Tensor
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.rmt import TINY_RECIPE, train_once
 from longspan.experiments.claims.runs import trained_seconds
-from longspan.experiments.figures import heat_figure, picture_of
+from longspan.experiments.figures import heat_figure
 from longspan.mixers import BatchLayout
+from longspan.report.figures import picture_of
 from longspan.tasks import MemoryTask
 from longspan.train import load_run
 

@@ -9,8 +9,7 @@ from longspan import ops
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.performer_remedies import measure_remedies, remedies_table
 from longspan.experiments.claims.runs import measure_once
-from longspan.experiments.figures import picture_of
-from longspan.report.figures import Series, line_figure
+from longspan.report.figures import Series, line_figure, picture_of
 
 _SCALES = (0.25, 0.5, 1.0)
 _LENGTH, _DIM = 256, 64

@@ -49,14 +49,14 @@ from longspan.experiments.claims.similarity import (
     similarity_by_pairs,
     similarity_of_embeddings,
 )
-from longspan.experiments.figures import matrix_figure, picture_of
-from longspan.experiments.workers import ONE_WORKER, Workers
+from longspan.experiments.figures import matrix_figure
 from longspan.report import Picture
-from longspan.report.figures import Panel
+from longspan.report.figures import Panel, picture_of
 from longspan.tasks import ProteinTask
 from longspan.tasks.base import Array
 from longspan.tasks.protein import AMINO_ACIDS, ProteinDocument
 from longspan.train import Evaluation, load_run
+from longspan.train.workers import ONE_WORKER, Workers
 
 MIXERS: dict[str, dict[str, Any]] = {
     "exact": {"name": "full"},

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once
-from longspan.experiments.figures import picture_of
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, line_figure, picture_of
 from longspan.tasks.text import TextTask
 
 GOAL = 0.95

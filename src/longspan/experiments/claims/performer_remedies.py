@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.experiments.claims.runs import evenly
 from longspan.mechanisms.performer.operation import favor_features
 from longspan.report import Table
-from longspan.tasks.base import heads
+from longspan.tasks.base import evenly, heads
 from longspan.train import load_run
 from longspan.train.layer_hooks import watch_layers
 from longspan.train.starts import start_folder

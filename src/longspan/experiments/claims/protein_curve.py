@@ -14,9 +14,8 @@ import numpy as np
 from longspan.cost.scaling import fit
 from longspan.experiments.claims.base import Figure, signed
 from longspan.experiments.claims.protein_runs import CONSTANT, TrainedRun
-from longspan.experiments.figures import interval_series, picture_of
 from longspan.report import Picture, Table
-from longspan.report.figures import Mark, line_figure
+from longspan.report.figures import Mark, interval_series, line_figure, picture_of
 from longspan.tasks.base import Array
 from longspan.train import Evaluation, Interval
 

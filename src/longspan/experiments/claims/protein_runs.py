@@ -12,7 +12,6 @@ import numpy as np
 from longspan.errors import CheckpointError, LongspanError
 from longspan.experiments.claims.base import Say
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
-from longspan.experiments.workers import Done, Workers, run_jobs
 from longspan.files import write_text
 from longspan.tasks import Documents, ProteinTask
 from longspan.tasks.base import Array
@@ -20,6 +19,7 @@ from longspan.tasks.protein import FIRST, is_amino_acid
 from longspan.tasks.sources import read_source
 from longspan.train import Evaluation, evaluate_text, load_run
 from longspan.train import checkpoint as checkpoints
+from longspan.train.workers import Done, Workers, run_jobs
 
 CONSTANT = 0.9
 """share of a first training at the full learning rate; the rest is a linear decay"""

@@ -11,9 +11,10 @@ import numpy as np
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.claims.tries import Cause, Try, tries_table
-from longspan.experiments.figures import heat_figure, picture_of
+from longspan.experiments.figures import heat_figure
 from longspan.models import build_model, describe_model
 from longspan.report import Picture, Table
+from longspan.report.figures import picture_of
 from longspan.tasks.base import heads
 from longspan.train import evaluate_text, load_run
 

@@ -8,10 +8,9 @@ from typing import Any
 from longspan.experiments.claims.activations import blocks_alone, blocks_in_process
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once
-from longspan.experiments.figures import picture_of
 from longspan.files import write_json
 from longspan.report import Picture
-from longspan.report.figures import Series, line_figure
+from longspan.report.figures import Series, line_figure, picture_of
 
 MIXERS: tuple[dict[str, Any], ...] = (
     {"name": "window", "window": 64, "blocks": True},

@@ -16,11 +16,10 @@ import numpy as np
 
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
-from longspan.experiments.figures import interval_series, picture_of
 from longspan.files import read_json
 from longspan.models import save_model
 from longspan.report import Picture
-from longspan.report.figures import Mark, line_figure
+from longspan.report.figures import Mark, interval_series, line_figure, picture_of
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
 from longspan.train import Interval, MemoryEvaluation, evaluate_memory, load_run

@@ -29,12 +29,11 @@ from longspan.experiments.claims.continued import (
     measure_with,
     plans,
 )
-from longspan.experiments.claims.continued.plan import start_model
-from longspan.experiments.figures import picture_of
 from longspan.models import build_model
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, line_figure, picture_of
 from longspan.tasks.base import Documents
+from longspan.train.starts import start_model
 
 ROUTED, LOCAL, BALANCED = "routed and local heads", "local heads", "the paper's equal clusters"
 WINDOW = 128

@@ -7,7 +7,6 @@ from typing import Any
 
 from longspan.config import override, read_toml
 from longspan.files import read_json, write_json
-from longspan.tasks.base import Documents
 from longspan.train import find_recipe, read_log, run
 
 
@@ -49,15 +48,3 @@ def measure_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[s
 def trained_seconds(runs: Iterable[Path]) -> float:
     """Return the seconds of training of all runs, earlier calls included."""
     return float(sum(line["seconds"] for run in runs for line in read_log(run / "log.jsonl")[-1:]))
-
-
-def evenly(documents: Documents, count: int) -> Documents:
-    """Return `count` evenly spaced documents; all of them if `count` is 0 or larger than their number."""
-    if not count or count >= len(documents):
-        return documents
-    chosen = [index * len(documents) // count for index in range(count)]
-    return Documents(
-        [documents[index] for index in chosen],
-        [documents.names[index] for index in chosen],
-        f"{documents.fingerprint}:{count}",
-    )

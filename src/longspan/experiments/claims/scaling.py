@@ -9,12 +9,11 @@ from longspan.cost.scaling import Fit, fit, model_training_flops, non_embedding
 from longspan.errors import LongspanError
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
-from longspan.experiments.figures import picture_of
-from longspan.experiments.workers import ONE_WORKER, Done, Workers, run_jobs
 from longspan.models import build_model
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, line_figure, picture_of
 from longspan.train import evaluate_text, first_places, load_run, resolve
+from longspan.train.workers import ONE_WORKER, Done, Workers, run_jobs
 
 LENGTH, LANES = 256, 8
 """bytes per piece, in training and in evaluation, and pieces per step"""

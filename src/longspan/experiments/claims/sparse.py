@@ -32,11 +32,13 @@ from longspan.experiments.claims.continued import (
     plans,
 )
 from longspan.experiments.claims.continued import bit_figures as text_figures
-from longspan.experiments.claims.continued.plan import floor_and_ceiling, start_model
+from longspan.experiments.claims.continued.plan import floor_and_ceiling
 from longspan.experiments.claims.growth import Step, growth_picture, peak_bytes, power, time_alternately
-from longspan.experiments.claims.runs import evenly, measure_once, read_recipe
+from longspan.experiments.claims.runs import measure_once, read_recipe
 from longspan.experiments.claims.tries import Cause
 from longspan.report import Picture
+from longspan.tasks.base import evenly
+from longspan.train.starts import start_model
 
 # keys of saved records; on text, dense attention is the ceiling of the comparison
 DENSE, FIXED, STRIDED = "dense", "fixed", "strided"

@@ -31,10 +31,9 @@ from longspan.experiments.claims.continued import (
     plans,
 )
 from longspan.experiments.claims.tries import Try, tries_table
-from longspan.experiments.figures import picture_of
 from longspan.models import build_model, describe_model, load_weights
 from longspan.report import Picture, Table
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, line_figure, picture_of
 from longspan.report.tables import number
 from longspan.stream import StreamSession
 from longspan.train import evaluate_text

@@ -11,13 +11,12 @@ import torch
 
 from longspan.contract.maps import device_and_dtype
 from longspan.experiments.checks import Check, check_table
-from longspan.experiments.figures import interval_series, picture_of
 from longspan.experiments.quickstart.measure import SURE, Reading
 from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.models import Encoder
 from longspan.report import Code, Passage, Picture, Section, Table, Text, write_report
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, interval_series, line_figure, picture_of
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import PLACES
 from longspan.train import read_log

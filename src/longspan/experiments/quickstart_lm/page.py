@@ -9,13 +9,12 @@ from typing import Any
 from longspan.cli.console import interval
 from longspan.cli.runs import open_run
 from longspan.experiments.checks import Check, check_table
-from longspan.experiments.figures import interval_series, picture_of
 from longspan.experiments.quickstart_lm.plan import HEAD, INFERENCE, Plan
 from longspan.experiments.quickstart_lm.steps import Streamed, Written
 from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.report import Code, Picture, Quote, Section, Table, Text, si_bytes, write_report
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, interval_series, line_figure, picture_of
 from longspan.train import Evaluation, read_log
 
 TITLE = "longspan: one text of any length, in constant memory"

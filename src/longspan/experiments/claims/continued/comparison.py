@@ -14,10 +14,10 @@ from longspan.experiments.claims.continued.remedies import Look, Remedy, looks_a
 from longspan.experiments.claims.continued.results import Pair, Results, bits_per_byte, needs_seeds, without_run
 from longspan.experiments.claims.continued.single_run import Job, is_record_of, train_and_measure
 from longspan.experiments.claims.continued.trained import TrainedRuns
-from longspan.experiments.workers import ONE_WORKER, Done, Workers, run_jobs
 from longspan.files import write_json
 from longspan.report import Picture, Table
 from longspan.train.starts import start_folder
+from longspan.train.workers import ONE_WORKER, Done, Workers, run_jobs
 
 P = TypeVar("P", bound=Plan)
 Runs = dict[str, list[Mapping[str, Any]]]

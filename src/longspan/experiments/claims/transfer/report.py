@@ -10,9 +10,8 @@ from longspan.experiments.claims.transfer.plan import ORIGINAL, Plan, Variant
 from longspan.experiments.claims.transfer.reading import NO_LOCAL, NO_MEMORY, WHOLE
 from longspan.experiments.claims.transfer.results import WINDOW, Range, Results
 from longspan.experiments.claims.transfer.texts import KINDS, Kind
-from longspan.experiments.figures import picture_of
 from longspan.report import Picture, Table, number, si_bytes
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, Series, line_figure, picture_of
 from longspan.train import Interval
 
 _INTERVALS = "95 % intervals by bootstrap over documents, paired"

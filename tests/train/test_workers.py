@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.experiments.jobs import halved
 
-from longspan.experiments.workers import NOT_BEGUN, Done, Workers, run_jobs
+from longspan.train.workers import NOT_BEGUN, Done, Workers, run_jobs
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
@@ -37,7 +37,7 @@ INTERRUPTED = """
 import sys, time
 from pathlib import Path
 from tests.experiments.jobs import waits
-from longspan.experiments.workers import Workers, run_jobs
+from longspan.train.workers import Workers, run_jobs
 
 if __name__ == "__main__":
     run_jobs(waits, [Path(sys.argv[1]) / name for name in "ab"], Workers(2), print)

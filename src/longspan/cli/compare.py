@@ -1,0 +1,398 @@
+"""`longspan compare`: which of several models to take for a text, and what it costs."""
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspan.cli.console import console, print_table, say
+from longspan.cli.options import verb
+from longspan.cli.outputs import check_output_folder
+from longspan.cli.plan import chosen, seconds
+from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError
+
+if TYPE_CHECKING:
+    from longspan.comparison import Compared, HeldOut
+    from longspan.comparison.advice import Advice
+    from longspan.comparison.report import Setting
+    from longspan.comparison.training import Plan, Training
+    from longspan.train.workers import Workers
+
+DEFAULT_MIXERS = "window,window_linear,gated_delta,infini,associative,full"
+CORPORA = {"speeches": "sotu", "code": "stdlib"}
+"""names of texts for `--data`: the sources of the shipped starts"""
+RESERVED = 0.25
+"""share of `--total` that is left for the evaluation"""
+SAMPLE = 50_000
+"""bytes on which the shipped starts are compared with each other"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Options of `longspan compare`."""
+
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...", help="Runs that exist; without any, --mixers are trained.", show_default=False
+        ),
+    ] = None
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="FILE|DIR|speeches|code",
+            help="Text to train on, of which a part is held out; with RUNs, the text that all of them read, instead of "
+            "the held-out text of their own.",
+            show_default=False,
+        ),
+    ] = ""
+    pattern: Annotated[str, typer.Option("--pattern", metavar="GLOB", help="Files to read in a folder.")] = "*.txt"
+    mixers: Annotated[str, typer.Option("--mixers", metavar="A,B|all", help="Recipes lm/NAME to train.")] = (
+        DEFAULT_MIXERS
+    )
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            metavar="TIME",
+            help="Training time of every run, on one thread: 90s, 5min, 1h. Evaluation and start come on top.",
+            show_default="5min without --steps",
+        ),
+    ] = ""
+    steps: Annotated[
+        int,
+        typer.Option(
+            "--steps", min=0, help="Steps of every run: equal text instead of equal time.", show_default=False
+        ),
+    ] = 0
+    total: Annotated[
+        str,
+        typer.Option(
+            "--total",
+            metavar="TIME",
+            help="Time of everything: shortens --budget, and no run begins later.",
+            show_default=False,
+        ),
+    ] = ""
+    init: Annotated[
+        str,
+        typer.Option(
+            "--init",
+            metavar="START",
+            help="Start of all runs: speeches, code, a run or a saved model; none: random weights.",
+            show_default="the one that predicts the text better",
+        ),
+    ] = ""
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs per model.")] = 1
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=0, help="Runs at a time, of one thread each. 0: one per CPU core.")
+    ] = 0
+    all_runs: Annotated[
+        bool, typer.Option("--all-runs", help="Finish runs that cannot become the best any more, too.")
+    ] = False
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=C", help="Override a field of every recipe. Repeatable.", show_default=False
+        ),
+    ] = None
+    documents: Annotated[
+        int, typer.Option("--documents", min=0, help="Held-out documents to read, evenly spaced. 0: all.")
+    ] = 24
+    reach: Annotated[int, typer.Option("--reach", min=0, help="Bytes to read of each. 0: all.")] = 65_536
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="DIR", help="Folder of the runs and of the report.")
+    ] = "compared"
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False
+
+
+@verb(CompareOptions)
+def compare(options: CompareOptions) -> int:
+    """Train models on a text from a common start, or take runs that exist, and say which one to take.
+
+    All models read the same held-out text. The report has a recommendation, losses with intervals, by position and by
+    the distance of a repeated context, time, memory, FLOPs and the size of states: DIR/report.html, report.md,
+    report.json and runs.csv. Stopped at any moment, the same command goes on.
+
+    Without RUN, every recipe lm/NAME of --mixers is trained for --budget with the sizes of the start. At half of its
+    steps a run is stopped if even twice the fall of its last quarter would leave it 0.02 bits above the loss that the
+    best run has already.
+
+    Examples:
+      longspan compare --data books/ --mixers window,infini,gated_delta --budget 5min -o compared
+      longspan compare runs/window runs/infini --data other.txt
+    """
+    from longspan.comparison import HeldOut
+    from longspan.comparison.advice import advise
+    from longspan.comparison.report import write
+
+    out = Path(check_output_folder(options.output, "--output"))
+    held_out = HeldOut(pattern=options.pattern, documents=options.documents, reach=options.reach)
+    if options.runs:
+        compared, setting = _existing(options, out, held_out)
+        untried: list[str] = []
+    else:
+        compared, setting, untried = _trained(options, out, held_out)
+    advice = advise(compared, untried)
+    path = write(out, compared, advice, setting)
+    _show(compared, advice, setting, path, options)
+    return 0
+
+
+def _existing(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[Compared, Setting]":
+    """Measure runs that exist; folders that are no runs of text are named and left out.
+
+    Raises:
+        ConfigError: none of the folders is a run, or options of trainings are given.
+    """
+    from longspan.comparison import Compared, measure_run
+    from longspan.comparison.report import Setting
+
+    for option, given in (("--budget", options.budget), ("--steps", options.steps), ("--init", options.init)):
+        if given:
+            raise ConfigError(f"{option}: is for models that are trained; leave it out, or leave out the runs")
+    if options.data:
+        held_out = replace(held_out, source=(CORPORA.get(options.data, options.data),))
+    runs, failures, notes = {}, {}, []
+    names = _short_names(options.runs or [])
+    for folder, name in names.items():
+        say(f"reading with {name}")
+        try:
+            runs[name] = [measure_run(folder, held_out, out / "measured" / f"{name.replace('/', '-')}.json")]
+        except (CheckpointError, ConfigError) as error:
+            failures[name] = str(error)
+            say(f"left out: {error}")
+    if not runs:
+        raise ConfigError(f"no run of text among {', '.join(names)}: {next(iter(failures.values()))}")
+    compared = Compared(runs, failures)
+    if len({record["training"]["tokens"] for (record,) in runs.values()}) > 1:
+        notes.append(
+            "The runs were trained on different numbers of tokens, so their order is that of runs, not models."
+        )
+    what = options.data or "their own held-out text"
+    setting = Setting(
+        title=f"Comparison of {len(runs)} runs",
+        lead=f"{', '.join(runs)} on {what}: {_text_of(compared)}.",
+        how=[*notes, _machine(1)],
+        commands=[_command([*names, *(["--data", options.data] if options.data else [])], options)],
+    )
+    return compared, setting
+
+
+def _trained(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[Compared, Setting, list[str]]":
+    """Train and measure models; return them, how they were trained, and the names of recipes that were not.
+
+    Raises:
+        ConfigError: an option is wrong.
+        LongspanError: every run failed.
+    """
+    from longspan.comparison import Compared
+    from longspan.comparison.training import make_plan, train_all
+    from longspan.train.planning import families
+
+    began = time.monotonic()
+    names = chosen(options.mixers, families())
+    workers = _workers(options, began)
+    training = _training(options, names, held_out, workers)
+    plan = make_plan(training, out, held_out, workers, say)
+    if not plan.jobs:
+        raise LongspanError(f"no model can be trained: {next(iter(plan.failures.values()))}")
+    for line in _plan_lines(plan, training, workers):
+        say(line)
+    records, failures = train_all(plan, training, workers, say)
+    if not records:
+        raise LongspanError(f"every run failed: {next(iter(failures.values()))}")
+    compared = Compared(records, failures)
+    untried = [name for name in families() if name not in names]
+    return compared, _setting(options, compared, plan, training, workers), untried
+
+
+def _workers(options: CompareOptions, began: float) -> "Workers":
+    """Return how many runs are trained at a time, and until when one may begin."""
+    from longspan.train.workers import Workers
+
+    count = options.jobs or os.cpu_count() or 1
+    if not options.total:
+        return Workers(count=count)
+    return Workers(count=count, until=began + (1 - RESERVED) * seconds("--total", options.total))
+
+
+def _training(options: CompareOptions, names: list[str], held_out: "HeldOut", workers: "Workers") -> "Training":
+    """Return how the runs are trained.
+
+    Raises:
+        ConfigError: `--data` is missing, or `--budget` and `--steps` are both given.
+    """
+    from longspan.comparison.training import Training
+
+    if not options.data:
+        raise ConfigError("--data is missing: give a text to train on, a file or a folder, or runs to compare")
+    if options.budget and options.steps:
+        raise ConfigError("--budget and --steps: give one of them, equal time or equal text")
+    budget = None if options.steps else seconds("--budget", options.budget or "5min")
+    if budget is not None and options.total:
+        rounds = -(-len(names) * options.seeds // workers.count)
+        budget = min(budget, (1 - RESERVED) * seconds("--total", options.total) / rounds)
+    source = CORPORA.get(options.data, options.data)
+    if source == options.data and not Path(source).exists():
+        raise DataError(f"--data {source}: no such file or folder; give one, or speeches or code")
+    task = {"name": "text", "source": source, "pattern": options.pattern}
+    return Training(
+        models=tuple(names),
+        task=task,
+        init="" if options.init == "none" else options.init or _better_start(task),
+        seconds=budget,
+        steps=options.steps,
+        seeds=options.seeds,
+        stops=not options.all_runs,
+        changes=tuple(options.set_ or ()),
+    )
+
+
+def _better_start(task: dict[str, Any]) -> str:
+    """Return the shipped start that predicts the beginning of the training text better."""
+    from longspan import tasks
+    from longspan.tasks.base import heads
+    from longspan.train import evaluate_text, load_run
+    from longspan.train.starts import SHIPPED, start_folder
+
+    documents = tasks.build(task).documents("train")
+    sample = heads(documents, max(SAMPLE // min(len(documents), 8), 1), 8)
+    bits = {}
+    for name in SHIPPED:
+        model, _ = load_run(start_folder(name))
+        bits[name] = evaluate_text(model, sample, chunk=2048, batch=2, memory=False).bits_per_unit
+    best = min(bits, key=lambda name: bits[name])
+    say(f"start: {best} ({', '.join(f'{name} has {value:.3f} bits per byte' for name, value in bits.items())})")
+    return best
+
+
+def _plan_lines(plan: "Plan", training: "Training", workers: "Workers") -> list[str]:
+    """Say what will be trained, before it begins."""
+    from longspan.cli.console import clock
+
+    lines = []
+    for job in plan.jobs:
+        if job.seed:
+            continue
+        cost = plan.costs[job.name]
+        lines.append(
+            f"  {job.name}: {job.steps:,} steps of {training.length:,} bytes, {clock(job.steps * cost.seconds)}, "
+            f"from {job.recipe['train']['init'] or 'random weights'}"
+        )
+    total = plan.seconds / min(workers.count, len(plan.jobs))
+    seeds = f" with {training.seeds} seeds" if training.seeds > 1 else ""
+    head = f"{len(plan.jobs)} runs{seeds}, {workers.count} at a time: about {clock(total)} of training, then evaluation"
+    return [head, *lines]
+
+
+def _setting(
+    options: CompareOptions, compared: "Compared", plan: "Plan", training: "Training", workers: "Workers"
+) -> "Setting":
+    """Describe how models were trained."""
+    from longspan.comparison.advice import minutes
+    from longspan.comparison.report import Setting
+    from longspan.comparison.results import EQUAL
+    from longspan.comparison.training import RELATIVE
+
+    job = plan.jobs[0]
+    model = job.recipe["model"]
+    starts = dict.fromkeys(one.recipe["train"]["init"] for one in plan.jobs)
+    begin = f"continued from the start {training.init}" if training.init else "from random weights"
+    how = [
+        f"Models of {model['num_layers']} layers of {model['dim']}, {begin}, were trained on {options.data}, of which "
+        "every tenth document is held out (or the last tenth, if there is one document).",
+        (
+            f"Every run had about {minutes(training.seconds)} of training on one thread, as many steps as this time "
+            "allows by steps measured before."
+            if training.seconds is not None
+            else f"Every run had {training.steps:,} steps."
+        )
+        + f" A step reads {training.length:,} bytes: one piece, or {training.lanes} documents side by side if the "
+        "state is carried. The learning rate is constant and falls to zero in the last tenth.",
+    ]
+    if RELATIVE in starts:
+        how.append(
+            f"Models with relative positions continue from the start {RELATIVE}, which has them; from rotary positions "
+            "they would lose several bits first."
+        )
+    if training.stops:
+        how.append(
+            "A run was stopped at half of its steps if twice the fall of its last quarter would leave its loss "
+            f"{EQUAL} bits above that of the best run at that time."
+        )
+    arguments = ["--data", options.data, "--mixers", options.mixers]
+    given: list[tuple[str, Any]] = [("--budget", options.budget), ("--steps", options.steps), ("--init", options.init)]
+    arguments += [text for option, value in given if value for text in (option, str(value))]
+    arguments += [text for change in options.set_ or () for text in ("--set", change)]
+    arguments += ["--seeds", str(options.seeds)] if options.seeds > 1 else []
+    commands = [_command(arguments, options)]
+    commands += [f"longspan eval {options.output}/runs/{one.label} --task lm" for one in plan.jobs[:1]]
+    return Setting(
+        title=f"Which model for {options.data}?",
+        lead=f"{len(compared.runs)} of {len(training.models)} models, {_text_of(compared)}.",
+        how=[*how, _machine(workers.count)],
+        commands=commands,
+        peaks={name: cost.peak for name, cost in plan.costs.items()},
+    )
+
+
+def _text_of(compared: "Compared") -> str:
+    """Describe the held-out text."""
+    record = compared.record(compared.best)
+    count = len(record["names"])
+    return f"read on {sum(record['bytes']):,} held-out bytes of {count:,} document{'s' if count > 1 else ''}"
+
+
+def _machine(jobs: int) -> str:
+    """Describe the machine and the versions."""
+    import platform
+
+    import torch
+
+    from longspan.version import __version__
+
+    at_once = f"; {jobs} runs at a time, so times are longer than those of one alone" if jobs > 1 else ""
+    return (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, longspan {__version__}{at_once}."
+    )
+
+
+def _command(arguments: Sequence[str], options: CompareOptions) -> str:
+    """Return the command line of this comparison."""
+    sizes = ["--documents", str(options.documents)] if options.documents != CompareOptions.documents else []
+    sizes += ["--reach", str(options.reach)] if options.reach != CompareOptions.reach else []
+    return shlex.join(["longspan", "compare", *arguments, *sizes, "-o", options.output])
+
+
+def _short_names(folders: Sequence[str]) -> dict[str, str]:
+    """Return a short name for every folder: its last parts, as many as tell the folders apart."""
+    paths = {folder: Path(folder).resolve().parts for folder in folders}
+    depth = 1
+    while len({parts[-depth:] for parts in paths.values()}) < len(set(paths.values())):
+        depth += 1
+    return {folder: "/".join(parts[-depth:]) for folder, parts in paths.items()}
+
+
+def _show(compared: "Compared", advice: "Advice", setting: "Setting", path: Path, options: CompareOptions) -> None:
+    """Print the recommendation and the tables, or all numbers as JSON."""
+    from longspan.comparison.report import cost_table, loss_table, plain
+
+    if options.as_json:
+        print(json.dumps(plain(compared, advice, setting), indent=2))
+        return
+    out = console()
+    for line in (*advice.reasons, *advice.limits):
+        out.print(line, markup=False, highlight=False)
+    for table in (loss_table(compared), cost_table(compared, setting.peaks)):
+        out.print("")
+        print_table(table, out)
+    out.print(f"\n{path}", markup=False, highlight=False)

@@ -1,0 +1,160 @@
+"""The recommendation of a comparison in sentences: what to take, why, what it costs, and what limits the answer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longspan.comparison.measure import COST_LENGTHS
+from longspan.comparison.results import EQUAL, Compared
+from longspan.report import number, si_bytes
+from longspan.train import Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A recommendation."""
+
+    take: str
+    """name of the model"""
+    reasons: Sequence[str]
+    """sentences: why it, and what it costs"""
+    limits: Sequence[str]
+    """sentences: what was not tried, and what is not settled"""
+
+
+def advise(compared: Compared, untried: Sequence[str] = ()) -> Advice:
+    """Return the recommendation of a comparison.
+
+    Among the models that are as good as the best (`Compared.as_good`), those with a state of constant size come first,
+    and of these the one that reads fastest is taken.
+
+    Args:
+        compared: the measured models.
+        untried: names of models that could have been compared, too.
+    """
+    take = choose(compared)
+    return Advice(
+        take=take,
+        reasons=[_why(compared, take), _cost(compared, take), *_alternatives(compared, take)],
+        limits=_limits(compared, untried),
+    )
+
+
+def choose(compared: Compared) -> str:
+    """Return the name of the model to take; see `advise`."""
+    good = compared.as_good
+    constant = [name for name in good if compared.record(name)["bounded"]]
+    return max(constant or good, key=lambda name: compared.mean(name, "bytes_per_second"))
+
+
+def _why(compared: Compared, take: str) -> str:
+    """Say why a model is taken."""
+    bits, count = compared.bits(take), len(compared.runs)
+    loss = f"{with_interval(bits)} bits per byte"
+    if count == 1:
+        return f"{take} is the only model: {loss}."
+    if take == compared.best:
+        rest = [name for name in compared.as_good if name != take]
+        also = f" {_and(rest)} {'is' if len(rest) == 1 else 'are'} as good within {EQUAL} bits." if rest else ""
+        return f"Take {take}: it has the lowest loss of {count} models, {loss}.{also}"
+    best = compared.best
+    gap = compared.difference(take, best)
+    reasons = []
+    if not compared.record(best)["bounded"]:
+        reasons.append(f"its state has one size at any length, while that of {best} grows")
+    ratio = compared.mean(take, "bytes_per_second") / max(compared.mean(best, "bytes_per_second"), 1e-9)
+    if ratio > 1.05:
+        reasons.append(f"it reads {ratio:.1f} times as fast")
+    why = f", and {' and '.join(reasons)}" if reasons else ""
+    return (
+        f"Take {take}: its loss, {loss}, is as good within {EQUAL} bits as the lowest, that of {best} "
+        f"({signed(gap)} bits){why}."
+    )
+
+
+def _cost(compared: Compared, take: str) -> str:
+    """Say what a model costs."""
+    record = compared.record(take)
+    training = record["training"]
+    parts = []
+    if training["seconds"]:
+        parts.append(
+            f"it was trained in {minutes(training['seconds'])} ({training['steps']:,} steps, {training['tokens']:,} "
+            "tokens)"
+        )
+    parts.append(f"it reads {compared.mean(take, 'bytes_per_second'):,.0f} bytes per second here")
+    parts.append(f"a text needs {state_text(record['state'])}")
+    parts.append(f"it has {record['parameters']:,} parameters")
+    return f"What it costs: {'; '.join(parts)}."
+
+
+def _alternatives(compared: Compared, take: str) -> list[str]:
+    """Name the models that are better in some respect: in loss, or on bytes that need far context."""
+    lines = []
+    for name in compared.names:
+        if name == take:
+            continue
+        far = compared.far(name, take)
+        if far is not None and far[1].high < -EQUAL:
+            lines.append(
+                f"If far context matters to you, take {name}: on bytes whose last 16 bytes occurred {far[0]:,} or more "
+                f"bytes before, its loss is {signed(far[1])} bits from that of {take}."
+            )
+            break
+    return lines
+
+
+def _limits(compared: Compared, untried: Sequence[str]) -> list[str]:
+    """Say what the answer does not cover."""
+    lines = []
+    falling = [name for name in compared.names if compared.is_flat(name) is False]
+    if falling:
+        lines.append(
+            f"The loss of {_and(falling)} still fell when training ended, so more training may change the order."
+        )
+    if len(compared.runs) > 1 and all(len(records) == 1 for records in compared.runs.values()):
+        lines.append("Every model was trained once; another seed changes losses by about 0.01 bits.")
+    if compared.failures:
+        lines.append(f"Without a result: {', '.join(compared.failures)}; the reasons are below.")
+    if untried:
+        lines.append(f"Not tried: {', '.join(untried)}.")
+    record = compared.record(compared.best)
+    lines.append(
+        f"All of this is about models of {record['parameters'] / 1e6:.1f} M parameters and about texts of up to "
+        f"{max(record['bytes']):,} bytes."
+    )
+    return lines
+
+
+def with_interval(interval: Interval, digits: int = 3) -> str:
+    """Format a value with its 95 % interval, "1.392 [1.380, 1.404]"; the value alone without one."""
+    value = number(interval.value, digits)
+    if math.isnan(interval.low):
+        return value
+    return f"{value} [{number(interval.low, digits)}, {number(interval.high, digits)}]"
+
+
+def signed(interval: Interval, digits: int = 3) -> str:
+    """Format a difference with its sign and its 95 % interval, "+0.012 [+0.004, +0.020]"."""
+    value, low, high = (f"{x:+.{digits}f}".replace("-", "−") for x in interval)
+    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
+
+
+def minutes(seconds: float) -> str:
+    """Format seconds as "45 s" or "5.2 min"."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def state_text(state: dict[str, int] | None) -> str:
+    """Describe the state of one text: "a state of 1.3 MiB at any length", or its growth."""
+    if state is None:
+        return "no state: the model reads a text at once"
+    short, _, long = (state[str(length)] for length in COST_LENGTHS)
+    if short == long:
+        return f"a state of {si_bytes(short)} at any length"
+    return f"a state that grows, {si_bytes(short)} at {COST_LENGTHS[0]:,} tokens and {si_bytes(long)} at a million"
+
+
+def _and(names: Sequence[str]) -> str:
+    """Join names, "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,329 @@
+"""The report of a comparison: one page with the recommendation first, beside it Markdown, CSV and JSON."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longspan.comparison.advice import Advice, minutes, signed, with_interval
+from longspan.comparison.measure import COST_LENGTHS
+from longspan.comparison.results import FLAT, Compared
+from longspan.files import write_text
+from longspan.report import Code, Picture, Section, Table, Text, si_bytes, write_report
+from longspan.report.markdown import markdown
+from longspan.train import Interval, recurrence
+
+COLUMNS = (
+    *("run", "model", "seed", "mechanism", "bits_per_byte", "steps", "tokens", "training_seconds", "training_memory"),
+    *("bytes_per_second", "parameters", "flops_per_token", "bytes_per_token", *(f"state_{n}" for n in COST_LENGTHS)),
+)
+"""Columns of runs.csv: one line per run; times in seconds, memory and states in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a comparison was made, in words."""
+
+    title: str
+    lead: str
+    """what was compared on what"""
+    how: Sequence[str]
+    """sentences"""
+    commands: Sequence[str]
+    """that make the comparison again, or go on from it"""
+    peaks: Mapping[str, int] = field(default_factory=dict)
+    """largest bytes of tensors in a training step by model, where they were measured"""
+
+
+def write(folder: Path, compared: Compared, advice: Advice, setting: Setting) -> Path:
+    """Write report.html, report.md, report.json, runs.csv and the figures; return the path of the page.
+
+    Raises:
+        CheckpointError: a file could not be written.
+    """
+    sections = sections_of(compared, advice, setting)
+    write_text(folder / "report.md", markdown(setting.title, sections, lead=setting.lead))
+    write_text(folder / "runs.csv", runs_csv(compared))
+    return write_report(folder, setting.title, sections, plain(compared, advice, setting), lead=setting.lead)
+
+
+def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Section]:
+    """Return the sections of the page."""
+    sections = [
+        Section(
+            "What to take", [*map(Text, advice.reasons), Text("What limits this answer:"), *map(Text, advice.limits)]
+        ),
+        Section("Loss", [loss_table(compared)]),
+        Section("Cost", [cost_table(compared, setting.peaks), *_quality_picture(compared)]),
+        Section("Where in a text", _range_pictures(compared)),
+    ]
+    if curves := _curve_picture(compared):
+        sections.append(Section("Training", curves))
+    if compared.failures:
+        rows = list(compared.failures.items())
+        sections.append(Section("Runs without a result", [Table(columns=("run", "why"), rows=rows)]))
+    how = [*setting.how, _intervals_text(compared)]
+    return [*sections, Section("How this was measured", [*map(Text, how), Code("\n".join(setting.commands))])]
+
+
+def loss_table(compared: Compared) -> Table:
+    """Return the table of losses: with intervals, relative to the best, on far context, and whether curves are flat."""
+    rows = []
+    best = compared.best
+    for name in compared.names:
+        far = compared.far(name, best) if name != best else None
+        seeds = compared.by_seed(name)
+        rows.append(
+            (
+                name,
+                with_interval(compared.bits(name), 4),
+                "" if name == best else signed(compared.difference(name, best), 4),
+                "" if far is None else signed(far[1]),
+                _curve_text(compared, name),
+                "1" if len(seeds) == 1 else f"{len(seeds)}, {min(seeds):.4f} to {max(seeds):.4f}",
+            )
+        )
+    distance = next((far[0] for name in compared.names[1:] if (far := compared.far(name, best)) is not None), None)
+    far_column = "far context" if distance is None else f"context {distance:,} bytes back"
+    caption = (
+        f"Held-out loss, the lowest first; differences are to {best}. Far context: only bytes whose last "
+        f"{recurrence.CONTEXT} bytes occurred that far back, and not since. Training: by how much the loss fell from "
+        f"65 % to 90 % of the steps; flat is less than {FLAT}."
+    )
+    columns = ("model", "bits per byte", "difference", far_column, "training", "seeds")
+    return Table(columns=columns, rows=rows, caption=caption)
+
+
+def _curve_text(compared: Compared, name: str) -> str:
+    """Say by how much the loss of a model fell in the last quarter."""
+    fall = compared.fall(name)
+    if fall is None:
+        return ""
+    return f"{-fall:+.3f}, {'flat' if fall < FLAT else 'still falling'}".replace("-", "−")
+
+
+def cost_table(compared: Compared, peaks: Mapping[str, int]) -> Table:
+    """Return the table of costs: training, reading, state, parameters."""
+    rows = []
+    for name in compared.names:
+        record = compared.record(name)
+        training, state = record["training"], record["state"]
+        memory = peaks.get(name) or 0
+        rows.append(
+            (
+                name,
+                record["mechanism"],
+                f"{record['parameters']:,}",
+                minutes(training["seconds"]),
+                f"{training['tokens']:,}",
+                si_bytes(memory) if memory else "",
+                f"{compared.mean(name, 'bytes_per_second'):,.0f}",
+                f"{record['flops'] / record['bytes_per_token'] / 1e6:,.2f}",
+                *(["none"] * 2 if state is None else [si_bytes(state[str(n)]) for n in COST_LENGTHS[::2]]),
+                record["reading"],
+            )
+        )
+    columns = (
+        *("model", "mechanism", "parameters", "training", "tokens", "training memory", "reads bytes/s"),
+        *("MFLOPs per byte", "state at 2 k", "state at 1 M", "how it reads"),
+    )
+    caption = (
+        "Costs of one text. Training memory: tensors of one step, with weights. MFLOPs: of reading one more byte after "
+        f"{COST_LENGTHS[0]:,} tokens. State: in fp32, computed."
+    )
+    return Table(columns=columns, rows=rows, right=(2, 3, 4, 5, 6, 7, 8, 9), caption=caption)
+
+
+def _quality_picture(compared: Compared) -> list[Picture]:
+    """Draw loss against the speed of reading, one point per model."""
+    from longspan.report.figures import Series, line_figure, picture_of
+
+    if len(compared.names) < 2:
+        return []
+    series = []
+    for index, name in enumerate(compared.names):
+        bits = compared.bits(name)
+        known = not math.isnan(bits.low)
+        series.append(
+            Series(
+                x=[compared.mean(name, "bytes_per_second") / 1000],
+                y=[bits.value],
+                low=[bits.low] if known else None,
+                high=[bits.high] if known else None,
+                label=name,
+                kind="points",
+                color=index,
+            )
+        )
+    return [
+        picture_of(
+            line_figure,
+            "quality-cost",
+            series,
+            xlabel="reading, thousand bytes per second (right is better)",
+            ylabel="bits per byte (lower is better)",
+            alt="Held-out loss of every model against its speed of reading.",
+            caption="Intervals are those of the whole text; models differ by less, because their losses rise and fall "
+            "together. The table above has the intervals of differences.",
+        )
+    ]
+
+
+def _lines(compared: Compared, values: Callable[[str], Sequence[Interval]], x: Sequence[float]) -> list[Any]:
+    """Return a line per model, without intervals, which overlap; ranges without a value leave a gap."""
+    from longspan.report.figures import Series
+
+    lines = []
+    for index, name in enumerate(compared.names):
+        y = [interval.value for interval in values(name)]
+        if y and not all(map(math.isnan, y)):
+            lines.append(Series(x=x, y=y, label=name, kind="marked", color=index))
+    return lines
+
+
+def _range_pictures(compared: Compared) -> list[Picture]:
+    """Draw the loss by position in a text, and by the distance of the last occurrence of the same context."""
+    from longspan.report.figures import line_figure, picture_of
+
+    edges = compared.record(compared.best)["positions"]["edges"]
+    drawn = [
+        picture_of(
+            line_figure,
+            "positions",
+            _lines(compared, lambda name: compared.by_range(name, "positions"), edges[1:]),
+            xlabel="position in the text, bytes (upper end of a range)",
+            ylabel="bits per byte",
+            xscale="log2",
+            xticks=_every_second(edges[1:]),
+            alt="Held-out loss by position in the text.",
+            caption="A model that uses what it has read gets better with the position.",
+        )
+    ]
+    if compared.record(compared.best)["distances"] is None:
+        return drawn
+    last = [*recurrence.DISTANCES[1:], None]
+    labels = [
+        f"{low:,} and more" if high is None else f"{low:,} to {high - 1:,}"
+        for low, high in zip(recurrence.DISTANCES, last, strict=True)
+    ]
+    lines = _lines(compared, lambda name: compared.by_range(name, "distances"), range(len(labels)))
+    if lines:
+        drawn.append(
+            picture_of(
+                line_figure,
+                "recurrence",
+                lines,
+                xlabel=f"bytes since the same {recurrence.CONTEXT} bytes last occurred",
+                ylabel="bits per byte",
+                xticks=dict(enumerate(labels)),
+                alt="Held-out loss by the distance to the last occurrence of the same context.",
+                caption="What follows a repeated passage is easy for a model that still sees its last occurrence.",
+            )
+        )
+    return drawn
+
+
+def _every_second(edges: Sequence[int]) -> list[int]:
+    """Return every second edge, counted from the last, so that tick labels do not touch."""
+    return list(edges[::-1][::2][::-1])
+
+
+def _curve_picture(compared: Compared) -> list[Picture]:
+    """Draw the held-out loss by training time of the first seeds."""
+    from longspan.report.figures import Series, line_figure, picture_of
+
+    lines, later = [], []
+    for index, name in enumerate(compared.names):
+        curve = compared.record(name)["training"]["curve"]
+        if len(curve) > 1:
+            x, y = [point[2] / 60 for point in curve], [point[3] for point in curve]
+            lines.append(Series(x=x, y=y, label=name, kind="marked", color=index))
+            later += y[1:]
+    if not lines:
+        return []
+    return [
+        picture_of(
+            line_figure,
+            "curves",
+            lines,
+            xlabel="training, minutes",
+            ylabel="held-out bits per byte",
+            ylim=(None, max(later) + 0.05),
+            alt="Held-out loss by training time.",
+            caption="Measured during training on a part of the held-out text. Read these lines for their slope at the "
+            "end, and the table for the order of the models.",
+        )
+    ]
+
+
+def _intervals_text(compared: Compared) -> str:
+    """Say what the intervals are."""
+    record = compared.record(compared.best)
+    count = len(record["units"])
+    what = "whole documents" if compared.blocks == "documents" else "equal parts of the text, as it has few documents"
+    if count < 2:
+        return "There are no intervals: the text is too short to be cut into parts."
+    return (
+        f"Brackets are 95 % bootstrap intervals that resample {count} {what}, {sum(record['bytes']):,} bytes in all; "
+        "those of differences are paired."
+    )
+
+
+def runs_csv(compared: Compared) -> str:
+    """Return one line per run as CSV, with the columns `COLUMNS`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name in compared.names:
+        for bits, record in zip(compared.by_seed(name), compared.runs[name], strict=True):
+            training = record["training"]
+            state = record["state"] or {}
+            writer.writerow(
+                (
+                    record["folder"],
+                    name,
+                    training["seed"],
+                    record["mechanism"],
+                    f"{bits:.6f}",
+                    training["steps"],
+                    training["tokens"],
+                    f"{training['seconds']:.1f}",
+                    training["memory"],
+                    f"{record['bytes_per_second']:.0f}",
+                    record["parameters"],
+                    f"{record['flops']:.0f}",
+                    f"{record['bytes_per_token']:.4f}",
+                    *(state.get(str(length), "") for length in COST_LENGTHS),
+                )
+            )
+    return text.getvalue()
+
+
+def plain(compared: Compared, advice: Advice, setting: Setting) -> dict[str, Any]:
+    """Return all numbers as plain data for JSON."""
+    return {
+        "take": advice.take,
+        "reasons": list(advice.reasons),
+        "limits": list(advice.limits),
+        "models": {
+            name: {
+                "bits_per_byte": _plain(compared.bits(name)),
+                "difference": _plain(compared.difference(name, compared.best)),
+                "as_good_as_the_best": name in compared.as_good,
+                "fall": compared.fall(name),
+                "step_bytes": setting.peaks.get(name),
+                "runs": [{key: value for key, value in run.items() if key != "key"} for run in compared.runs[name]],
+            }
+            for name in compared.names
+        },
+        "failures": dict(compared.failures),
+        "commands": list(setting.commands),
+    }
+
+
+def _plain(interval: Interval) -> dict[str, float | None]:
+    """Return an interval for JSON, with None for NaN."""
+    return {key: None if math.isnan(value) else value for key, value in interval._asdict().items()}

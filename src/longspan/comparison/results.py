@@ -1,0 +1,166 @@
+"""Statistics of measured runs: losses with intervals, differences, flat or falling curves, which ones are as good."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from longspan.errors import DataError
+from longspan.tasks.base import Array
+from longspan.train import Interval, bootstrap, paired_bootstrap
+
+EQUAL = 0.02
+"""bits per byte: a model is as good as the best if the upper end of the interval of their difference is at most this"""
+FLAT = 0.01
+"""bits per byte: a curve is flat if it falls by less than this over the last quarter of the steps before the rate
+decays"""
+LAST_QUARTER = (0.65, 0.9)
+"""shares of the steps: the last quarter before the learning rate of a comparison decays"""
+FAR_BYTES = 1_000
+"""bytes that a range of distances must have for a statement about far context"""
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Models that read the same text, each with one record of `measure_run` per seed.
+
+    Raises:
+        DataError: the runs read different texts.
+    """
+
+    runs: Mapping[str, Sequence[Record]]
+    """by model, the records of its seeds"""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """why a run has no record, by its name; also where another seed of the model has one"""
+
+    def __post_init__(self) -> None:
+        (first, ours), *others = [(name, record) for name, records in self.runs.items() for record in records]
+        for name, record in others:
+            same = (record["names"], record["bytes"]) == (ours["names"], ours["bytes"])
+            known = None not in (record["text"], ours["text"])
+            if not same or (known and record["text"] != ours["text"]):
+                raise DataError(f"{first} and {name} have different held-out texts; give a common one with --data")
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the models, the lowest loss first."""
+        return sorted(self.runs, key=lambda name: self.bits(name).value)
+
+    @property
+    def best(self) -> str:
+        """The model with the lowest loss."""
+        return self.names[0]
+
+    @cached_property
+    def units(self) -> Array:
+        """(blocks,) bytes of every block that intervals resample: documents, or parts of few documents."""
+        return np.array(self.record(self.best)["units"])
+
+    @property
+    def blocks(self) -> str:
+        """What the intervals resample: "documents", or "parts" of few documents."""
+        return str(self.record(self.best)["blocks"])
+
+    def record(self, name: str) -> Record:
+        """Return the record of the first seed of a model."""
+        return self.runs[name][0]
+
+    def nats(self, name: str) -> Array:
+        """Return the loss of every block, (blocks,) fp64, the mean over seeds."""
+        losses: Array = np.mean([record["nats"] for record in self.runs[name]], axis=0)
+        return losses
+
+    def bits(self, name: str) -> Interval:
+        """Return bits per byte, with an interval over blocks."""
+        record = self.record(name)
+        return bootstrap(self.nats(name), np.array(record["units"]))
+
+    def by_seed(self, name: str) -> list[float]:
+        """Return the bits per byte of every seed of a model."""
+        return [sum(record["nats"]) / sum(record["units"]) / math.log(2) for record in self.runs[name]]
+
+    def difference(self, name: str, base: str) -> Interval:
+        """Return bits per byte of a model minus those of another, with an interval paired by block."""
+        return paired_bootstrap(self.nats(name), self.nats(base), self.units)
+
+    @cached_property
+    def as_good(self) -> list[str]:
+        """Models as good as the best, it first: the interval of their difference ends at most at `EQUAL`.
+
+        With one block there are no intervals, and the difference itself is compared.
+        """
+        gaps = {name: self.difference(name, self.best) for name in self.names}
+        return [
+            name
+            for name, gap in gaps.items()
+            if name == self.best or (gap.value if math.isnan(gap.high) else gap.high) <= EQUAL
+        ]
+
+    def mean(self, name: str, value: str) -> float:
+        """Return a number of the records, such as `bytes_per_second` or `training.seconds`, the mean over seeds."""
+        table, _, key = value.rpartition(".")
+        return float(np.mean([(record[table] if table else record)[key] for record in self.runs[name]]))
+
+    def fall(self, name: str) -> float | None:
+        """Return the bits per byte by which the held-out loss falls over `LAST_QUARTER`, the mean over seeds.
+
+        None if the log of a run has fewer than four evaluations.
+        """
+        falls = []
+        for record in self.runs[name]:
+            curve, steps = record["training"]["curve"], record["training"]["steps"]
+            if len(curve) < 4:
+                return None
+            first, last = np.interp(
+                [share * steps for share in LAST_QUARTER], [point[0] for point in curve], [point[3] for point in curve]
+            )
+            falls.append(float(first - last))
+        return float(np.mean(falls))
+
+    def is_flat(self, name: str) -> bool | None:
+        """Return whether the curve of a model is flat; None if that is not known."""
+        fall = self.fall(name)
+        return None if fall is None else fall < FLAT
+
+    def by_range(self, name: str, kind: str) -> list[Interval]:
+        """Return bits per byte by ranges of `positions` or `distances`, with intervals over documents.
+
+        A range without a byte is NaN; no ranges if they were not measured.
+        """
+        record = self.record(name)[kind]
+        if record is None:
+            return []
+        nats = np.mean([one[kind]["nats"] for one in self.runs[name]], axis=0)
+        units = (
+            np.array(record["units"]) if "units" in record else np.broadcast_to(np.diff(record["edges"]), nats.shape)
+        )
+        empty = Interval(math.nan, math.nan, math.nan)
+        return [
+            bootstrap(losses[counts > 0], counts[counts > 0]) if counts.any() else empty
+            for losses, counts in zip(nats.T, units.T, strict=True)
+        ]
+
+    def far(self, name: str, base: str) -> tuple[int, Interval] | None:
+        """Return the loss of a model minus that of another on bytes that only distant context makes easy.
+
+        Returns:
+            The distance from which it counts, the largest range with at least 1,000 bytes, and the difference in bits
+            per byte, paired by document; None if there is no such range or only one document has it.
+        """
+        records = [self.record(model)["distances"] for model in (name, base)]
+        if None in records:
+            return None
+        units = np.array(records[0]["units"])
+        for column in range(len(records[0]["edges"]) - 1, 0, -1):
+            some = units[:, column] > 0
+            if units[:, column].sum() >= FAR_BYTES and some.sum() > 1:
+                ours, theirs = (
+                    np.mean([one["distances"]["nats"] for one in self.runs[model]], axis=0)[some, column]
+                    for model in (name, base)
+                )
+                return records[0]["edges"][column], paired_bootstrap(ours, theirs, units[some, column])
+        return None

@@ -1,0 +1,363 @@
+"""Trains the runs of a comparison: the same text, start and bytes per step for all, equal time or equal steps.
+
+OUT/plan.json             measured seconds and memory of a step, and the steps of every model
+OUT/runs/NAME-SEED/       the runs, as `longspan train` writes them
+OUT/measured/NAME-SEED.json
+
+Every run goes on from its last checkpoint, and what is trained or measured is not repeated. Equal time becomes a number
+of steps before training begins, so that a comparison which was stopped ends with the numbers of one that was not.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from longspan.comparison.measure import HeldOut, measure_run
+from longspan.comparison.results import EQUAL
+from longspan.config import from_dict, override, read_toml
+from longspan.errors import ConfigError, LongspanError
+from longspan.files import data_digest, read_object, write_json
+from longspan.models import build_model
+from longspan.train import TrainConfig, find_recipe, read_log, run
+from longspan.train.starts import SHIPPED, start_folder, start_model
+from longspan.train.training_memory import step_cost, weight_bytes
+from longspan.train.workers import NOT_BEGUN, Done, Workers, run_jobs
+
+Say = Callable[[str], None]
+PARTS = 8
+"""held-out evaluations of a run; half of them come before runs are stopped early"""
+EARLY_TOKENS = 32_768
+"""held-out tokens of an evaluation during training: seconds, of runs of minutes"""
+TIMED_STEPS = 5
+OPTIMISM = 2
+"""the held-out loss of the second half of a run is expected to fall by at most so many times what it fell in the second
+quarter; every halving of the remaining error takes longer than the one before, so 1 is usual"""
+RELATIVE = "relative"
+"""start of models with relative positions, instead of one with rotary positions"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the runs of a comparison are trained."""
+
+    models: tuple[str, ...]
+    """names of recipes `lm/NAME`"""
+    task: Mapping[str, Any]
+    """`[task]` of all runs, a text read as bytes"""
+    init: str = ""
+    """start of all runs (`train.init`); empty: random weights of the recipes' sizes"""
+    seconds: float | None = None
+    """training time of a run, which becomes steps by what steps take here; None: `steps`"""
+    steps: int = 600
+    """optimizer steps of every run if no time is given"""
+    seeds: int = 1
+    """runs per model"""
+    length: int = 4096
+    """bytes per step: one piece for models without a carried state, else `lanes` rows"""
+    lanes: int = 8
+    """documents that a model with a carried state reads side by side"""
+    stops: bool = True
+    """whether runs are stopped at half of their steps if they cannot become the best any more; see `hopeless`"""
+    changes: tuple[str, ...] = ()
+    """overrides of every recipe, such as "train.lr=1e-3" """
+
+    def __post_init__(self) -> None:
+        if self.length % self.lanes:
+            raise ConfigError(f"lanes = {self.lanes}: must divide the {self.length:,} bytes of a step")
+
+    def recipe(self, name: str, seed: int, steps: int) -> dict[str, Any]:
+        """Return the recipe of a run.
+
+        Args:
+            name: of the model.
+            seed: of the run.
+            steps: of the run, at least `PARTS`.
+
+        Raises:
+            LongspanError: there is no such recipe, or an override does not fit it.
+        """
+        recipe = read_toml(find_recipe(f"lm/{name}.toml"))
+        own = {key: recipe["model"][key] for key in ("mixers", "memory", "positions") if key in recipe["model"]}
+        init = self.init
+        if init in SHIPPED and own.get("positions") == "none":
+            init = RELATIVE
+        # those of `relative` are the same, and it may not be trained yet
+        sizes = start_model(self.init) if self.init else recipe["model"]
+        carries = recipe["train"].get("carry", True)
+        part = max(steps // PARTS, 1)
+        table: dict[str, Any] = {
+            "model": {key: value for key, value in {**sizes, **own}.items() if key != "vocab_size"},
+            "task": dict(self.task),
+            "train": {
+                "init": init,
+                "seed": seed,
+                "steps": steps,
+                # where the time of a step was measured too low
+                **({"minutes": 2 * self.seconds / 60} if self.seconds is not None else {}),
+                "lr": 3e-4 if init else recipe["train"].get("lr", 1e-3),
+                "warmup": min(50, part),
+                "constant": 0.9,
+                "min_lr_ratio": 0.0,
+                "sampling": "lanes" if carries else "pieces",
+                "lanes": self.lanes if carries else 1,
+                "segment_length": self.length // self.lanes if carries else self.length,
+                "eval_every": part,
+                "eval_tokens": EARLY_TOKENS,
+                "final_eval_tokens": EARLY_TOKENS,
+                "checkpoint_every": part,
+                "keep": 1,
+                "threads": 1,
+            },
+        }
+        for change in self.changes:
+            table = override(table, change)
+        return table
+
+    def key(self) -> str:
+        """Return a digest of everything that the runs depend on, besides the models and their number."""
+        return data_digest({**asdict(self), "models": None, "seeds": None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run of a comparison, or a part of it."""
+
+    name: str
+    """of the model"""
+    seed: int
+    recipe: Mapping[str, Any]
+    out: Path
+    """folder of the comparison"""
+    held_out: HeldOut
+    until: int | None = None
+    """step at which to stop; None: train to the end, and measure"""
+
+    @property
+    def label(self) -> str:
+        """Name of the run."""
+        return f"{self.name}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.out / "runs" / self.label
+
+    @property
+    def file(self) -> Path:
+        """The file of its measurements."""
+        return self.out / "measured" / f"{self.label}.json"
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return int(self.recipe["train"]["steps"])
+
+
+@dataclass(frozen=True)
+class StepOf:
+    """What a training step of a model costs here: seconds, and the largest bytes of tensors with the weights."""
+
+    seconds: float
+    peak: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be trained: the runs in their order, and what their steps cost."""
+
+    jobs: Sequence[Job]
+    costs: Mapping[str, StepOf]
+    """by model"""
+    failures: Mapping[str, str]
+    """models without runs, and why"""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training of all runs together, if none is stopped early."""
+        return sum(job.steps * self.costs[job.name].seconds for job in self.jobs)
+
+
+def make_plan(training: Training, out: Path, held_out: HeldOut, workers: Workers, say: Say) -> Plan:
+    """Measure a training step of every model and return the plan; what `OUT/plan.json` has is not measured again.
+
+    Raises:
+        ConfigError: the folder has a comparison with other settings.
+    """
+    file, key = out / "plan.json", training.key()
+    saved = read_object(file) if file.is_file() else {"key": key, "costs": {}}
+    if saved.get("key") != key:
+        raise ConfigError(f"{out}: has a comparison with other data or options; give another folder with -o")
+    costs = {name: StepOf(**cost) for name, cost in saved["costs"].items()}
+    failures: dict[str, str] = {}
+    missing = [name for name in training.models if name not in costs]
+    if missing:
+        say(f"measuring training steps of {', '.join(missing)}")
+
+    def keep(measured: tuple[Training, str], done: Done) -> None:
+        """Save the cost of a step, or the reason why there is none."""
+        if done.failure:
+            failures[measured[1]] = done.failure
+            return
+        costs[measured[1]] = done.value
+        write_json(file, {"key": key, "costs": {name: asdict(cost) for name, cost in costs.items()}})
+
+    run_jobs(_measured_step, [(training, name) for name in missing], workers, keep)
+    jobs = []
+    # all models with the first seed, then all with the second: what is not begun in time are seeds
+    for seed in range(training.seeds):
+        for name in training.models:
+            if name in failures:
+                continue
+            recipe = training.recipe(name, seed, steps_of(training, costs[name]))
+            jobs.append(Job(name=name, seed=seed, recipe=recipe, out=out, held_out=held_out))
+    return Plan(jobs=jobs, costs=costs, failures=failures)
+
+
+def steps_of(training: Training, cost: StepOf) -> int:
+    """Return the steps of a run: as many as fit the time, a multiple of `PARTS`, at least that."""
+    steps = training.steps if training.seconds is None else math.floor(training.seconds / cost.seconds)
+    return max(steps // PARTS, 1) * PARTS
+
+
+def _measured_step(job: tuple[Training, str]) -> StepOf:
+    """Measure a training step of a model."""
+    training, name = job
+    recipe = training.recipe(name, 0, PARTS)
+    model = build_model({**recipe["model"], "vocab_size": 256})
+    config: TrainConfig = replace(from_dict(TrainConfig, recipe["train"], "train"), init="")
+    cost = step_cost(model, config, timed=TIMED_STEPS)
+    return StepOf(seconds=cost.seconds, peak=cost.peak + weight_bytes(model))
+
+
+def train_all(
+    plan: Plan, training: Training, workers: Workers, say: Say
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Train all runs and measure those that were not stopped; a second call resumes.
+
+    Returns:
+        Records of `measure_run` by model, one per seed, and the reasons of runs without one by run.
+    """
+    failures = dict(plan.failures)
+    left = list(plan.jobs)
+    if any(job.recipe["train"]["init"] == RELATIVE for job in left) and not workers.is_over:
+        say(f"the start {RELATIVE} is trained at its first use, in about 20 minutes")
+        # otherwise all workers but one would wait for it
+        start_folder(RELATIVE)
+    if training.stops and len(training.models) > 1:
+        left = _first_halves(left, failures, workers, say)
+    records: dict[str, list[Any]] = {}
+
+    def report(job: Job, done: Done) -> None:
+        """Say what became of a run."""
+        if done.failure:
+            failures[job.label] = done.failure
+            say(f"{job.label}: {done.failure}")
+            return
+        bits = sum(done.value["nats"]) / sum(done.value["units"]) / math.log(2)
+        say(f"{job.label}: {bits:.4f} bits per byte after {job.steps:,} steps")
+
+    for job, done in zip(left, run_jobs(_trained_and_measured, left, workers, report), strict=True):
+        if not done.failure:
+            records.setdefault(job.name, []).append(done.value)
+    return records, failures
+
+
+def _first_halves(jobs: Sequence[Job], failures: dict[str, str], workers: Workers, say: Say) -> list[Job]:
+    """Train the first half of all runs; return those that go on, and add a reason for all others to `failures`."""
+    halves = [replace(job, until=job.steps // 2) for job in jobs]
+
+    def report(job: Job, done: Done) -> None:
+        """Say how far a run is."""
+        if done.failure:
+            failures[job.label] = done.failure
+            say(f"{job.label}: {done.failure}")
+        else:
+            say(f"{job.label}: {done.value[-1][1]:.3f} bits per byte at half of its steps")
+
+    ended = run_jobs(_half_curve, halves, workers, report)
+    curves = {job.label: done.value for job, done in zip(halves, ended, strict=True) if not done.failure}
+    for label, why in hopeless(curves).items():
+        failures[label] = why
+        say(f"{label}: {why}")
+    return [job for job in jobs if job.label not in failures]
+
+
+def hopeless(curves: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, str]:
+    """Return the runs that are stopped at half of their steps, with the reason.
+
+    The loss of a run is extrapolated from what it fell in the second quarter of its steps: in the second half it falls
+    by at most `OPTIMISM` times that. Where even this stays more than `EQUAL` above the loss that the best run has
+    already, it is stopped.
+
+    Args:
+        curves: (step, held-out bits per byte) of every run up to half of its steps.
+    """
+    if not curves:
+        return {}
+    leader = min(curves, key=lambda label: curves[label][-1][1])
+    best = curves[leader][-1][1]
+    reasons = {}
+    for label, curve in curves.items():
+        half, now = curve[-1]
+        quarter = min(curve, key=lambda point: abs(point[0] - half / 2))[1]
+        lowest = now - OPTIMISM * max(quarter - now, 0.0)
+        if label != leader and lowest > best + EQUAL:
+            reasons[label] = (
+                f"stopped at half of its steps with {now:.3f} bits per byte: at best {lowest:.3f} at the end, and "
+                f"{leader} has {best:.3f} already"
+            )
+    return reasons
+
+
+def train_or_resume(
+    recipe: Mapping[str, Any], folder: Path, *, progress: str = "none", until: int | None = None
+) -> None:
+    """Run a recipe in a folder, from its last checkpoint if there is one; a finished run is left as it is.
+
+    Args:
+        recipe, folder, progress, until: as in `longspan.train.run`.
+
+    Raises:
+        KeyboardInterrupt: the run was interrupted.
+    """
+    if (folder / "model").is_dir():
+        return
+    resume = any((folder / "checkpoints").glob("step-*"))
+    result = run(recipe, folder, resume=resume, progress=progress, until=until)
+    if result.interrupted and (until is None or result.step < until):
+        raise KeyboardInterrupt
+
+
+def _half_curve(job: Job) -> list[tuple[int, float]]:
+    """Train a run up to a step, and return (step, held-out bits per byte) up to there."""
+    assert job.until is not None, "the first half ends at a step"
+    curve = _curve(job)
+    if not curve or curve[-1][0] < job.until:
+        train_or_resume(job.recipe, job.folder, until=job.until)
+        curve = _curve(job)
+    if not curve:
+        raise LongspanError(f"{job.folder}: its log has no held-out evaluation; remove the folder to train it again")
+    return curve
+
+
+def _curve(job: Job) -> list[tuple[int, float]]:
+    """Return (step, held-out bits per byte) of the log of a run up to the step at which the job stops."""
+    last = job.steps if job.until is None else job.until
+    return [
+        (line["step"], line["validation"]["bits_per_byte"])
+        for line in read_log(job.folder / "log.jsonl")
+        if "validation" in line and line["step"] <= last
+    ]
+
+
+def _trained_and_measured(job: Job) -> dict[str, Any]:
+    """Train a run to its end and measure it; a measured run is read from its file."""
+    train_or_resume(job.recipe, job.folder)
+    return measure_run(job.folder, job.held_out, job.file)
+
+
+def is_not_begun(failure: str) -> bool:
+    """Return whether a run has no record because its turn came too late."""
+    return failure == NOT_BEGUN

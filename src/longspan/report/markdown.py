@@ -1,0 +1,46 @@
+"""The sections of a page as Markdown, for pull requests and notes; pictures are links to the files beside it."""
+
+from collections.abc import Sequence
+
+from longspan.report.page import Block, Code, Passage, Picture, Quote, Section, Text
+from longspan.report.tables import Table
+
+
+def markdown(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
+    """Return the Markdown text of a page.
+
+    Args:
+        title: of the page.
+        sections: in order.
+        lead: paragraph below the title.
+    """
+    parts = [f"# {title}", *([lead] if lead else [])]
+    for section in sections:
+        parts += [f"## {section.title}", *map(_block, section.blocks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(block: Block) -> str:
+    """Return the Markdown of a block."""
+    match block:
+        case Text():
+            return block.text
+        case Code():
+            return f"```\n{block.text}\n```"
+        case Quote():
+            return f"> {block.given}**{block.written}**"
+        case Passage():
+            return "> " + "".join(f"**{text}**" if marked else text for text, marked in block.pieces)
+        case Picture():
+            return f"![{block.alt}](figures/{block.name}.png)" + (f"\n\n{block.caption}" if block.caption else "")
+        case Table():
+            return table_lines(block)
+
+
+def table_lines(table: Table) -> str:
+    """Return the Markdown of a table, its caption above it."""
+    columns = list(table.columns)
+    marks = ["---:" if index in table.right else "---" for index in range(len(columns))]
+    rows = [columns, marks, *table.rows]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([table.caption, "", *lines] if table.caption else lines)

@@ -1,0 +1,97 @@
+"""Statistics and the recommendation, on numbers whose answers are known."""
+
+import math
+
+import numpy as np
+import pytest
+from tests.comparison.records import record
+
+from longspan.comparison import Compared
+from longspan.comparison.advice import advise, choose
+from longspan.errors import DataError
+
+BITS = np.linspace(1.0, 2.0, 20)
+
+
+def test_the_lowest_loss_comes_first_and_differences_are_paired() -> None:
+    compared = Compared({"b": [record(BITS + 0.1)], "a": [record(BITS)]})
+    assert compared.names == ["a", "b"]
+    gap = compared.difference("b", "a")
+    # the same difference in every document has no uncertainty, however much documents differ
+    assert gap == pytest.approx((0.1, 0.1, 0.1))
+    assert compared.bits("a").high - compared.bits("a").low > 0.1
+    assert compared.as_good == ["a"]
+
+
+def test_losses_are_means_over_seeds() -> None:
+    compared = Compared({"a": [record(BITS), record(BITS + 0.2)]})
+    assert compared.bits("a").value == pytest.approx(1.6)
+    assert compared.by_seed("a") == pytest.approx([1.5, 1.7])
+
+
+def test_a_constant_state_wins_among_the_good_ones_and_then_speed() -> None:
+    growing = {"bounded": False, "state": {"2048": 1, "65536": 2, "1048576": 3}, "bytes_per_second": 9000.0}
+    compared = Compared(
+        {
+            "full": [record(BITS, **growing)],
+            "slow": [record(BITS + 0.01)],
+            "fast": [record(BITS + 0.015, bytes_per_second=2000.0)],
+            "bad": [record(BITS + 0.5, bytes_per_second=8000.0)],
+        }
+    )
+    assert set(compared.as_good) == {"full", "slow", "fast"}
+    assert choose(compared) == "fast"
+    first = advise(compared).reasons[0]
+    assert first.startswith("Take fast")
+    assert "that of full grows" in first
+    assert "+0.015" in first
+    # a model whose interval reaches beyond the limit is not as good
+    wide = Compared({"full": [record(BITS)], "slow": [record(BITS + 0.01 + 0.2 * np.resize([1, -1], 20))]})
+    assert wide.as_good == ["full"]
+
+
+def test_different_texts_are_refused() -> None:
+    with pytest.raises(DataError, match="a and b have different held-out texts; give a common one with --data"):
+        Compared({"a": [record(BITS)], "b": [record(BITS, text="other")]})
+    with pytest.raises(DataError, match="different held-out texts"):
+        Compared({"a": [record(BITS)], "b": [record(BITS[:-1])]})
+    # a tokenizer that does not give its text back has no digest; names and bytes must do
+    assert Compared({"a": [record(BITS)], "b": [record(BITS, text=None)]}).names
+
+
+def test_a_curve_that_falls_is_named() -> None:
+    falling = record(BITS)
+    falling["training"]["curve"] = [[step, 0, 0.0, 3 - step / 80] for step in range(10, 81, 10)]
+    compared = Compared({"a": [falling], "b": [record(BITS + 1)]})
+    assert compared.fall("a") == pytest.approx(0.25)
+    assert (compared.is_flat("a"), compared.is_flat("b")) == (False, True)
+    assert any("loss of a still fell" in line for line in advise(compared).limits)
+    falling["training"]["curve"] = falling["training"]["curve"][:3]
+    assert compared.is_flat("a") is None
+
+
+def test_far_context_is_its_farthest_range_with_enough_bytes() -> None:
+    def with_distances(far: float) -> dict[str, object]:
+        nats = [[10.0, 800.0 * far], [10.0, 800.0 * far]]
+        return {"distances": {"edges": [1, 256], "nats": nats, "units": [[10, 800], [10, 800]]}}
+
+    compared = Compared(
+        {
+            "near": [record(BITS[:2], **with_distances(1.0))],
+            "far": [record(BITS[:2] + 0.3, **with_distances(0.5))],
+        }
+    )
+    measured = compared.far("far", "near")
+    assert measured is not None
+    distance, gap = measured
+    assert distance == 256
+    assert gap.value == pytest.approx(-0.5 / math.log(2))
+    assert any("take far" in line and "256 or more" in line for line in advise(compared).reasons)
+
+
+def test_failures_and_recipes_that_were_not_tried_are_limits() -> None:
+    compared = Compared({"a": [record(BITS)], "b": [record(BITS)]}, {"c-0": "out of memory"})
+    limits = " ".join(advise(compared, ["lsh"]).limits)
+    assert "c-0" in limits
+    assert "Not tried: lsh" in limits
+    assert "trained once" in limits
