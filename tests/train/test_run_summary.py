@@ -184,6 +184,20 @@ def test_the_steps_of_stages_are_planned(tmp_path: Path) -> None:
     assert summary(tmp_path).planned_steps == 42
 
 
+@pytest.mark.parametrize("odd", [7, "text", [1], {"a": {}}, None])
+def test_files_of_other_content_are_no_bugs(trained: Path, tmp_path: Path, odd: Any) -> None:
+    for number, name in enumerate(("recipe.json", "digests.json", "log.jsonl", "model/digests.json")):
+        folder = shutil.copytree(trained, tmp_path / str(number))
+        write(folder / name, odd)
+    write(tmp_path / "tables/recipe.json", {"model": {"mixers": odd}, "task": {"source": odd}, "train": {"steps": odd}})
+    part = tmp_path / "out/transfer/layers-all"
+    write(part / "settings.json", {"model": odd, "text": odd, "steps": odd, "batch": odd})
+    write(part / "report.json", odd)
+    write(part / "checkpoints/step-00000001/meta.json", {"position": odd, "files": odd})
+    (tmp_path / "unreadable").mkdir(mode=0o000)
+    assert len(summarize_runs(tmp_path)) == 6
+
+
 def test_a_transfer(tmp_path: Path) -> None:
     part = tmp_path / "out/transfer/layers-0-1"
     config = {"n_layer": 4, "n_embd": 32, "longspan": [{"mixer": "gated_delta", "layers": [0, 1]}]}
@@ -198,7 +212,7 @@ def test_a_transfer(tmp_path: Path) -> None:
     assert (facts.best_loss, facts.last_loss) == pytest.approx((0.15, 0.25))
     assert facts.loss_unit == "relative error"
     write(tmp_path / "out/config.json", config)
-    write(part / "report.json", {})
+    write(part / "report.json", {"seconds": 9})
     facts = summary(tmp_path / "out")
     assert (facts.state, facts.num_layers, facts.dim) == ("finished", 4, 32)
     with reserved(part, resume=True) as start:

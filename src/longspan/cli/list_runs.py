@@ -74,7 +74,7 @@ def _print(summaries: "list[RunSummary]", as_json: bool) -> None:
         print(json.dumps([run.plain() for run in summaries], indent=2))
         return
     out = console()
-    cells = [(_model(run), _steps(run), _minutes(run), _loss(run), f"{run.state}\n{_date(run)}") for run in summaries]
+    cells = [(_model(run), _steps(run), _minutes(run), _loss(run), _state(run)) for run in summaries]
     width = _room(cells, out.width)
     rows = [(_broken(_name(run), width), *others) for run, others in zip(summaries, cells, strict=True)]
     columns = ("run", "model", "steps", "minutes", "held-out loss", "state")
@@ -148,9 +148,9 @@ def _loss(run: "RunSummary") -> str:
     return f"{run.last_loss:.4f} {run.loss_unit.replace('bits per ', 'bits/')}{best}"
 
 
-def _date(run: "RunSummary") -> str:
-    """Format the time of the last change of a run."""
-    return f"{run.changed:%Y-%m-%d %H:%M}"
+def _state(run: "RunSummary") -> str:
+    """Describe the state of a run, and when it last changed."""
+    return f"{run.state}\n{run.changed:%Y-%m-%d %H:%M}"
 
 
 def _short(count: int) -> str:

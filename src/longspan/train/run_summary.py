@@ -94,11 +94,13 @@ def _visit(folder: Path, visited: set[Path]) -> Iterator[RunSummary]:
     if real in visited:
         return
     visited.add(real)
-    summaries = read_summaries(folder)
+    summaries: list[RunSummary] = []
+    children: list[Path] = []
+    with contextlib.suppress(OSError):
+        summaries = read_summaries(folder)
     yield from summaries
     if summaries:
         return
-    children: list[Path] = []
     with contextlib.suppress(OSError):
         children = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
     for child in children:
@@ -130,11 +132,11 @@ def _lenient(path: Path) -> dict[str, Any]:
 
 def _summarize_run(folder: Path) -> RunSummary:
     """Summarize the run in a folder."""
-    tables = _lenient(folder / "recipe.json")
+    # looked at first: a run that ends while it is read was running
+    running = is_locked(folder)
+    tables, lines = _lenient(folder / "recipe.json"), read_log(folder / "log.jsonl")
     model, task, train = (_table(tables, name) for name in TABLES)
-    lines, position = read_log(folder / "log.jsonl"), dict[str, Any]()
-    state: State = "running" if is_locked(folder) else "interrupted"
-    problem = ""
+    problem, position = "", dict[str, Any]()
     try:
         stored_recipe(folder)
         position = _newest_position(folder, META_NAMES)
@@ -142,12 +144,9 @@ def _summarize_run(folder: Path) -> RunSummary:
     except CheckpointError as error:
         problem = str(error)
     step = round(_furthest(lines, position, "step"))
-    if state != "running":
-        evaluated = any("validation" in line and line["step"] == step for line in lines)
-        # curricula have no evaluation at the end
-        finished = (folder / "model").is_dir() and (evaluated or "eval_every" not in train)
-        state = "damaged" if problem else "finished" if finished else state
-    loss = _held_out(lines)
+    # curricula have no evaluation at the end
+    evaluated = "eval_every" not in train or any("validation" in line and line["step"] == step for line in lines)
+    state = _state(running, problem, finished=evaluated and (folder / "model").is_dir())
     plan = _plan(train)
     return RunSummary(
         folder=folder,
@@ -160,7 +159,7 @@ def _summarize_run(folder: Path) -> RunSummary:
         planned_steps=plan.step_limit if plan else None,
         planned_minutes=plan.minutes if plan else None,
         tokens=round(_furthest(lines, position, "tokens")),
-        **loss._asdict(),
+        **_held_out(lines)._asdict(),
         seconds=_furthest(lines, position, "seconds"),
         changed=_changed(folder, "recipe.json", "log.jsonl", "checkpoints", "model"),
     )
@@ -168,25 +167,21 @@ def _summarize_run(folder: Path) -> RunSummary:
 
 def _summarize_transfer(folder: Path, part: Path) -> RunSummary:
     """Summarize the transfer of a set of layers: `part` is its folder, `folder` that of the model."""
+    running, report = is_locked(part), part / store.REPORT
     settings, lines = _lenient(part / store.SETTINGS), read_log(part / "log.jsonl")
-    state: State = "running" if is_locked(part) else "interrupted"
-    problem, position = "", dict[str, Any]()
+    problem, finished, position = "", False, dict[str, Any]()
     try:
         read_object(part / store.SETTINGS)
-        finished = store.read_report(part) is not None and is_converted(folder)
+        finished = report.is_file() and bool(read_object(report)) and is_converted(folder)
         if not finished:
             position = _newest_position(part, META_NAMES - {"blocks"})
-        if state != "running":
-            state = "finished" if finished else "interrupted"
     except CheckpointError as error:
         problem = str(error)
-        state = "running" if state == "running" else "damaged"
+    state = _state(running, problem, finished=finished)
     step, layers = round(_furthest(lines, position, "step")), part.name.removeprefix("layers-")
     model = _pretrained_facts([Path(str(settings.get("model", ""))), folder])
     mechanism = str(settings.get("to") or model.mechanism)
-    steps = [settings.get(name) for name in ("steps", "distill")]
-    sizes = [settings.get(name) for name in ("batch", "length")]
-    loss = _mean_errors(lines)
+    steps, distill, batch, length = (_whole(settings, (name,)) for name in ("steps", "distill", "batch", "length"))
     return RunSummary(
         folder=folder,
         task="transfer",
@@ -197,13 +192,22 @@ def _summarize_transfer(folder: Path, part: Path) -> RunSummary:
         state=state,
         problem=problem if state == "damaged" else "",
         step=step,
-        planned_steps=sum(steps) if all(isinstance(count, int) for count in steps) else None,  # type: ignore[arg-type]
+        planned_steps=None if steps is None else steps + (distill or 0),
         planned_minutes=None,
-        tokens=step * math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None,  # type: ignore[arg-type]
-        **loss._asdict(),
+        tokens=None if batch is None or length is None else step * batch * length,
+        **_mean_errors(lines)._asdict(),
         seconds=_furthest(lines, position, "seconds"),
         changed=_changed(part, store.SETTINGS, "log.jsonl", "checkpoints", store.REPORT),
     )
+
+
+def _state(running: bool, problem: str, *, finished: bool) -> State:
+    """Return the state of a run; what is missing or half written in a running one is no damage."""
+    if running:
+        return "running"
+    if problem:
+        return "damaged"
+    return "finished" if finished else "interrupted"
 
 
 def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -226,11 +230,11 @@ def _newest_position(folder: Path, names: frozenset[str]) -> dict[str, Any]:
     for path in list_checkpoints(folder / "checkpoints"):
         try:
             meta = checkpoints.read_meta(path, names)
-            folders.check_present(path, meta["files"])
+            folders.check_present(path, _table(meta, "files"))
         except CheckpointError as error:
             problem = problem or error
             continue
-        return dict(meta["position"])
+        return dict(_table(meta, "position"))
     if problem is not None and not (folder / "model").is_dir():
         raise problem
     return {}
@@ -240,7 +244,7 @@ def _check_model(folder: Path) -> None:
     """Raise CheckpointError if a file of a trained model is missing; their contents are not read."""
     digests = folder / folders.DIGESTS
     if digests.is_file():
-        folders.check_present(folder, read_object(digests).get("files", {}))
+        folders.check_present(folder, _table(read_object(digests), "files"))
 
 
 class _ModelFacts(NamedTuple):
@@ -262,9 +266,8 @@ def _model_facts(table: Mapping[str, Any], trained: Path) -> _ModelFacts:
         facts = _pretrained_facts([Path(str(table["source"])), trained])
         facts = facts._replace(mechanism=f"{facts.mechanism}, pretrained")
     else:
-        mixers = table.get("mixers", [])
-        names = [str(mixer.get("name", "")) for mixer in mixers if isinstance(mixer, Mapping)]
-        facts = _ModelFacts(_joined(names), _whole(table, ("num_layers",)), _whole(table, ("dim",)))
+        names = _names(table.get("mixers"), "name")
+        facts = _ModelFacts(names, _whole(table, ("num_layers",)), _whole(table, ("dim",)))
     memory = table.get("memory")
     if isinstance(memory, Mapping):
         kind = "memory per layer" if memory.get("per_layer") else "recurrent memory"
@@ -278,15 +281,15 @@ def _pretrained_facts(candidates: Sequence[Path]) -> _ModelFacts:
         config = _lenient(folder / "config.json")
         if config:
             sizes = {**config, **_table(config, "text_config")}
-            converted = config.get("longspan")
-            tables = converted if isinstance(converted, list) else []
-            names = [str(table.get("mixer", "")) for table in tables if isinstance(table, Mapping)]
-            return _ModelFacts(_joined(names) or "softmax", _whole(sizes, _NUM_LAYERS), _whole(sizes, _DIM))
+            names = _names(config.get("longspan"), "mixer") or "softmax"
+            return _ModelFacts(names, _whole(sizes, _NUM_LAYERS), _whole(sizes, _DIM))
     return _ModelFacts("unknown", None, None)
 
 
-def _joined(names: Sequence[str]) -> str:
-    """Return the present names of mechanisms, each once."""
+def _names(tables: Any, field: str) -> str:
+    """Return the present names of mechanisms in a field of tables, each name once."""
+    rows = tables if isinstance(tables, list) else []
+    names = [str(table.get(field, "")) for table in rows if isinstance(table, Mapping)]
     with renames.reading_saved():
         return " + ".join(dict.fromkeys(renames.mixer(name) for name in names))
 

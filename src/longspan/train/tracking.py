@@ -88,7 +88,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """Logs to Trackio's local database, or where its environment variables say."""
+    """Logs to Trackio's local database, or where its environment variables say; continues the last run of its name."""
 
     def __init__(self, run: TrackedRun) -> None:
         self._package = importlib.import_module("trackio")
