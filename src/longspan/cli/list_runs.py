@@ -22,7 +22,7 @@ _COLORS = {"finished": "", "running": "pass", "interrupted": "note", "damaged": 
 def runs(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="DIR...", help="Runs, or folders to search for runs.", show_default="runs"),
+        typer.Argument(metavar="DIR", help="Runs, or folders to search for runs.", show_default="runs"),
     ] = None,
     sort: Annotated[
         Literal["name", "date", "loss"],
