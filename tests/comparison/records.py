@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from longspan.tasks.base import Array
+
 LOG2 = math.log(2)
 
 
-def record(bits: Sequence[float], **fields: Any) -> dict[str, Any]:
+def record(bits: Sequence[float] | Array, **fields: Any) -> dict[str, Any]:
     """A record of `measure_run` with a loss per document of 1,000 bytes, in bits per byte."""
     nats = [value * 1000 * LOG2 for value in bits]
     names = [f"{index}.txt" for index in range(len(bits))]

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longspan import tasks
 from longspan.comparison import Compared, HeldOut, measure_run
-from longspan.comparison.measure import by_offset, cut_text, mechanism
+from longspan.comparison.measure import by_offset, cut_text
 from longspan.errors import CheckpointError
+from longspan.tasks import TextTask
+from longspan.tasks.text import TextConfig
 from longspan.train import evaluate_text, load_run, run
 
 
@@ -55,6 +56,7 @@ def test_losses_are_those_of_an_evaluation(runs: dict[str, Path], tmp_path: Path
     assert rows.sum() <= sum(record["nats"]) + 1e-6
     assert len(record["training"]["curve"]) == 4
     assert record["training"]["steps"] == 4
+    assert record["mechanism"] == "window"
 
 
 def test_tokenizers_are_compared_on_the_same_bytes(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -107,20 +109,8 @@ def test_losses_by_offset_divide_a_token_over_an_edge() -> None:
 
 
 def test_a_token_over_the_reach_counts_by_its_share(texts: Path) -> None:
-    task = tasks.build({"name": "text", "source": str(texts), "tokenizer": "subword", "vocab_size": 300})
+    task = TextTask(TextConfig(source=str(texts), tokenizer="subword", vocab_size=300))
     whole, cut = (cut_text(task, HeldOut(documents=0, reach=reach)) for reach in (0, 99))
     for all_sizes, sizes, share in zip(whole.sizes, cut.sizes, cut.shares, strict=True):
         assert sizes.sum() == 99
         assert sizes[-1] == pytest.approx(share * all_sizes[len(sizes) - 1])
-
-
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ({"mixers": [{"name": "window"}]}, "window"),
-        ({"mixers": [{"name": "window"}, {"name": "window"}, {"name": "full"}]}, "2 x window, 1 x full"),
-        ({"mixers": [{"name": "full"}], "memory": {"kind": "tokens"}}, "full with recurrent memory"),
-    ],
-)
-def test_mechanisms_are_named(model: dict[str, object], name: str) -> None:
-    assert mechanism(model) == name

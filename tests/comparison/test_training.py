@@ -10,7 +10,7 @@ import pytest
 from longspan.comparison import HeldOut, training
 from longspan.comparison.training import Plan, StepOf, Training, hopeless, make_plan, steps_of, train_all
 from longspan.errors import ConfigError
-from longspan.train import resolve
+from longspan.train import resolve, run
 from longspan.train.planning import families
 from longspan.train.workers import ONE_WORKER
 
@@ -33,7 +33,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(texts: Path, **fields: Any) -> Training:
     """A comparison of two tiny models from random weights."""
     values = {"models": ("window", "infini"), "task": {"name": "text", "source": str(texts)}, "changes": TINY}
-    return Training(**{**values, "steps": 8, "length": 64, "lanes": 2, **fields})  # type: ignore[arg-type]
+    return Training(**{**values, "steps": 8, "length": 64, "lanes": 2, **fields})
 
 
 def outcome(training: Training, out: Path) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -90,7 +90,7 @@ def test_a_killed_comparison_ends_with_the_same_numbers(
     expected = outcome(tiny(texts), tmp_path / "whole")
     assert set(expected[0]) | {label[:-2] for label in expected[1]} == {"window", "infini"}
     # killed in the second run, after some steps of its first half
-    run, calls = training.run, []
+    calls: list[Path] = []
 
     def killed(recipe: Mapping[str, Any], folder: Path, **options: Any) -> Any:
         calls.append(folder)

@@ -68,6 +68,8 @@ def small(command: str) -> list[str]:
         more += " --set train.lanes=2"
     if verb == "train" and "pretrained" in command:
         more += " --set task.source=letters --set task.validation_every=3"
+    if command.startswith("compare --data"):
+        more = "--mixers window --budget 1s --jobs 1 --reach 300"
     if command.startswith("show support"):
         more += "--tokens 200"
     return [*shlex.split(command), *shlex.split(more)]

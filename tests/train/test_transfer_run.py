@@ -20,7 +20,8 @@ from tests.hf.conftest import ids, save_llama
 
 from longspan import hf
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError
-from longspan.train import transfer_store
+from longspan.train import tracking, transfer_store
+from longspan.train.tracking import TrackedRun
 from longspan.train.transfer import TransferOutcome, TransferSettings, run_transfer
 from longspan.train.transfer_display import TransferDisplay, make_transfer_display
 
@@ -92,6 +93,31 @@ def test_the_model_is_written_as_convert_writes_it(settings: TransferSettings, t
     assert [line["step"] for line in lines] == [3, 5, 6, 9, 10, 12]
     assert [line["step"] for line in lines if "errors" in line] == [5, 10, 12]
     assert list(lines[-1]["errors"].values()) == errors_of(outcome)
+
+
+def test_a_transfer_is_tracked(settings: TransferSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[TrackedRun] = []
+    figures: list[tuple[int, Any]] = []
+
+    class Recorder:
+        def __init__(self, tracked: TrackedRun) -> None:
+            runs.append(tracked)
+
+        def log(self, values: Any, step: int) -> None:
+            figures.append((step, values))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", Recorder)
+    monkeypatch.setitem(sys.modules, "wandb", tracking)
+    run(changed(settings, layers=(1,), steps=3), tmp_path / "out", log_every=2, track="wandb")
+    (tracked,) = runs
+    part = tmp_path / "out/transfer/layers-1"
+    assert (tracked.name, tracked.folder, tracked.step) == ("out layers-1", part, 0)
+    assert (tracked.settings["to"], tracked.settings["steps"]) == ("gated_delta", 3)
+    assert [step for step, _ in figures] == [2, 3]
+    assert {"loss/1", "errors/1", "seconds"} == figures[-1][1].keys()
 
 
 SCRIPT = """

@@ -18,6 +18,7 @@ from longspan.cli.convert import convert
 from longspan.cli.cost import cost
 from longspan.cli.evaluate import evaluate
 from longspan.cli.generate import generate
+from longspan.cli.list_runs import runs
 from longspan.cli.mixers import mixers
 from longspan.cli.plan import plan
 from longspan.cli.recipes import recipes
@@ -43,7 +44,8 @@ A typical workflow, from a recipe to generated text:
   longspan stream runs/first book.txt --save-state book.state
   longspan generate runs/first --load-state book.state --tokens 200
 
-`train` writes a run: a folder with the model, its tokenizer and its log. Every other command takes that folder.
+`train` writes a run: a folder with the model, its tokenizer and its log. Every other command takes that folder, and
+`runs` lists all of them.
 `eval` measures how well the model predicts a text, with and without its memory. `stream` reads one text of any length
 and can be stopped and resumed anywhere. `generate` continues a prompt or a saved state.
 
@@ -75,6 +77,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "plan": plan,
     "compare": compare,
     "recipes": recipes,
+    "runs": runs,
     "reproduce": reproduce,
     "quickstart": quickstart,
     "quickstart-lm": quickstart_lm,

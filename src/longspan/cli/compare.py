@@ -126,8 +126,8 @@ def compare(options: CompareOptions) -> int:
     best run has already.
 
     Examples:
-      longspan compare --data books/ --mixers window,infini,gated_delta --budget 5min -o compared
-      longspan compare runs/window runs/infini --data other.txt
+      longspan compare --data book.txt --mixers window,infini,gated_delta --budget 5min
+      longspan compare runs/first runs/larger --data book.txt -o out/compared
     """
     from longspan.comparison import HeldOut
     from longspan.comparison.advice import advise

@@ -103,6 +103,15 @@ DtypeOption = Annotated[
         show_default="as stored",
     ),
 ]
+TrackOption = Annotated[
+    str,
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Send the lines of the log to a tracker as well: tensorboard, trackio, wandb or mlflow.",
+        show_default=False,
+    ),
+]
 GgufOption = Annotated[
     str | None,
     typer.Option("--gguf", metavar="FILE", help="Name of the GGUF file to read, if MODEL contains several."),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_command, say
+from longspan.cli.options import TrackOption
 from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
 
@@ -51,6 +52,7 @@ def train(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="Short for --set train.dtype=TYPE.", show_default=False)
     ] = "",
+    track: TrackOption = "",
 ) -> int:
     """Train a model from a recipe.
 
@@ -75,9 +77,9 @@ def train(
     if is_transfer(data, folder, resume=resume):
         if init:
             raise ConfigError("--init: a transfer starts from transfer.model; leave --init out")
-        return _transfer(_with_fields(data, "transfer", device=device, dtype=dtype), folder, resume)
+        return _transfer(_with_fields(data, "transfer", device=device, dtype=dtype), folder, resume, track)
     data = _with_fields(data, "train", device=device, dtype=dtype, init=init)
-    outcome = _run(recipe, data, folder, resume)
+    outcome = _run(recipe, data, folder, resume, track)
     if int(os.environ.get("RANK", "0")) != 0:
         return 0
     if outcome.interrupted:
@@ -103,16 +105,16 @@ def _with_fields(data: dict[str, Any], table: str, **values: str) -> dict[str, A
     return functools.reduce(override, assignments, data)
 
 
-def _transfer(data: dict[str, Any], folder: Path, resume: bool) -> int:
+def _transfer(data: dict[str, Any], folder: Path, resume: bool, track: str) -> int:
     """Run the attention transfer of a recipe, and print its report as `longspan transfer` does."""
     from longspan.cli.transfer import print_outcome
     from longspan.train.transfer_recipe import train_transfer
 
-    outcome = train_transfer(data, folder, resume=resume)
+    outcome = train_transfer(data, folder, resume=resume, track=track)
     return print_outcome(outcome, folder, f"continue with: longspan train --resume -o {shlex.quote(str(folder))}")
 
 
-def _run(recipe: str | None, data: dict[str, Any], folder: Path, resume: bool) -> Any:
+def _run(recipe: str | None, data: dict[str, Any], folder: Path, resume: bool, track: str) -> Any:
     """Train the model of a recipe, and return the `Result` of the run."""
     from longspan.train import run
 
@@ -121,7 +123,7 @@ def _run(recipe: str | None, data: dict[str, Any], folder: Path, resume: bool) -
         raise ConfigError(
             f"{recipe}: the table [{missing[0]}] is missing or empty; add it, as in `longspan recipes --show tiny`"
         )
-    return run(data, folder, resume=resume)
+    return run(data, folder, resume=resume, track=track)
 
 
 def _print_result(outcome: Any, name: str) -> None:

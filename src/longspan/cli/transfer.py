@@ -10,7 +10,7 @@ import typer
 from longspan import renames
 from longspan.cli.console import console, print_command, print_table, say
 from longspan.cli.convert import checked_fields
-from longspan.cli.options import DeviceOption, DtypeOption, GgufOption, layer_ranges, verb
+from longspan.cli.options import DeviceOption, DtypeOption, GgufOption, TrackOption, layer_ranges, verb
 from longspan.cli.outputs import check_output_folder
 from longspan.cli.ranking import print_ranking
 from longspan.errors import ConfigError
@@ -106,6 +106,7 @@ class TransferOptions:
     gguf: GgufOption = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = ""
+    track: TrackOption = ""
 
 
 @verb(TransferOptions)
@@ -155,6 +156,7 @@ def transfer(options: TransferOptions) -> int:
         device=options.device,
         checkpoint_every=options.checkpoint_every,
         eval_every=options.eval_every,
+        track=options.track,
     )
     return print_outcome(outcome, options.output, "the same command continues")
 

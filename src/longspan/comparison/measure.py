@@ -20,6 +20,7 @@ from longspan.tasks.tokenizers import Tokenizer
 from longspan.train import load_run, read_log, recurrence
 from longspan.train.lm_evaluation import Window, place_nats
 from longspan.train.opening import stored_recipe
+from longspan.train.run_summary import read_summaries
 from longspan.version import __version__
 
 FEW = 8
@@ -116,7 +117,7 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
         "carries": carries,
         **_costs(model),
         "bytes_per_token": sum(lengths) / max(sum(len(size) for size in cut.sizes), 1),
-        "mechanism": mechanism(recipe["model"]),
+        "mechanism": read_summaries(folder)[0].mechanism,
         "training": _training(folder, recipe),
     }
     write_json(file, record)
@@ -127,17 +128,6 @@ def reads_with_state(model: Any, train: Mapping[str, Any]) -> bool:
     """Return whether a run is evaluated with a carried state: its model keeps one of constant size, or trained so."""
     carried = train.get("carry", True) and train.get("sampling", "lanes") == "lanes"
     return bool(model.traits.streams and (model.traits.bounded or carried))
-
-
-def mechanism(model: Mapping[str, Any]) -> str:
-    """Name the mechanisms of a `[model]` table: "window", "3 x window, full", "window with memory overwrite"."""
-    names = [str(mixer.get("name", "?")) for mixer in model.get("mixers", [])]
-    different = list(dict.fromkeys(names))
-    text = ", ".join(name if len(different) == 1 else f"{names.count(name)} x {name}" for name in different) or str(
-        model.get("kind", "?")
-    )
-    memory = model.get("memory")
-    return f"{text} with recurrent memory" if memory else text
 
 
 def cut_text(task: TextTask, held_out: HeldOut) -> Cut:

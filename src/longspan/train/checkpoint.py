@@ -12,6 +12,7 @@ a shared disk. `meta.json` has digests of all files, so damage is detected befor
 
 import json
 import re
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from longspan.train import folders
 from longspan.train.distributed import Group
 
 META = "meta.json"
+META_NAMES = frozenset({"position", "files", "blocks"})
+"""entries of `meta.json`, without its digest"""
 TRAINING = "training.safetensors"
 
 
@@ -142,16 +145,30 @@ def check(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged; the message names it.
     """
+    meta = read_meta(path)
+    folders.check_digests(path, meta["files"])
+    return meta
+
+
+def read_meta(path: Path, names: AbstractSet[str] = META_NAMES) -> dict[str, Any]:
+    """Check and return the contents of a checkpoint's `meta.json`, without reading its other files.
+
+    Args:
+        path: of the checkpoint.
+        names: of its entries; a checkpoint of a transfer has no `blocks`.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     meta = read_json(path / META)
-    if not isinstance(meta, dict) or not {"position", "files", "blocks"} <= meta.keys():
+    if not isinstance(meta, dict) or not names <= meta.keys():
         raise CheckpointError(
             f"{path / META}: is not the meta.json of a longspan checkpoint; choose another checkpoint"
         )
     # checkpoints of earlier versions have no digest of meta.json itself
     own = meta.pop("digest", None)
-    if meta.keys() != {"position", "files", "blocks"} or (own is not None and own != data_digest(meta)):
+    if meta.keys() != names or (own is not None and own != data_digest(meta)):
         raise CheckpointError(f"{path / META}: damaged (its digest does not match); delete this checkpoint")
-    folders.check_digests(path, meta["files"])
     return meta
 
 

@@ -120,11 +120,16 @@ def check_digests(folder: Path, files: Mapping[str, str], remedy: str = "") -> N
         CheckpointError: a file is missing or damaged; the message names it.
     """
     for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing, although the digests of its folder list it")
-        if digest(path) != expected:
-            raise CheckpointError(f"{path}: damaged (its digest does not match){remedy}")
+        check_present(folder, [name])
+        if digest(folder / name) != expected:
+            raise CheckpointError(f"{folder / name}: damaged (its digest does not match){remedy}")
+
+
+def check_present(folder: Path, names: Iterable[str]) -> None:
+    """Raise a CheckpointError that names the first file that the digests of a folder list, but that is missing."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing, although the digests of its folder list it")
 
 
 def digest(path: Path) -> str:

@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ except ImportError:  # pragma: no cover - Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
+_AGAIN = 0.02
+"""Seconds between two tries to lock a folder."""
 _BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
 
 
@@ -66,6 +69,22 @@ def reserved(folder: Path, *, resume: bool) -> Iterator[Start]:
                 os.close(descriptor)
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether a process is training in a folder; False where the system has no locks."""
+    try:
+        descriptor = os.open(folder / NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _BUSY
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextlib.contextmanager
 def waiting_for_others(path: Path) -> Iterator[None]:
     """Context that one process at a time is in: the others wait. The lock is on the file `path`, which is created."""
@@ -83,7 +102,7 @@ def _lock(folder: Path) -> int:
     Raises:
         CheckpointError: another process holds it.
     """
-    path = folder / NAME
+    path, tries = folder / NAME, 0
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -93,6 +112,11 @@ def _lock(folder: Path) -> int:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             if error.errno in _BUSY:
                 os.close(descriptor)
+                tries += 1
+                if tries < 3:
+                    # `is_locked` in another process holds the lock for an instant
+                    time.sleep(_AGAIN)
+                    continue
                 raise CheckpointError(
                     f"{folder}: another process is training in this folder{f' ({holder})' if holder else ''}; stop it, "
                     "wait until it ends, or choose another folder"

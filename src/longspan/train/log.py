@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from longspan.errors import CheckpointError
 from longspan.files import write_atomically
+from longspan.train.tracking import Tracking
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -32,10 +33,11 @@ class Log:
     Args:
         path: of the file; created if it does not exist.
         step: step at which the run continues; lines of later steps, logged after its checkpoint, are removed.
+        tracking: tracker to which each line is sent as well; closed with the log.
     """
 
-    def __init__(self, path: Path, *, step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, step: int, tracking: Tracking | None = None) -> None:
+        self.path, self._tracking = path, tracking
         lines = [line for line in read_log(path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -46,6 +48,8 @@ class Log:
         with self._explained():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+        if self._tracking is not None:
+            self._tracking.log(line)
 
     def sync(self) -> None:
         """Flush the log to disk, so that it is never behind its checkpoint; raises CheckpointError if that fails."""
@@ -65,3 +69,5 @@ class Log:
         """Close the file; errors are ignored, because `write` has flushed and reported them."""
         with contextlib.suppress(OSError):
             self._file.close()
+        if self._tracking is not None:
+            self._tracking.close()

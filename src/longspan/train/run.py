@@ -36,6 +36,7 @@ from longspan.train.memory_curriculum import MemoryCurriculumConfig
 from longspan.train.opening import TABLES, newest_sound, stored_recipe
 from longspan.train.passkey_curriculum import PasskeyCurriculumConfig
 from longspan.train.progress import Display, make_display
+from longspan.train.tracking import check_tracker, open_tracking
 from longspan.train.trainer import Result, Trainer
 from longspan.version import __version__
 
@@ -130,6 +131,7 @@ def run(
     resume: bool = False,
     progress: str | Display = "auto",
     until: int | None = None,
+    track: str | None = None,
 ) -> Result:
     """Train the model of a recipe in a folder; with torchrun, every process calls this function.
 
@@ -140,20 +142,27 @@ def run(
         resume: continue from the newest undamaged checkpoint, with results identical bit for bit.
         progress: `"auto"` (live on a terminal, else plain lines), `"live"`, `"plain"`, `"none"`, or your own display.
         until: stop after this step as after an interrupt, with a checkpoint, if the run has more steps; None: make all.
+        track: tracker to which the lines of the log are sent as well: `"tensorboard"`, `"trackio"`, `"wandb"` or
+            `"mlflow"`, see `longspan.train.tracking`; None: none.
 
     Raises:
-        ConfigError: the recipe is invalid, differs from that of the resumed run, or does not fit `train.init`.
+        ConfigError: the recipe is invalid, differs from that of the resumed run, or does not fit `train.init`; or the
+            tracker is unknown or not installed.
         DataError: the text is missing or cannot be read.
         CheckpointError: there is no run to resume, the folder has a run already, all checkpoints are damaged, or the
             disk cannot be written.
         DivergedError: the loss is not finite.
     """
     folder, display = Path(folder), make_display(progress)
+    check_tracker(track)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
     config = from_dict(_train_config(resolved), resolved["train"], "train")
     group = join_group(config.device)
     with _caller_undisturbed(group, config.threads), _reserved(folder, resume, group) as start:
-        return _train(resolved, config, folder, resume, group, display if group.main else Display(), start, until)
+        display = display if group.main else Display()
+        return _train(
+            resolved, config, folder, resume, group=group, display=display, start=start, until=until, track=track
+        )
 
 
 @contextlib.contextmanager
@@ -178,10 +187,12 @@ def _train(
     config: Any,
     folder: Path,
     resume: bool,
+    *,
     group: Group,
     display: Display,
     start: Start,
     until: int | None,
+    track: str | None,
 ) -> Result:
     """Prepare task and model in the locked folder, train, and publish the model.
 
@@ -194,6 +205,7 @@ def _train(
         display: progress display.
         start: marked as begun when everything has been checked.
         until: see `run`.
+        track: name of a tracker, or None.
     """
     if group.main and pretrained.is_pretrained(resolved):
         pretrained.write_tokenizer(resolved["model"], folder)
@@ -229,8 +241,10 @@ def _train(
             "the state of this model grows with the length of documents; set train.carry = false to start each segment "
             "from an empty state"
         )
+    tracking = None
     if group.main:
         _begin(folder, resolved, start)
+        tracking = open_tracking(track, folder, resolved, step=trainer.position.step, warn=display.message)
         if checkpoint is None:  # there may be one of an earlier start, which was killed before its first checkpoint
             (folder / SUMMARY).unlink(missing_ok=True)
         if warm_start is not None:
@@ -249,7 +263,7 @@ def _train(
 
     # publishing merges adapters into the weights, so models with adapters are evaluated first
     early = not hasattr(model, "export")
-    result = trainer.fit(publish if early else None, until)
+    result = trainer.fit(publish if early else None, until=until, tracking=tracking)
     if not early and group.main and trainer.trained:
         publish()
     if result.interrupted and trainer.trained:

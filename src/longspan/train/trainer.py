@@ -24,6 +24,7 @@ from longspan.train.progress import Display
 from longspan.train.signals import on_interrupt
 from longspan.train.source import BatchSource
 from longspan.train.step import DivergedError, Optimization
+from longspan.train.tracking import Tracking
 
 _REMEDIES = 'a lower train.lr, a longer train.warmup, a smaller train.clip or train.dtype = "float32"'
 _CURRICULA: dict[type, type[CurriculumSource]] = {
@@ -119,19 +120,27 @@ class Trainer:
         """Whether there is a checkpoint of the current step."""
         return self._saved_step == self.position.step
 
-    def fit(self, publish: Callable[[], None] | None = None, until: int | None = None) -> Result:
+    def fit(
+        self,
+        publish: Callable[[], None] | None = None,
+        *,
+        until: int | None = None,
+        tracking: Tracking | None = None,
+    ) -> Result:
         """Train until all steps (or minutes) are done, or until interrupted.
 
         Args:
             publish: writes the trained model; called in the main process between the last checkpoint and the final
                 evaluation.
             until: step after which to stop as after an interrupt; None: make all steps.
+            tracking: tracker to which the lines of the log are sent as well, in the main process; closed at the end.
 
         Raises:
             DivergedError: the loss is not finite; the message has the step, the last good checkpoint and advice.
             CheckpointError: a checkpoint could not be saved; the message names the last good one.
         """
-        log = Log(self.folder / "log.jsonl", step=self.position.step) if self.group.main else None
+        path, step = self.folder / "log.jsonl", self.position.step
+        log = Log(path, step=step, tracking=tracking) if self.group.main else None
         self.display.start(self._title())
         evaluation = None
         try:

@@ -38,6 +38,7 @@ from longspan.train.log import Log
 from longspan.train.opening import parse_dtype
 from longspan.train.pieces import Pieces
 from longspan.train.signals import on_interrupt
+from longspan.train.tracking import Tracking, check_tracker, open_tracking
 from longspan.train.transfer_display import TransferDisplay, make_transfer_display
 
 _RANKING_TOKENS = 4096
@@ -118,6 +119,7 @@ def run_transfer(
     eval_every: int = 100,
     log_every: int = 10,
     progress: str | TransferDisplay = "auto",
+    track: str | None = None,
 ) -> TransferOutcome:
     """Convert a model, teach its layers, and write it; continues an unfinished transfer of the same settings.
 
@@ -129,9 +131,11 @@ def run_transfer(
         eval_every: steps between two measurements of errors.
         log_every: steps between two lines of the log.
         progress: "auto", "live", "plain", "none", or a display.
+        track: tracker to which the lines of the log are sent as well, see `longspan.train.tracking`; None: none.
 
     Raises:
-        ConfigError: settings that do not fit the model, each other, or those with which the transfer began.
+        ConfigError: settings that do not fit the model, each other, or those with which the transfer began; or the
+            tracker is unknown or not installed.
         CheckpointError: the model or a checkpoint cannot be read, or the folder belongs to something else.
         DataError: the text is missing, or the mechanism has nothing to learn on it.
         UnsupportedError: the model or the mechanism does not allow it.
@@ -141,6 +145,7 @@ def run_transfer(
     for name, every in (("checkpoint_every", checkpoint_every), ("eval_every", eval_every), ("log_every", log_every)):
         if every < 1:
             raise ConfigError(f"transfer.{name} = {every}: must be at least 1")
+    check_tracker(track)
     settings = _checked(settings)
     store.check_output(settings.model, out)
     part = out / store.TRANSFER / store.part_name(settings.chosen)
@@ -162,7 +167,16 @@ def run_transfer(
             run.prepare()
             write_json(part / store.SETTINGS, {**settings.plain(), **text})
             start.begun = True
-            if run.fit(checkpoint_every=checkpoint_every, eval_every=eval_every, log_every=log_every):
+            tracking = open_tracking(
+                track,
+                part,
+                settings.plain(),
+                step=run.position.step,
+                warn=display.message,
+                name=out.resolve().name if settings.chosen is None else f"{out.resolve().name} {part.name}",
+            )
+            intervals = {"checkpoint_every": checkpoint_every, "eval_every": eval_every, "log_every": log_every}
+            if run.fit(tracking=tracking, **intervals):
                 return TransferOutcome(None, run.position.step, interrupted=True)
             report = run.report().to_dict() | {"seconds": run.position.seconds}
         # weights have their final dtypes only now
@@ -316,9 +330,10 @@ class _Run:
         self.position.softmax_layers = list(ranking.costliest(count))
         self.transfer.restore_softmax(self.position.softmax_layers)
 
-    def fit(self, *, checkpoint_every: int, eval_every: int, log_every: int) -> bool:
+    def fit(self, *, checkpoint_every: int, eval_every: int, log_every: int, tracking: Tracking | None) -> bool:
         """Make all steps that are left; return True if interrupted."""
-        position, log = self.position, Log(self.part / "log.jsonl", step=self.position.step)
+        position = self.position
+        log = Log(self.part / "log.jsonl", step=position.step, tracking=tracking)
         self.display.start(self._title(), _numbered(position.before))
         try:
             with on_interrupt(self._stop_soon):

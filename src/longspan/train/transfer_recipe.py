@@ -87,7 +87,12 @@ def _names(kind: type[Any]) -> list[str]:
 
 
 def train_transfer(
-    recipe: Mapping[str, Any], folder: str | Path, *, resume: bool = False, progress: str = "auto"
+    recipe: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    progress: str = "auto",
+    track: str | None = None,
 ) -> TransferOutcome:
     """Run the transfer of a recipe; the folder becomes the new model, as with `longspan transfer`.
 
@@ -97,6 +102,7 @@ def train_transfer(
         folder: of the new model.
         resume: continue from the newest checkpoint, with results identical bit for bit.
         progress: `"auto"`, `"live"`, `"plain"` or `"none"`.
+        track: as in `run_transfer`.
 
     Raises:
         CheckpointError: the folder has a transfer already, and `resume` is not set.
@@ -119,4 +125,4 @@ def train_transfer(
         if list_checkpoints(own / "checkpoints") or (store.read_report(own) is not None and is_converted(folder)):
             raise CheckpointError(f"{folder}: contains a transfer already; resume it, or choose another folder")
     options = to_dict(resolved.options)
-    return run_transfer(resolved.settings, folder, progress=progress, **options)
+    return run_transfer(resolved.settings, folder, progress=progress, track=track, **options)
