@@ -1,6 +1,6 @@
 """What every layer reads at each token of a span, and what its mechanism tells about it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,17 +82,15 @@ class LayerView:
     retrievals: list[TokenRetrieval] = field(default_factory=list)
 
 
-class _Part(NamedTuple):
-    """Where the columns of one call of a core lie in the text.
+class _Columns(NamedTuple):
+    """Which columns of a call of a core are which tokens of the text.
 
     Attributes:
-        call: of the core.
         front: columns of memory tokens before the text.
         first: position of the first token of the text.
         length: tokens of the text.
     """
 
-    call: CoreCall
     front: int
     first: int
     length: int
@@ -111,21 +109,21 @@ class _LayerNumbers:
         self.diagnostics: dict[str, TokenDiagnostic] = {}
         self.retrievals: dict[str, TokenRetrieval] = {}
 
-    def weigh(self, part: _Part) -> None:
+    def weigh(self, call: CoreCall, place: _Columns) -> None:
         """Enter the weights of one call."""
         assert self.core is not None
-        own, columns = self._own(part)
-        weights = token_weights(self.core, part.call)[0].mean(0)[columns]
+        own, columns = self._own(place)
+        weights = token_weights(self.core, call)[0].mean(0)[columns]
         if self.weights is None:
             self.weights = weights.new_zeros(len(self.span), len(self.span))
         self.weights[own, own] = weights[:, columns]
         self.read[own] = True
-        if part.front:
-            self.outside[own] = weights[:, : part.front].sum(-1).cpu().double().numpy()
+        if place.front:
+            self.outside[own] = weights[:, : place.front].sum(-1).cpu().double().numpy()
 
-    def tell(self, told: Explanation, part: _Part) -> None:
+    def tell(self, told: Explanation, place: _Columns) -> None:
         """Enter what the mechanism tells about one call."""
-        own, columns = self._own(part)
+        own, columns = self._own(place)
         if isinstance(told, Retrieval):
             empty = Strongest(positions=np.full((len(self.span), TOP), -1), weights=np.zeros((len(self.span), TOP)))
             known = self.retrievals.setdefault(
@@ -146,11 +144,11 @@ class _LayerNumbers:
         new = TokenDiagnostic(name=told.name, caption=told.caption, values=values, discrete=told.discrete)
         return self.diagnostics.setdefault(told.name, new)
 
-    def _own(self, part: _Part) -> tuple[slice, slice]:
+    def _own(self, place: _Columns) -> tuple[slice, slice]:
         """Return the tokens of the span that a call reads, by index in the span, and their columns in the call."""
-        begin, end = max(part.first, self.span.start), min(part.first + part.length, self.span.stop)
+        begin, end = max(place.first, self.span.start), min(place.first + place.length, self.span.stop)
         own = slice(begin - self.span.start, end - self.span.start)
-        return own, slice(begin - part.first + part.front, end - part.first + part.front)
+        return own, slice(begin - place.first + place.front, end - place.first + place.front)
 
     def view(self, of_model: list[TokenDiagnostic]) -> LayerView:
         """Return the view of the layer, with diagnostics of the model added to those of its mechanism."""
@@ -194,27 +192,36 @@ class LayerWatch:
         """Enter what the layers do in one call of the model."""
         for layer in self._layers:
             assert layer.core is not None
-            for part in self._parts(model_call, model_call.calls[id(layer.core)]):
-                if part.first + part.length <= self.span.start:
+            for call, place in zip(model_call.calls[id(layer.core)], self._places(model_call), strict=True):
+                if place.first + place.length <= self.span.start:
                     continue
                 if has_token_weights(layer.core):
-                    layer.weigh(part)
-                for told in explanations(layer.core, part.call):
-                    layer.tell(told, part)
+                    layer.weigh(call, place)
+                for told in explanations(layer.core, call):
+                    layer.tell(told, place)
 
-    def _parts(self, model_call: ModelCall, calls: list[CoreCall]) -> list[_Part]:
-        """Return where the columns of the calls of a core lie in the text.
+        if isinstance(self.model, RecurrentMemory):
+            self._tell_segments(self.model, model_call)
+
+    def _tell_segments(self, model: RecurrentMemory, model_call: ModelCall) -> None:
+        """Enter what the segments of a recurrent memory write, at each of their tokens."""
+        place = _Columns(0, model_call.first, model_call.last - model_call.first)
+        for told in model.explain(model_call.traces, model_call.before):
+            by_token = told.values.repeat_interleave(model.config.segment_length, -1)[..., : place.length]
+            self._of_model.tell(replace(told, values=by_token), place)
+
+    def _places(self, model_call: ModelCall) -> list[_Columns]:
+        """Return which columns of the calls of a core are the text.
 
         A recurrent memory calls its cores once per segment, with memory tokens before and after the text.
         """
         first, last = model_call.first, model_call.last
         if not isinstance(self.model, RecurrentMemory):
-            return [_Part(call, 0, first, last - first) for call in calls]
+            return [_Columns(0, first, last - first)]
         size, cell, causal = self.model.config.segment_length, self.model.cell, self.model.adapter.causal
-        starts = range(first, last, size)
         return [
-            _Part(call, cell.widths(causal, start // size)[0], start, min(size, last - start))
-            for start, call in zip(starts, calls, strict=True)
+            _Columns(cell.widths(causal, start // size)[0], start, min(size, last - start))
+            for start in range(first, last, size)
         ]
 
     def views(self) -> list[LayerView]:

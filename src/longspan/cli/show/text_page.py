@@ -33,8 +33,8 @@ _AROUND = 16
 _WEIGHTS = (
     "Weights are measured: each layer runs again with unit vectors in place of values, so they are what its operation "
     "uses, also for linear attention and for memories, where no softmax is computed. The weights of a token sum to 1 "
-    "over all that it reads. What the tokens shown here do not get is on the text before them, on memory tokens, on "
-    "compressed slots or on learned vectors."
+    "over all that it reads, unless its mechanism says otherwise below. What the tokens shown here do not get is on "
+    "the text before them, on memory tokens, on compressed slots or on learned vectors."
 )
 _NO_WEIGHTS = "no weights: the outputs of this mechanism are not a weighted sum of values"
 

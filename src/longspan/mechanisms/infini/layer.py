@@ -153,7 +153,7 @@ class InfiniMechanism(GatedBranches, SegmentMechanism):
             "alone in the first segment of a document, while the memory is empty."
         )
         if not self.adds:
-            caption += " Its update subtracts what is already stored, so weights may be negative and need not sum to 1."
+            caption += " What is stored is not counted again: weights need not sum to 1, and may be negative."
         return [Diagnostic(name="share of the memory", caption=caption, values=self.mixing_gate.sigmoid())]
 
     def operations(self) -> tuple[Operation, Operation]:
