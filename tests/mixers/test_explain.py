@@ -210,3 +210,27 @@ def test_an_outside_mechanism_need_not_tell_anything() -> None:
     call = call_of(mixer)
     assert explanations(mixer.core, call) == []
     assert isinstance(call.rows, BatchLayout)
+
+
+def test_write_strengths_of_segments_are_those_of_the_memory() -> None:
+    mixer = built("associative", segment=4, num_memory_tokens=3, memory_dim=4)
+    core = mixer.core
+    # five tokens after nine: the third segment ends within the call, the fourth stays incomplete
+    call = call_of(mixer, before=9, length=5)
+    (strengths,) = told(mixer, call).values()
+    assert strengths.values.shape == (1, 12, 5)
+    assert torch.isnan(strengths.values[..., 3:]).all()
+    beta = strengths.values[0, :, 0].view(4, 3)
+    torch.testing.assert_close(strengths.values[0, :, 1:3], beta.reshape(12, 1).expand(12, 2))
+    k, v = (
+        torch.cat([old[:, :, -1:], new[:, :, :3]], 2)[0]
+        for old, new in ((call.state.k, call.k), (call.state.v, call.v))
+    )
+    with torch.no_grad():
+        weights = (core.tokens @ k.mT / k.shape[-1] ** 0.5).softmax(-1)
+        phi, values = reference.dpfp(weights @ k @ core.key, core.config.nu), weights @ v @ core.value
+        before = call.state.values[0], call.state.keys[0]
+        expected = reference.associative_write(phi, values, beta, *before, constant_gamma=False, damped=True)
+        _, after = core(call.q, call.k, call.v, call.state, call.rows)
+    torch.testing.assert_close(after.values[0], expected[0])
+    torch.testing.assert_close(after.keys[0], expected[1])

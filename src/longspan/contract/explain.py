@@ -32,12 +32,14 @@ class Diagnostic:
         name: a few words, such as "write strength".
         caption: what the numbers are, in one or two sentences.
         values: (batch, heads, length) for each head and token of the call, or (heads,) for each head.
+        per: what the second or only dimension of `values` counts.
         discrete: the numbers are names, such as those of buckets, and not amounts.
     """
 
     name: str
     caption: str
     values: Tensor
+    per: str = "head"
     discrete: bool = False
 
 

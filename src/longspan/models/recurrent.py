@@ -310,9 +310,10 @@ class RecurrentMemory(nn.Module):
             mass = total
         caption = (
             "Share of the segment of the token in each memory token after the segment: 1 replaces all that earlier "
-            "segments wrote, 0 writes nothing."
+            "segments wrote, 0 writes nothing; none while the segment is incomplete."
         )
-        return [Diagnostic(name="write of the segment", caption=caption, values=torch.stack(shares, -1))]
+        values = torch.stack(shares, -1)
+        return [Diagnostic(name="write of the segment", caption=caption, values=values, per="memory token")]
 
     def _add_gate_penalty(self, traces: list[Trace], aux_losses: list[Tensor] | None) -> None:
         """Append the auxiliary loss on open gates to `aux_losses`, if it is configured."""

@@ -2,7 +2,7 @@ for (const root of document.querySelectorAll(".tokens")) {
   const data = JSON.parse(root.querySelector(".data").textContent);
   const text = root.querySelector(".text"), detail = root.querySelector(".detail"), spans = [...text.children];
   const shading = root.querySelector(".shading"), layerOf = root.querySelector(".layer");
-  const AROUND = 12;
+  const AROUND = innerWidth < 540 ? 7 : 12;
   let selected = -1, shades = [];
 
   const element = (tag, content, name) => {
@@ -37,7 +37,7 @@ for (const root of document.querySelectorAll(".tokens")) {
       const edges = [1, 2, 3, 4, 5, 6, 7].map(step => low + ((high - low) * step) / 8);
       const legend = edges.map((edge, step) => ["b" + step, "below " + write(edge)]);
       legend.push(["b7", write(edges[6]) + " and more"]);
-      found.push({ name: item.name + ", mean over heads", unit: "", caption: item.caption, values, edges, legend,
+      found.push({ name: item.name + (item.values.length > 1 ? `, mean by ${item.per}` : ""), unit: "", caption: item.caption, values, edges, legend,
         shades: legend.map(entry => entry[0]) });
     }
     return found;
@@ -104,7 +104,8 @@ for (const root of document.querySelectorAll(".tokens")) {
           parts.push(...listOf(`${item.name}:`, item.index[selected], item.weight[selected], item.snippets));
       for (const item of here.diagnostics ?? []) {
         const values = Array.isArray(item.values[0]) ? item.values.map(row => row[selected]) : item.values;
-        parts.push(element("p", [`${item.name}, by head: `, values.map(value => write(value)).join(", ")]));
+        const by = values.length > 1 ? `, by ${item.per}` : "";
+        parts.push(element("p", `${item.name}${by}: ${values.map(value => write(value)).join(", ")}`));
       }
       if (here.note) parts.push(element("p", here.note, "faint"));
     }

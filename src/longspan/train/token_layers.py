@@ -40,13 +40,14 @@ class TokenDiagnostic:
     """A `Diagnostic` over a span.
 
     Attributes:
-        name, caption, discrete: as in `Diagnostic`.
+        name, caption, per, discrete: as in `Diagnostic`.
         values: (heads, tokens) fp64, NaN where there is none; or (heads,).
     """
 
     name: str
     caption: str
     values: Array
+    per: str = "head"
     discrete: bool = False
 
 
@@ -141,7 +142,7 @@ class _LayerNumbers:
 
     def _diagnostic(self, told: Diagnostic, values: Array) -> TokenDiagnostic:
         """Return the diagnostic of this name, with these values if it is new."""
-        new = TokenDiagnostic(name=told.name, caption=told.caption, values=values, discrete=told.discrete)
+        new = TokenDiagnostic(name=told.name, caption=told.caption, values=values, per=told.per, discrete=told.discrete)
         return self.diagnostics.setdefault(told.name, new)
 
     def _own(self, place: _Columns) -> tuple[slice, slice]:

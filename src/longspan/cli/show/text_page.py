@@ -113,6 +113,7 @@ def _layer(view: "LayerView", shown: "ShownText", tokenizer: "Tokenizer") -> dic
             {
                 "name": diagnostic.name,
                 "caption": diagnostic.caption,
+                "per": diagnostic.per,
                 "discrete": diagnostic.discrete,
                 "values": [
                     [int(value) if diagnostic.discrete and value is not None else value for value in row]
@@ -168,8 +169,9 @@ def summary(data: dict[str, Any]) -> Table:
     changed = [value is not None for value in data["bits_without_memory"]]
     if any(changed):
         with_state = [value if known else None for value, known in zip(data["bits"], changed, strict=True)]
+        if not all(changed):
+            rows.append(("after the first segment", *_means(data, with_state)))
         rows += [
-            ("after the first segment", *_means(data, with_state)),
             (f"the same without memory, segments of {data['segment']:,}", *_means(data, data["bits_without_memory"])),
         ]
     return Table(columns=("", "tokens", "bits per token", "bits per byte"), rows=rows, right=(1, 2, 3))

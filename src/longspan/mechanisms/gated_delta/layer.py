@@ -163,12 +163,14 @@ class GatedDeltaMechanism(BoundedMechanism):
                 name="decay",
                 caption="Factor by which each kv head multiplies its memory at the token: 1 remembers all, 0 nothing.",
                 values=log_decay.exp(),
+                per="kv head",
             ),
             Diagnostic(
                 name="write strength",
                 caption="Share of the value stored under the key of the token that each kv head replaces by the new "
                 "one: 1 overwrites it, 0 writes nothing.",
                 values=strength,
+                per="kv head",
             ),
         ]
 
