@@ -53,7 +53,7 @@ def test_the_page_shows_what_layers_read(longspan: Command, folder: Path, byte_r
     data = report(tmp_path)
     mean, first, second = data["layers"]
     assert (first["label"], second["label"]) == ("Layer 1 (TransformerXL)", "Layer 2 (TransformerXL)")
-    for token, index in enumerate(first["index"]):
+    for token, index in enumerate(first["positions"]):
         assert all(at <= token for at in index)
     np.testing.assert_allclose(first["sum"], 1, atol=1e-5)
     html = without_pixels((tmp_path / "report.html").read_text())
@@ -114,7 +114,7 @@ def test_other_mechanisms(longspan: Command, folder: Path, tmp_path: Path, mixer
     data = report(out)
     layer = data["layers"][-1]
     assert {item["name"] for item in (*layer["diagnostics"], *layer["retrievals"])} == tells
-    assert (layer["index"] is None) == ("gated_delta" in mixers)
+    assert (layer["positions"] is None) == ("gated_delta" in mixers)
     assert data["carries_state"] == ("sorted" not in mixers)
     for retrieval in layer["retrievals"]:
         # the store has segments before the span, whose text is on the page
@@ -122,3 +122,18 @@ def test_other_mechanisms(longspan: Command, folder: Path, tmp_path: Path, mixer
         text = (folder / "long.txt").read_text()
         assert text[int(position) - 1] == own
         assert before + own + after in text
+
+
+def test_a_converted_model(longspan: Command, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tests.hf.conftest import save_llama
+
+    source, converted = save_llama(tmp_path / "source"), tmp_path / "converted"
+    assert longspan("convert", source, "--to", "infini", "--set", "segment=16", "-o", converted).code == 0
+    outcome = longspan("show", "text", converted, folder / "long.txt", "--length", 60, "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome
+    layers = report(tmp_path / "out")["layers"]
+    assert {layer["mechanism"] for layer in layers} == {"", "Infini"}
+    np.testing.assert_allclose(layers[0]["sum"], 1, atol=1e-4)
+    (gates,) = layers[1]["diagnostics"]
+    assert gates["name"] == "share of the memory"

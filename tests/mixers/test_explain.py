@@ -10,6 +10,8 @@ from torch import Tensor
 from longspan import mixers, ops, reference
 from longspan.contract.explain import CoreCall, Diagnostic, Retrieval, explanations, has_token_weights
 from longspan.errors import UnsupportedError
+from longspan.mechanisms.memorizing.layer import MemorizingMechanism
+from longspan.mechanisms.window_linear.layer import WindowLinearMechanism
 from longspan.mixers import BatchLayout, Mixer
 from longspan.mixers.probe import token_weights
 
@@ -36,7 +38,8 @@ def call_of(mixer: Mixer, *, before: int = BEFORE, length: int = LENGTH) -> Core
     calls: list[CoreCall] = []
 
     def record(_core: Any, arguments: Any, keywords: dict[str, Any], _out: Any) -> None:
-        calls.append(CoreCall(*arguments, keywords["hidden"]))
+        q, k, v, before_state, rows = arguments
+        calls.append(CoreCall(q, k, v, before_state, rows, keywords["hidden"]))
 
     x = torch.randn(1, before + length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     hook = mixer.core.register_forward_hook(record, with_kwargs=True)
@@ -69,7 +72,8 @@ def test_weights_are_those_of_the_outputs(name: str, fields: dict[str, Any]) -> 
 
     def outputs(v: Tensor) -> Tensor:
         with torch.no_grad():
-            return mixer.core(call.q, call.k, v, call.state, call.rows, hidden=call.hidden)[0]
+            out: Tensor = mixer.core(call.q, call.k, v, call.state, call.rows, hidden=call.hidden)[0]
+        return out
 
     other = torch.randn(call.v.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected = outputs(call.v) - outputs(other)
@@ -94,10 +98,12 @@ def test_from_an_empty_state_weights_sum_to_one(name: str, fields: dict[str, Any
 
 def test_decays_and_write_strengths_are_those_of_the_recurrence() -> None:
     mixer = built("gated_delta", conv_size=1)
-    call, core = call_of(mixer), mixer.core
+    call = call_of(mixer)
+    core: Any = mixer.core
     numbers = told(mixer, call)
     a, b = numbers["decay"].values, numbers["write strength"].values
-    x = call.hidden.x  # type: ignore[union-attr]
+    assert call.hidden is not None
+    x = call.hidden.x
     expected = torch.exp(-core.A_log.exp() * F.softplus(core.decay(x) + core.dt_bias)).mT
     torch.testing.assert_close(a, expected)
     # the recurrence with these numbers gives the outputs of the core, before norm and gate
@@ -128,6 +134,8 @@ def test_retrieved_pairs_are_the_nearest_keys() -> None:
     call = call_of(mixer)
     pairs = told(mixer, call)["retrieved pairs"]
     assert isinstance(pairs, Retrieval)
+    assert isinstance(mixer.core, MemorizingMechanism)
+    scale = mixer.core.scale
     x = torch.randn(1, BEFORE + LENGTH, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         _, keys, _ = mixer.projections(x)
@@ -138,7 +146,7 @@ def test_retrieved_pairs_are_the_nearest_keys() -> None:
         order = pairs.weights[0, :, token].sort(-1, descending=True)
         positions = pairs.positions[0, :, token].gather(-1, order.indices)
         torch.testing.assert_close(positions, best.indices + max(end - 10, 0))
-        expected = (best.values * mixer.core.scale[:, None]).softmax(-1)
+        expected = (best.values * scale[:, None]).softmax(-1)
         torch.testing.assert_close(order.values, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -173,7 +181,9 @@ def test_spans_and_supports_bound_the_weights() -> None:
     assert (seen == 7).all()
     dynamic = built("adaptive_span", max_span=6, ramp=3, dynamic=True)
     call = call_of(dynamic)
-    logits = call.hidden.x @ dynamic.core.span_weight.mT + dynamic.core.span_bias  # type: ignore[union-attr]
+    assert call.hidden is not None
+    core: Any = dynamic.core
+    logits = call.hidden.x @ core.span_weight.mT + core.span_bias
     torch.testing.assert_close(told(dynamic, call)["span"].values, 6 * logits.sigmoid().mT)
     entmax = built("entmax", alpha_init=1.8)
     call = call_of(entmax, before=0)
@@ -196,6 +206,7 @@ def test_the_factor_of_a_linear_memory_scales_its_weights() -> None:
     mixer = built("window_linear", window=3)
     call = call_of(mixer, before=0)
     factor = told(mixer, call)["factor of the memory"].values
+    assert isinstance(mixer.core, WindowLinearMechanism)
     torch.testing.assert_close(factor, mixer.core.gate.exp())
     weights = token_weights(mixer.core, call)[0, :, -1]
     before = weights[:, :-3].sum(-1) / weights[:, -3:].sum(-1)
@@ -214,7 +225,7 @@ def test_an_outside_mechanism_need_not_tell_anything() -> None:
 
 def test_write_strengths_of_segments_are_those_of_the_memory() -> None:
     mixer = built("associative", segment=4, num_memory_tokens=3, memory_dim=4)
-    core = mixer.core
+    core: Any = mixer.core
     # five tokens after nine: the third segment ends within the call, the fourth stays incomplete
     call = call_of(mixer, before=9, length=5)
     (strengths,) = told(mixer, call).values()

@@ -15,7 +15,7 @@ def shown() -> str:
         tokens=TOKENS,
         names=NAMES,
         series=[loss_series(BITS), change_series("saved", "bits saved", [None, None, -0.6, 0.2])],
-        layers=[{"label": "Layer 1 <b>", "index": [None, [1], [1], [2, 1]], "weight": [None, [1], [1], [0.5, 0.2]]}],
+        layers=[{"label": "Layer 1 <b>", "positions": [None, [1], [1], [2]], "weights": [None, [1], [1], [0.5]]}],
     )
     return page("Text", [Section("Text", [text])])
 

@@ -58,6 +58,7 @@ def test_weights_are_those_of_the_attention_map() -> None:
         np.testing.assert_allclose(view.strongest.weights, best.values.numpy(), atol=1e-9)
         real = best.values.numpy() > 1e-6
         np.testing.assert_array_equal(view.strongest.positions[real], best.indices.numpy()[real])
+        assert view.sums is not None
         np.testing.assert_allclose(view.sums, 1, atol=1e-9)
 
 

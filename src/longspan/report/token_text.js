@@ -84,7 +84,7 @@ for (const root of document.querySelectorAll(".tokens")) {
       delete span.dataset.rank;
     }
     if (here) {
-      const index = here.index?.[selected];
+      const index = here.positions?.[selected];
       if (index) {
         index.forEach((position, rank) => {
           const span = spans[position - data.first];
@@ -95,13 +95,13 @@ for (const root of document.querySelectorAll(".tokens")) {
         });
         parts.push(...listOf(
           `${here.label} reads, mean weight over its heads (all tokens shown here: ${write(here.sum[selected])}):`,
-          index, here.weight[selected]));
-      } else if (here.index) {
+          index, here.weights[selected]));
+      } else if (here.positions) {
         parts.push(element("p", "This token was not read by the model.", "faint"));
       }
       for (const item of here.retrievals ?? [])
-        if (item.index[selected]?.length)
-          parts.push(...listOf(`${item.name}:`, item.index[selected], item.weight[selected], item.snippets));
+        if (item.positions[selected]?.length)
+          parts.push(...listOf(`${item.name}:`, item.positions[selected], item.weights[selected], item.snippets));
       for (const item of here.diagnostics ?? []) {
         const values = Array.isArray(item.values[0]) ? item.values.map(row => row[selected]) : item.values;
         const by = values.length > 1 ? `, by ${item.per}` : "";

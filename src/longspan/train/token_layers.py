@@ -1,5 +1,6 @@
 """What every layer reads at each token of a span, and what its mechanism tells about it."""
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from longspan.mixers import Mechanism
 from longspan.mixers.probe import token_weights
 from longspan.models import RecurrentMemory
 from longspan.tasks.base import Array
+from longspan.train.evaluate import Progress
 from longspan.train.token_view import ModelCall, layer_cores
 
 TOP = 8
@@ -114,7 +116,8 @@ class _LayerNumbers:
         """Enter the weights of one call."""
         assert self.core is not None
         own, columns = self._own(place)
-        weights = token_weights(self.core, call)[0].mean(0)[columns]
+        weights = token_weights(self.core, call)[0]
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32)).mean(0)[columns]
         if self.weights is None:
             self.weights = weights.new_zeros(len(self.span), len(self.span))
         self.weights[own, own] = weights[:, columns]
@@ -174,13 +177,14 @@ class LayerWatch:
         model: that reads.
         span: positions of the span.
         layer: number of the only layer to look at, from 1; 0 = all.
+        progress: called after each layer as progress(layers measured, layers in all), for each call of the model.
 
     Raises:
         ConfigError: the model has no such layer.
     """
 
-    def __init__(self, model: Any, span: range, layer: int = 0) -> None:
-        self.model, self.span = model, span
+    def __init__(self, model: Any, span: range, layer: int = 0, *, progress: Progress | None = None) -> None:
+        self.model, self.span, self.progress = model, span, progress
         cores = list(enumerate(layer_cores(model), 1))
         if layer > len(cores):
             raise ConfigError(
@@ -191,7 +195,7 @@ class LayerWatch:
 
     def see(self, model_call: ModelCall) -> None:
         """Enter what the layers do in one call of the model."""
-        for layer in self._layers:
+        for done, layer in enumerate(self._layers, 1):
             assert layer.core is not None
             for call, place in zip(model_call.calls[id(layer.core)], self._places(model_call), strict=True):
                 if place.first + place.length <= self.span.start:
@@ -200,7 +204,8 @@ class LayerWatch:
                     layer.weigh(call, place)
                 for told in explanations(layer.core, call):
                     layer.tell(told, place)
-
+            if self.progress is not None:
+                self.progress(done, len(self._layers))
         if isinstance(self.model, RecurrentMemory):
             self._tell_segments(self.model, model_call)
 
@@ -229,11 +234,11 @@ class LayerWatch:
         """Return the views of the layers in order; if several have weights, first that of their mean, with number 0."""
         of_model = list(self._of_model.diagnostics.values())
         views = [layer.view(of_model) for layer in self._layers]
-        weighed = [layer for layer in self._layers if layer.weights is not None]
+        weighed = [layer.weights for layer in self._layers if layer.weights is not None]
         if len(weighed) > 1:
             mean = _LayerNumbers(0, None, self.span)
-            mean.weights = torch.stack([layer.weights for layer in weighed if layer.weights is not None]).mean(0)
-            mean.read = weighed[0].read
+            mean.weights = functools.reduce(torch.add, weighed) / len(weighed)
+            mean.read = np.logical_or.reduce([layer.read for layer in self._layers])
             views.insert(0, mean.view(of_model))
         return views
 

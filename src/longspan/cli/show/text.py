@@ -80,9 +80,9 @@ def text(options: TextOptions) -> None:
     segment = trained_segment(options.run, model)
     # a model that does not stream reads its last segment as a whole
     shown = _read(task.tokenizer, options, 0 if model.traits.streams else segment)
-    watch = LayerWatch(model, shown.span, options.layer)
-    with reading_progress("reading the text") as progress:
-        losses = read_span(model, shown.ids, shown.span, segment=segment, watch=watch.see, progress=progress)
+    with reading_progress("reading the text") as reading, reading_progress("measuring the layers") as measuring:
+        watch = LayerWatch(model, shown.span, options.layer, progress=measuring)
+        losses = read_span(model, shown.ids, shown.span, segment=segment, watch=watch.see, progress=reading)
     data = plain(options, task.tokenizer, shown, losses, watch.views())
     path = write_page(options, data)
     if options.as_json:
@@ -102,10 +102,11 @@ def _read(tokenizer: "Tokenizer", options: TextOptions, more: int) -> ShownText:
 
     from longspan.cli import reading
 
-    name, first, needed = options.file, options.from_, options.from_ + options.length
-    encoder = reading.encoder(tokenizer, "standard input" if name == "-" else name, errors=options.errors)
+    name = "standard input" if options.file == "-" else options.file
+    first, needed = options.from_, options.from_ + options.length
+    encoder = reading.encoder(tokenizer, name, errors=options.errors)
     parts, count, done = [], 0, False
-    with reading.open_bytes(name) as file:
+    with reading.open_bytes(options.file) as file:
         while not done and count < needed + more:
             block = reading.read_some(file, _READ)
             done = not block

@@ -105,8 +105,8 @@ def _layer(view: "LayerView", shown: "ShownText", tokenizer: "Tokenizer") -> dic
         "layer": view.number,
         "mechanism": view.name,
         "label": f"Layer {view.number} ({view.name})" if view.number else "Mean of all layers with weights",
-        "index": None,
-        "weight": None,
+        "positions": None,
+        "weights": None,
         "sum": None,
         "note": _NO_WEIGHTS if view.strongest is None else "",
         "diagnostics": [
@@ -115,12 +115,7 @@ def _layer(view: "LayerView", shown: "ShownText", tokenizer: "Tokenizer") -> dic
                 "caption": diagnostic.caption,
                 "per": diagnostic.per,
                 "discrete": diagnostic.discrete,
-                "values": [
-                    [int(value) if diagnostic.discrete and value is not None else value for value in row]
-                    for row in _numbers(diagnostic.values)
-                ]
-                if diagnostic.values.ndim > 1
-                else _numbers(diagnostic.values),
+                "values": _numbers(diagnostic.values),
             }
             for diagnostic in view.diagnostics
         ],
@@ -143,9 +138,10 @@ def _layer(view: "LayerView", shown: "ShownText", tokenizer: "Tokenizer") -> dic
 
 def _lists(strongest: "Strongest") -> dict[str, list[list[Any]]]:
     """Return positions and weights as lists of different lengths."""
-    index: list[list[Any]] = [[at for at in row if at >= 0] for row in strongest.positions.tolist()]
-    weights = _numbers(strongest.weights)
-    return {"index": index, "weight": [row[: len(at)] for row, at in zip(weights, index, strict=True)]}
+    rows: list[list[int]] = strongest.positions.tolist()
+    positions = [[position for position in row if position >= 0] for row in rows]
+    weights = [row[: len(known)] for row, known in zip(_numbers(strongest.weights), positions, strict=True)]
+    return {"positions": positions, "weights": weights}
 
 
 def _snippets(strongest: "Strongest", shown: "ShownText", tokenizer: "Tokenizer") -> dict[int, list[str]]:
@@ -171,9 +167,8 @@ def summary(data: dict[str, Any]) -> Table:
         with_state = [value if known else None for value, known in zip(data["bits"], changed, strict=True)]
         if not all(changed):
             rows.append(("after the first segment", *_means(data, with_state)))
-        rows += [
-            (f"the same without memory, segments of {data['segment']:,}", *_means(data, data["bits_without_memory"])),
-        ]
+        name = f"the same without memory, segments of {data['segment']:,}"
+        rows.append((name, *_means(data, data["bits_without_memory"])))
     return Table(columns=("", "tokens", "bits per token", "bits per byte"), rows=rows, right=(1, 2, 3))
 
 

@@ -168,12 +168,14 @@ def summary_weights(k: Tensor, maps: AssociativeMaps) -> Tensor:
     """Return the weights (..., kv_heads, memory tokens, size) of the keys k (..., kv_heads, size, head_dim) of a
     complete segment in what its memory tokens write.
     """
-    return (maps.tokens.to(k.dtype) @ k.mT * k.shape[-1] ** -0.5).softmax(-1)
+    weights: Tensor = (maps.tokens.to(k.dtype) @ k.mT * k.shape[-1] ** -0.5).softmax(-1)
+    return weights
 
 
 def write_strengths(attended_k: Tensor, maps: AssociativeMaps) -> Tensor:
     """Return beta (..., memory tokens) from the weighted sums of keys (..., memory tokens, head_dim)."""
-    return (attended_k @ maps.strength.to(attended_k.dtype)).sigmoid()
+    strengths: Tensor = (attended_k @ maps.strength.to(attended_k.dtype)).sigmoid()
+    return strengths
 
 
 def associative_attention(
