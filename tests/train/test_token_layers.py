@@ -119,3 +119,26 @@ def test_writes_are_the_shares_of_the_evidence(first: int) -> None:
             np.testing.assert_allclose(writes.values[:, position - first], expected, atol=1e-6)
     assert mass.min() > 0
     assert np.isnan(writes.values[:, 30 - first :]).all()
+
+
+def test_retrieved_tokens_have_positions_of_the_text() -> None:
+    mixers = [{"name": "memorizing", "window": 3, "max_memories": 30, "k": 30}]
+    mean, whole, _ = views_of(made(mixers=mixers), range(30))
+    _, later, _ = views_of(made(mixers=mixers), range(17, 30))
+    assert not mean.retrievals
+    ((ours,), (expected,)) = later.retrievals, whole.retrievals
+    # equal bytes have equal keys, and any of them may come first
+    np.testing.assert_array_equal(TOKENS[ours.strongest.positions], TOKENS[expected.strongest.positions[17:]])
+    np.testing.assert_allclose(ours.strongest.weights, expected.strongest.weights[17:], atol=1e-9)
+    for token, row in enumerate(expected.strongest.positions):
+        # everything in the complete windows before it, or the largest of it
+        assert (row >= 0).sum() == min(token // 3 * 3, TOP)
+        assert row.max() < token // 3 * 3
+    memory = {"num_memory_tokens": 2, "segment_length": SEGMENT}
+    view = views_of(made(mixers=mixers, memory=memory), range(12, 24))[1]
+    (inside,) = view.retrievals
+    for position, row in zip(range(12, 24), inside.strongest.positions, strict=True):
+        # two memory tokens are before the segment, so its first window ends with its first token
+        column = position % SEGMENT + 2
+        retrieved = sorted(at for at in row.tolist() if at >= 0)
+        assert retrieved == list(range(position // SEGMENT * SEGMENT, position - column % 3))

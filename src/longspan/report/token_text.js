@@ -6,10 +6,10 @@ for (const root of document.querySelectorAll(".tokens")) {
   let selected = -1, shades = [];
 
   const element = (tag, content, name) => {
-    const made = document.createElement(tag);
-    made.append(...[content].flat());
-    if (name) made.className = name;
-    return made;
+    const node = document.createElement(tag);
+    node.append(...[content].flat());
+    if (name) node.className = name;
+    return node;
   };
   const write = (value, digits = 3) =>
     value === null ? "–" : (Number.isInteger(value) ? String(value) : value.toPrecision(digits)).replace("-", "−");
@@ -19,28 +19,30 @@ for (const root of document.querySelectorAll(".tokens")) {
   function quoted(position, snippet) {
     const token = position - data.first;
     const [before, own, after] = snippet ?? [
-      data.tokens.slice(Math.max(token - AROUND, 0), token).join("").slice(-AROUND),
+      data.tokens.slice(Math.max(token - AROUND, 0), token).join(""),
       data.tokens[token] || data.names[token],
-      data.tokens.slice(token + 1, token + AROUND).join("").slice(0, AROUND),
+      data.tokens.slice(token + 1, token + 1 + AROUND).join(""),
     ];
     const plain = part => part.replaceAll("\n", "↵");
-    return element("code", [plain(before), element("mark", plain(own)), plain(after)]);
+    return element("code", [plain(before.slice(-AROUND)), element("mark", plain(own)), plain(after.slice(0, AROUND))]);
   }
 
-  const mean = rows => rows[0].map((_, token) => rows.reduce((sum, row) => sum + row[token], 0) / rows.length);
+  // the mean of the rows at each token, null where one of them has no number
+  const mean = rows => rows[0].map((_, token) =>
+    rows.some(row => row[token] === null) ? null : rows.reduce((sum, row) => sum + row[token], 0) / rows.length);
   function seriesOfLayer() {
-    const found = [];
+    const offered = [];
     for (const item of layer()?.diagnostics ?? []) {
       if (item.discrete || !Array.isArray(item.values[0])) continue;
-      const values = mean(item.values), known = values.filter(Number.isFinite);
+      const values = mean(item.values), known = values.filter(value => value !== null);
       const low = Math.min(...known), high = Math.max(...known);
-      const edges = [1, 2, 3, 4, 5, 6, 7].map(step => low + ((high - low) * step) / 8);
+      const edges = high > low ? [1, 2, 3, 4, 5, 6, 7].map(step => low + ((high - low) * step) / 8) : [];
       const legend = edges.map((edge, step) => ["b" + step, "below " + write(edge)]);
-      legend.push(["b7", write(edges[6]) + " and more"]);
-      found.push({ name: item.name + (item.values.length > 1 ? `, mean by ${item.per}` : ""), unit: "", caption: item.caption, values, edges, legend,
-        shades: legend.map(entry => entry[0]) });
+      legend.push(edges.length ? ["b7", write(edges[6]) + " and more"] : ["b0", known.length ? write(low) : "–"]);
+      const name = item.name + (item.values.length > 1 ? `, mean by ${item.per}` : "");
+      offered.push({ name, unit: "", caption: item.caption, values, edges, legend, shades: legend.map(entry => entry[0]) });
     }
-    return found;
+    return offered;
   }
   function offerShades() {
     shades = [...data.series, ...seriesOfLayer()];
@@ -52,16 +54,14 @@ for (const root of document.querySelectorAll(".tokens")) {
     const series = shades[shading.value];
     spans.forEach((span, token) => {
       const value = series.values[token];
-      const known = value !== null && Number.isFinite(value);
+      const known = value !== null;
       const name = known ? series.shades[series.edges.filter(edge => edge <= value).length] : "none";
       span.className = name + (span.dataset.rank ? " read" : "");
       span.title = nameOf(token) + ": " + (known ? write(value) + " " + series.unit : "–");
     });
     root.querySelector(".caption").textContent = series.name + ": " + series.caption;
-    root.querySelector(".legend").replaceChildren(...series.legend.map(([name, range]) => {
-      const item = element("li", [element("span", "", name), range]);
-      return item;
-    }));
+    const entries = series.legend.map(([name, range]) => element("li", [element("span", "", name), range]));
+    root.querySelector(".legend").replaceChildren(...entries);
   }
   function listOf(title, index, weight, snippets) {
     const items = index.map((position, rank) => {
@@ -94,14 +94,14 @@ for (const root of document.querySelectorAll(".tokens")) {
           }
         });
         parts.push(...listOf(
-          `${here.label} reads, mean weight over its heads (all tokens shown here: ${write(here.sum[selected])}):`,
+          `${here.label}: tokens with the largest weights, mean over heads (sum of all shown: ${write(here.sum[selected])})`,
           index, here.weights[selected]));
       } else if (here.positions) {
         parts.push(element("p", "This token was not read by the model.", "faint"));
       }
       for (const item of here.retrievals ?? [])
         if (item.positions[selected]?.length)
-          parts.push(...listOf(`${item.name}:`, item.positions[selected], item.weights[selected], item.snippets));
+          parts.push(...listOf(item.name, item.positions[selected], item.weights[selected], item.snippets));
       for (const item of here.diagnostics ?? []) {
         const values = Array.isArray(item.values[0]) ? item.values.map(row => row[selected]) : item.values;
         const by = values.length > 1 ? `, by ${item.per}` : "";

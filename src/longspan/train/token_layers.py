@@ -92,11 +92,13 @@ class _Columns(NamedTuple):
         front: columns of memory tokens before the text.
         first: position of the first token of the text.
         length: tokens of the text.
+        offset: position that the call gives to its first column.
     """
 
     front: int
     first: int
     length: int
+    offset: int
 
 
 class _LayerNumbers:
@@ -133,7 +135,11 @@ class _LayerNumbers:
             known = self.retrievals.setdefault(
                 told.name, TokenRetrieval(name=told.name, caption=told.caption, strongest=empty)
             )
-            merged = _merged(told.positions[0, :, columns].cpu().numpy(), told.weights[0, :, columns].cpu().numpy())
+            positions = told.positions[0, :, columns].cpu().numpy()
+            in_text = positions - place.offset - place.front + place.first
+            # memory tokens have no position in the text
+            is_text = (positions >= 0) & (in_text >= (place.first if place.front else 0))
+            merged = _merged(np.where(is_text, in_text, -1), told.weights[0, :, columns].cpu().numpy())
             known.strongest.positions[own], known.strongest.weights[own] = merged.positions, merged.weights
             return
         values = told.values.detach().cpu().double().numpy()
@@ -197,7 +203,8 @@ class LayerWatch:
         """Enter what the layers do in one call of the model."""
         for done, layer in enumerate(self._layers, 1):
             assert layer.core is not None
-            for call, place in zip(model_call.calls[id(layer.core)], self._places(model_call), strict=True):
+            calls = model_call.calls[id(layer.core)]
+            for call, place in zip(calls, self._places(model_call, calls), strict=True):
                 if place.first + place.length <= self.span.start:
                     continue
                 if has_token_weights(layer.core):
@@ -211,23 +218,23 @@ class LayerWatch:
 
     def _tell_segments(self, model: RecurrentMemory, model_call: ModelCall) -> None:
         """Enter what the segments of a recurrent memory write, at each of their tokens."""
-        place = _Columns(0, model_call.first, model_call.last - model_call.first)
+        place = _Columns(0, model_call.first, model_call.last - model_call.first, model_call.first)
         for told in model.explain(model_call.traces, model_call.before):
             by_token = told.values.repeat_interleave(model.config.segment_length, -1)[..., : place.length]
             self._of_model.tell(replace(told, values=by_token), place)
 
-    def _places(self, model_call: ModelCall) -> list[_Columns]:
+    def _places(self, model_call: ModelCall, calls: list[CoreCall]) -> list[_Columns]:
         """Return which columns of the calls of a core are the text.
 
         A recurrent memory calls its cores once per segment, with memory tokens before and after the text.
         """
-        first, last = model_call.first, model_call.last
+        first, last, offsets = model_call.first, model_call.last, [int(call.rows.offsets[0]) for call in calls]
         if not isinstance(self.model, RecurrentMemory):
-            return [_Columns(0, first, last - first)]
+            return [_Columns(0, first, last - first, offset) for offset in offsets]
         size, cell, causal = self.model.config.segment_length, self.model.cell, self.model.adapter.causal
         return [
-            _Columns(cell.widths(causal, start // size)[0], start, min(size, last - start))
-            for start in range(first, last, size)
+            _Columns(cell.widths(causal, start // size)[0], start, min(size, last - start), offset)
+            for start, offset in zip(range(first, last, size), offsets, strict=True)
         ]
 
     def views(self) -> list[LayerView]:

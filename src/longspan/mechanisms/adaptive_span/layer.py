@@ -92,6 +92,9 @@ class AdaptiveSpanMechanism(BoundedMechanism):
             self.persistent_k = nn.Parameter(torch.empty(size).normal_(0, 1))
             self.persistent_v = nn.Parameter(torch.empty(size).normal_(0, config.persistent**-0.5))
 
+    affine_in_values = True
+    """Persistent vectors only add a constant to a map times the values; see `contract.explain`."""
+
     @functools.cached_property
     def traits(self) -> Traits:
         """Capability flags: causal only; the state is bounded by the spans.
@@ -194,9 +197,6 @@ class AdaptiveSpanMechanism(BoundedMechanism):
             dtype = torch.promote_types(hidden.x.dtype, torch.float32)
             logits = hidden.x.to(dtype) @ self.span_weight.to(dtype).mT + self.span_bias.to(dtype)
         return self.config.max_span * logits.sigmoid().mT
-
-    affine_in_values = True
-    """Persistent vectors only add a constant to a map times the values; see `contract.explain`."""
 
     def explain(self, call: CoreCall) -> list[Explanation]:
         """Return the span of each head, for each token if it is dynamic."""

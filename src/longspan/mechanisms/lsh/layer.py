@@ -156,11 +156,12 @@ class LSHMechanism(DrawnMechanism):
         """Return the bucket of each query in each hash round."""
         q, _ = self.rotate(call.q, call.k[:, :0], call.rows)
         buckets = ops.lsh_buckets(q, self._rotations_per_head())
+        reads = "it reads keys of the same bucket" if self.strict else "tokens are sorted by it and cut into chunks"
+        caption = f"Bucket, from 0 to {self.config.num_buckets - 1}, of the query in a hash round; {reads}."
         return [
             Diagnostic(
                 name=f"bucket of round {number + 1}",
-                caption=f"Bucket, from 0 to {self.config.num_buckets - 1}, of the query in a hash round; it reads keys "
-                "of the same bucket.",
+                caption=caption,
                 values=buckets[:, :, number],
                 discrete=True,
             )
