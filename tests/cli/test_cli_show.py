@@ -43,7 +43,7 @@ def looking_run(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("verb", ["patterns", "spans", "support"])
+@pytest.mark.parametrize("verb", ["text", "patterns", "spans", "support"])
 def test_every_verb_has_an_example(longspan: Command, verb: str) -> None:
     outcome = longspan("show", verb, "--help")
     assert outcome.code == 0
@@ -53,7 +53,7 @@ def test_every_verb_has_an_example(longspan: Command, verb: str) -> None:
 def test_show_without_a_verb_prints_the_help(longspan: Command) -> None:
     outcome = longspan("show")
     assert outcome.code == 0
-    assert all(verb in outcome.out for verb in ("patterns", "spans", "support"))
+    assert all(verb in outcome.out for verb in ("text", "patterns", "spans", "support"))
     assert outcome.out == longspan("show", "--help").out
 
 

@@ -47,12 +47,13 @@ def verbs(folder: Path) -> dict[str, list[str]]:
         "eval": ["eval", name],
         "stream": ["stream", name, str(folder / "documents/0.txt")],
         "generate": ["generate", name, "--prompt", "the", "--tokens", "3"],
+        "show text": ["show", "text", name, str(folder / "documents/0.txt"), "-o", str(folder / "text")],
         "show spans": ["show", "spans", name, "-o", str(folder / "spans")],
         "show support": ["show", "support", name, "--tokens", "64", "-o", str(folder / "support")],
     }
 
 
-VERBS = ["train", "eval", "stream", "generate", "show spans", "show support"]
+VERBS = ["train", "eval", "stream", "generate", "show text", "show spans", "show support"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -275,6 +275,7 @@ VERBS = {
     "eval": ["norun", "--task", "lm"],
     "quickstart": ["--reuse"],
     "quickstart-lm": ["--reuse"],
+    "show text": ["norun", "notext"],
     "show patterns": [],
     "show spans": ["norun"],
     "show support": ["norun"],

@@ -22,7 +22,7 @@ from longspan.cli.list_runs import runs
 from longspan.cli.mixers import mixers
 from longspan.cli.plan import plan
 from longspan.cli.recipes import recipes
-from longspan.cli.show import patterns, scaling, spans, support
+from longspan.cli.show import patterns, scaling, spans, support, text
 from longspan.cli.stream import stream
 from longspan.cli.train import train
 from longspan.cli.transfer import transfer
@@ -52,8 +52,8 @@ and can be stopped and resumed anywhere. `generate` continues a prompt or a save
 For a pretrained Hugging Face model, `longspan convert` replaces the attention by another mechanism, and `longspan
 transfer` also teaches it what the attention computed; every other command takes the folder that they write, like a run.
 
-`longspan show` writes HTML reports: which keys each mechanism reads, the learned spans and sparsity of the heads of a
-run, and scaling laws fitted to many runs.
+`longspan show` writes HTML reports: what a run does with your text, token by token; which keys each mechanism reads;
+the learned spans and sparsity of the heads of a run; and scaling laws fitted to many runs.
 
 New here? `longspan quickstart` trains a model to recall a fact after two million tokens (ten minutes);
 `longspan quickstart-lm` streams a whole book through a language model (seven minutes). Both write an HTML report.
@@ -100,11 +100,13 @@ for name, verb in VERBS.items():
     app.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 
 _SHOW = (
-    "Write reports with figures: attention patterns, learned spans and sparsity of a run, scaling laws of many runs."
+    "Write reports: what a run does with a text, token by token; attention patterns; learned spans and sparsity of a "
+    "run; scaling laws of many runs."
 )
 show = typer.Typer(add_completion=False)
 app.add_typer(show, name="show", help=_SHOW)
 SHOW_VERBS: dict[str, Callable[..., Any]] = {
+    "text": text,
     "patterns": patterns,
     "spans": spans,
     "support": support,

@@ -201,7 +201,7 @@ def evaluate(options: EvaluateOptions) -> None:
     else:
         model, task = open_any_run(run, settings, **loading)
         documents = first_places(heads(_read(task, options), options.head), options.tokens)
-        options = dataclasses.replace(options, segment=options.segment or _segment(run, model))
+        options = dataclasses.replace(options, segment=options.segment or trained_segment(run, model))
         if options.task:
             from longspan.cli.lm import evaluate_lm
 
@@ -266,7 +266,7 @@ def _read(task: Any, options: EvaluateOptions) -> "Documents":
     return documents
 
 
-def _segment(run: str, model: Any) -> int:
+def trained_segment(run: str, model: Any) -> int:
     """Return the segment length in tokens that a run was trained with; for a converted model, that of its mixers."""
     from longspan.train.opening import is_pretrained_folder, recipe_table
 

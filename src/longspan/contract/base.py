@@ -426,7 +426,7 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:
-        """Return the weights (batch, heads, length, length) of values in outputs; every row of weights sums to 1 or 0.
+        """Return the weights (batch, heads, length, length) of values in outputs; normalized rows sum to 1 or 0.
 
         It passes unit vectors through the mechanism as values, so it shows what the fast operation really computes.
 

@@ -1,6 +1,7 @@
 """Measure which keys each query reads, by changing one value at a time and comparing outputs.
 
-`support_sizes` also counts the keys to which an entmax layer gives a nonzero weight.
+`token_weights` measures the weights of one call that a model made; `support_sizes` counts the keys to which an entmax
+layer gives a nonzero weight.
 """
 
 import copy
@@ -10,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from longspan.contract.base import Mechanism, Mixer
+from longspan.contract.explain import CoreCall, has_token_weights
 from longspan.contract.rows import BatchLayout
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, UnsupportedError
 from longspan.mechanisms.entmax.layer import EntmaxMechanism
 
 # number of sequences in one batch
 _ROWS = 32
-# number of keys whose weights are measured in one call
-_WIDTH = 256
 
 
 @torch.no_grad()
@@ -92,21 +92,45 @@ def _blind_hidden(core: nn.Module, arguments: Any, keywords: dict[str, Any]) -> 
 
 
 @torch.no_grad()
+def token_weights(core: Mechanism, call: CoreCall) -> Tensor:
+    """Return the weights (batch, heads, length, length) of the values of a call in the outputs of the call.
+
+    The core runs with unit vectors instead of values, so these are the weights that its fast operation uses, whatever
+    path values take: also those of linear attention and of memories, where there is no softmax. What the state and
+    learned vectors add to the outputs does not depend on these values and is subtracted; a row sums to 1 less what the
+    state and learned vectors get.
+
+    Args:
+        core: whose outputs are an affine function of the values.
+        call: its arguments; they are not changed.
+
+    Raises:
+        UnsupportedError: the outputs are not an affine function of the values.
+    """
+    if not has_token_weights(core):
+        raise UnsupportedError(f"{type(core).__name__}: its outputs are not weighted values, so there are no weights")
+    rows = copy.copy(call.rows)
+    rows.keeps_state = False
+    length, width = call.v.shape[2], call.v.shape[3]
+
+    def outputs(values: Tensor) -> Tensor:
+        """Return the outputs with other values; `forward`, as a call would trigger the hooks of observers."""
+        out: Tensor = core.forward(call.q, call.k, values, call.state, rows, hidden=call.hidden)[0]
+        return out
+
+    constant = outputs(torch.zeros_like(call.v))
+    maps = []
+    for first in range(0, length, width):
+        unit = torch.zeros_like(call.v)
+        index = torch.arange(min(width, length - first), device=unit.device)
+        unit[:, :, first + index, index] = 1
+        maps.append((outputs(unit) - constant)[..., : len(index)])
+    return torch.cat(maps, -1)
+
+
 def support_sizes(core: EntmaxMechanism, q: Tensor, k: Tensor, v: Tensor, state: Any, rows: BatchLayout) -> Tensor:
     """Return the number of keys (batch, heads, length) with a nonzero weight, in one call of an entmax layer.
 
-    The layer runs with unit vectors instead of values, so that its outputs are its weights. The other arguments are
-    those of `Mechanism.forward`.
+    The other arguments are those of `Mechanism.forward`.
     """
-    memory = 0 if state is None else state.v.shape[2]
-    columns = memory + v.shape[2]
-    counts = q.new_zeros(q.shape[:3])
-    for first in range(0, columns, _WIDTH):
-        width = min(_WIDTH, columns - first)
-        unit = v.new_zeros(*v.shape[:2], columns, width)
-        unit[:, :, torch.arange(first, first + width), torch.arange(width)] = 1
-        before = None if state is None else state._replace(v=unit[:, :, :memory])
-        # `forward` instead of a call, which would trigger the hooks of those who observe the layer
-        weights, _ = core.forward(q, k, unit[:, :, memory:], before, rows)
-        counts += (weights != 0).sum(-1)
-    return counts
+    return core.support_sizes(q, k, v, state, rows)

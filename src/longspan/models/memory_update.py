@@ -79,7 +79,12 @@ class GatedUpdate(nn.Module):
         if self.training and self.noise:
             uniform = torch.rand_like(logits).clamp_(1e-6, 1 - 1e-6)
             noisy = logits + self.noise * (uniform.log() - (-uniform).log1p())
-        weight = noisy.clamp(0, self.LARGEST).expm1()
+        weight = self.weights(noisy)
         total = mass + weight
         share = (weight / total.clamp(min=1e-30)).to(old.dtype)
         return UpdatedMemory(old + share[..., None] * (new - old), total, logits)
+
+    @classmethod
+    def weights(cls, logits: Tensor) -> Tensor:
+        """Return the evidence that logits of the gate add to the accumulated mass: 0 where they are not above 0."""
+        return logits.clamp(0, cls.LARGEST).expm1()

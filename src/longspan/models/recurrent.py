@@ -19,6 +19,7 @@ of the segment follow from m on, and write tokens come right after the last of t
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from longspan import host
 from longspan import state as states
 from longspan.config import from_dict
+from longspan.contract.explain import Diagnostic
 from longspan.contract.gradients import with_gradients
 from longspan.contract.maps import device_and_dtype, table_of
 from longspan.errors import UnsupportedError
@@ -40,6 +42,7 @@ from longspan.models.decoder import Decoder, last_of_each_row
 from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, CalledHead, Head
 from longspan.models.layer_memory import LayerMemory
+from longspan.models.memory_update import GatedUpdate
 from longspan.models.segmenting import Segment, cut_segments, segment_layout
 from longspan.models.token_memory import CarriedMemory, TokenMemory, Trace, cut_graph
 from longspan.models.wrappers import unwrapped
@@ -285,6 +288,32 @@ class RecurrentMemory(nn.Module):
             outputs.append(hidden)
             traces.append(trace)
         return outputs, carried, traces
+
+    def explain(self, traces: list[Trace], state: RecurrentState | None) -> list[Diagnostic]:
+        """Return what the segments of a call write: (batch, memory tokens, segments), NaN for incomplete segments.
+
+        Args:
+            traces: of the call, made in evaluation.
+            state: before the call; None = empty.
+
+        Returns:
+            The share that the segment has in each memory token after its gate; nothing for a memory without gates.
+        """
+        shares, mass = [], None if state is None else state.mass
+        for trace in traces:
+            if trace.logits is None:
+                return []
+            weights = GatedUpdate.weights(trace.logits)
+            total = weights if mass is None else mass + weights
+            share = weights / total.clamp(min=1e-30)
+            shares.append(share.masked_fill(~trace.closed[:, None], math.nan))
+            mass = total
+        caption = (
+            "Share of the segment of the token in each memory token after the segment: 1 replaces all that earlier "
+            "segments wrote, 0 writes nothing; none while the segment is incomplete."
+        )
+        values = torch.stack(shares, -1)
+        return [Diagnostic(name="write of the segment", caption=caption, values=values, per="memory token")]
 
     def _add_gate_penalty(self, traces: list[Trace], aux_losses: list[Tensor] | None) -> None:
         """Append the auxiliary loss on open gates to `aux_losses`, if it is configured."""

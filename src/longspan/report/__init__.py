@@ -7,6 +7,7 @@ which imports matplotlib; this package itself does not.
 from longspan.report.page import Block, Code, Passage, Picture, Quote, Section, Text, page, write_report
 from longspan.report.style import DARK, LIGHT, Theme
 from longspan.report.tables import Table, number, si_bytes
+from longspan.report.token_text import TokenSeries, TokenText, change_series, loss_series
 
 __all__ = [
     "DARK",
@@ -20,6 +21,10 @@ __all__ = [
     "Table",
     "Text",
     "Theme",
+    "TokenSeries",
+    "TokenText",
+    "change_series",
+    "loss_series",
     "number",
     "page",
     "si_bytes",

@@ -1,4 +1,7 @@
-"""Self-contained HTML pages: embedded pictures, no scripts, light and dark theme, readable on a phone."""
+"""Self-contained HTML pages: embedded pictures, light and dark theme, readable on a phone.
+
+Only a page with a `TokenText` has a script, which is embedded, too.
+"""
 
 import base64
 import functools
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from longspan.files import write_atomically, write_json, write_text
 from longspan.report.tables import Table
+from longspan.report.token_text import TokenText
 from longspan.version import __version__
 
 if TYPE_CHECKING:
@@ -77,7 +81,7 @@ class Picture:
     kind: ClassVar[str] = "picture"
 
 
-Block: TypeAlias = Text | Code | Quote | Passage | Picture | Table
+Block: TypeAlias = Text | Code | Quote | Passage | Picture | Table | TokenText
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ def page(title: str, sections: Sequence[Section], *, lead: str = "", footer: str
         footer: text after the version at the end of the page.
     """
     template = _environment().get_template("page.html.j2")
-    return template.render(title=title, lead=lead, sections=sections, footer=footer, version=__version__)
+    has_tokens = any(isinstance(block, TokenText) for section in sections for block in section.blocks)
+    content: dict[str, Any] = {"lead": lead, "sections": sections, "footer": footer, "has_tokens": has_tokens}
+    return template.render(title=title, version=__version__, **content)
 
 
 def write_report(

@@ -197,7 +197,7 @@ def read_documents(
     """
     call = model.hidden if hidden else model
     world: dict[str, Any] = {"rank": group.rank, "world_size": group.world_size}
-    with _evaluating(model):
+    with evaluating(model):
         if not model.traits.streams:
             for part in windows(documents, restart or chunk, batch * chunk, **world):
                 here = part.to(group.device)
@@ -289,7 +289,7 @@ def _totals(out: Tensor, part: Batch, count: int, head: OutputHead | None, chunk
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Put a model into evaluation mode without gradients while the context is open.
 
     Not `torch.inference_mode`: its tensors could not be used in training if a module caches them.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
+from longspan.contract.explain import CoreCall, Diagnostic, Explanation
 from longspan.contract.kv_cache import carry, join, visible
 from longspan.contract.rows import BatchLayout
 from longspan.contract.sizes import BoundedMechanism, pairs_within
@@ -90,6 +91,9 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         if config.persistent:
             self.persistent_k = nn.Parameter(torch.empty(size).normal_(0, 1))
             self.persistent_v = nn.Parameter(torch.empty(size).normal_(0, config.persistent**-0.5))
+
+    affine_in_values = True
+    """Persistent vectors only add a constant to a map times the values; see `contract.explain`."""
 
     @functools.cached_property
     def traits(self) -> Traits:
@@ -193,6 +197,12 @@ class AdaptiveSpanMechanism(BoundedMechanism):
             dtype = torch.promote_types(hidden.x.dtype, torch.float32)
             logits = hidden.x.to(dtype) @ self.span_weight.to(dtype).mT + self.span_bias.to(dtype)
         return self.config.max_span * logits.sigmoid().mT
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return the span of each head, for each token if it is dynamic."""
+        spans = self.token_spans(call.hidden) if self.config.dynamic else self._spans_in_tokens()
+        caption = f"Tokens that each head sees; over the {self.config.ramp} tokens beyond, its weights fall to zero."
+        return [Diagnostic(name="span", caption=caption, values=spans)]
 
     def _mean_span(self, span: Tensor, rows: BatchLayout) -> Tensor:
         """Return the mean span of the layer in tokens, a scalar, for the auxiliary loss.

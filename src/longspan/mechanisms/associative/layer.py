@@ -1,6 +1,7 @@
 """`associative` as a module without projections of q, k, v; the equations are in the package docstring."""
 
 import functools
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +12,10 @@ from torch import nn
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
+from longspan.contract.explain import CoreCall, Diagnostic, Explanation
 from longspan.contract.segments import Operation, SegmentMechanism
 from longspan.errors import ConfigError
+from longspan.mechanisms.associative.operation import summary_weights, write_strengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,23 @@ class AssociativeMechanism(SegmentMechanism):
             "bptt_segments": self.config.bptt_segments,
         }
         return partial(ops.associative_attention, **fields), partial(ops.associative_open, **fields)
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return how strongly the segment of each token is written, NaN for an incomplete segment."""
+        layout, old = call.rows.segments(self.segment), None if call.state is None else call.state.k
+        dtype = self.memory_dtype(call.k.device, call.k.dtype)
+        k = layout.spread(call.k, old).to(dtype).unflatten(2, (-1, self.segment)).transpose(1, 2)
+        strengths = write_strengths(summary_weights(k, self.maps) @ k, self.maps)
+        complete = layout.real.unflatten(1, (-1, self.segment)).all(-1)
+        strengths = strengths.masked_fill(~complete[..., None, None], math.nan)
+        # (batch, segments, kv_heads, memory tokens) to (batch, kv_heads * memory tokens, length)
+        by_column = strengths.flatten(2).repeat_interleave(self.segment, 1)
+        caption = (
+            "Share of the value stored under its key that each memory token of each kv head replaces when the segment "
+            "of the token is complete: 1 overwrites it, 0 writes nothing; keys that overlap replace less together."
+        )
+        values = layout.collect(by_column).mT
+        return [Diagnostic(name="write strength", caption=caption, values=values, per="kv head and memory token")]
 
     def memory_cost(self, length: int) -> tuple[int, int]:
         """Count multiply-adds of the memory per kv head, and local score entries per query head."""

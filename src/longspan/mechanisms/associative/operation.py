@@ -154,14 +154,28 @@ class AssociativeRule(NamedTuple):
         """Return values and normalizer after a complete segment, k and v (batch, kv_heads, size, head_dim)."""
         dtype = memory.values.dtype
         k, v = k.to(dtype), v.to(dtype)
-        tokens, _, key, value, strength = (t.to(dtype) for t in self.maps[:5])
-        weights = (tokens @ k.mT * k.shape[3] ** -0.5).softmax(-1)
+        key, value = self.maps.key.to(dtype), self.maps.value.to(dtype)
+        weights = summary_weights(k, self.maps)
         attended_k, attended_v = weights @ k, weights @ v
-        beta = (attended_k @ strength).sigmoid()
+        beta = write_strengths(attended_k, self.maps)
         phi = dpfp(attended_k @ key, self.maps.nu)
         return associative_write(
             phi, attended_v @ value, beta, memory.values, memory.keys, constant_gamma=False, damped=True
         )
+
+
+def summary_weights(k: Tensor, maps: AssociativeMaps) -> Tensor:
+    """Return the weights (..., kv_heads, memory tokens, size) of the keys k (..., kv_heads, size, head_dim) of a
+    complete segment in what its memory tokens write.
+    """
+    weights: Tensor = (maps.tokens.to(k.dtype) @ k.mT * k.shape[-1] ** -0.5).softmax(-1)
+    return weights
+
+
+def write_strengths(attended_k: Tensor, maps: AssociativeMaps) -> Tensor:
+    """Return beta (..., memory tokens) from the weighted sums of keys (..., memory tokens, head_dim)."""
+    strengths: Tensor = (attended_k @ maps.strength.to(attended_k.dtype)).sigmoid()
+    return strengths
 
 
 def associative_attention(

@@ -130,6 +130,9 @@ class CompressiveMechanism(RelativeMechanism):
         self.capacity = waiting + config.mem_len + config.segment - 1
         self.counts_usage = config.compression == "most_used" and config.compressed_len > 0
 
+    affine_in_values = True
+    """Slots are made of hidden states and only add a constant to a map times the values; see `contract.explain`."""
+
     @functools.cached_property
     def traits(self) -> Traits:
         """Capability flags: causal only, constant-size state, needs hidden states, gradients stay inside the segment.

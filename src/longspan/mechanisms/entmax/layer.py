@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from longspan import host, ops
 from longspan.contract.base import ParameterGroup, Shape, Traits
+from longspan.contract.explain import CoreCall, Diagnostic, Explanation
 from longspan.contract.kv_cache import KeyValueMechanism, KeyValueState, visible
 from longspan.contract.rows import BatchLayout
 from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
+
+# number of keys whose weights are measured in one call
+_WIDTH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,39 @@ class EntmaxMechanism(KeyValueMechanism):
         alpha = host.remember(self.alpha, None if read is None else read.clip(0, 1) + 1)
         causal, window = self.shape.causal, self.config.window
         return ops.entmax_attention(q, k, v, alpha, causal=causal, window=window, **visible(rows, memory)), next_state
+
+    @torch.no_grad()
+    def support_sizes(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: BatchLayout) -> Tensor:
+        """Return the number of keys (batch, heads, length) with a nonzero weight, in one call.
+
+        The layer runs with unit vectors instead of values, so that its outputs are its weights. The arguments are
+        those of `forward`.
+        """
+        memory = 0 if state is None else state.v.shape[2]
+        columns = memory + v.shape[2]
+        counts = q.new_zeros(q.shape[:3])
+        for first in range(0, columns, _WIDTH):
+            width = min(_WIDTH, columns - first)
+            unit = v.new_zeros(*v.shape[:2], columns, width)
+            unit[:, :, torch.arange(first, first + width), torch.arange(width)] = 1
+            before = None if state is None else state._replace(v=unit[:, :, :memory])
+            # `forward` instead of a call, which would trigger the hooks of those who observe the layer
+            weights, _ = self.forward(q, k, unit[:, :, memory:], before, rows)
+            counts += (weights != 0).sum(-1)
+        return counts
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return the alpha of each head, and the number of keys that each token reads."""
+        return [
+            Diagnostic(
+                name="alpha", caption="The alpha of each head: 1 is softmax, 2 is sparsemax.", values=self.alpha
+            ),
+            Diagnostic(
+                name="support",
+                caption="Number of keys with a weight above zero.",
+                values=self.support_sizes(call.q, call.k, call.v, call.state, call.rows),
+            ),
+        ]
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
         """Return the tensors whose values determine the layout of a call: the alphas, which select the formula."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
+from longspan.contract.explain import CoreCall, Diagnostic, Explanation
 from longspan.contract.rows import BatchLayout
 from longspan.contract.sizes import BoundedMechanism, pairs_within
 from longspan.errors import ConfigError
@@ -130,13 +131,13 @@ class GatedDeltaMechanism(BoundedMechanism):
         dtype = mixed_v.dtype
         # a converted model may have another dtype than the parameters of its mechanisms
         x = hidden.x.to(self.dt_bias.dtype)
-        rate, step = self.A_log.to(dtype).exp(), F.softplus(self.decay(x).to(dtype) + self.dt_bias.to(dtype))
+        log_decay, strength = self._gates(x, dtype)
         out, memory = ops.gated_delta_attention(
             ops.unit_vectors(mixed_q),
             ops.unit_vectors(mixed_k),
             mixed_v,
-            -(rate * step).mT,
-            self.strength(x).to(dtype).sigmoid().mT,
+            log_decay,
+            strength,
             state=None if state is None else state.memory,
             lengths=rows.lengths,
             start=rows.origin,
@@ -146,6 +147,32 @@ class GatedDeltaMechanism(BoundedMechanism):
         tail_q, tail_k, tail_v = (rows.carry(old, new, columns) for old, new in zip(past, (q, k, v), strict=True))
         next_state = GatedDeltaState(rows.clear_reset(memory), tail_q, tail_k, tail_v, rows.live)
         return out.to(v.dtype), next_state
+
+    def _gates(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return log a and b of the package docstring, both (batch, kv_heads, length), from x (batch, length, dim)."""
+        rate, step = self.A_log.to(dtype).exp(), F.softplus(self.decay(x).to(dtype) + self.dt_bias.to(dtype))
+        return -(rate * step).mT, self.strength(x).to(dtype).sigmoid().mT
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return the decay and the write strength of each token and kv head."""
+        assert call.hidden is not None, "gates are computed from hidden states"
+        dtype = torch.promote_types(call.v.dtype, torch.float32)
+        log_decay, strength = self._gates(call.hidden.x.to(self.dt_bias.dtype), dtype)
+        return [
+            Diagnostic(
+                name="decay",
+                caption="Factor by which each kv head multiplies its memory at the token: 1 remembers all, 0 nothing.",
+                values=log_decay.exp(),
+                per="kv head",
+            ),
+            Diagnostic(
+                name="write strength",
+                caption="Share of the value stored under the key of the token that each kv head replaces by the new "
+                "one: 1 overwrites it, 0 writes nothing.",
+                values=strength,
+                per="kv head",
+            ),
+        ]
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> GatedDeltaState:
         """Return the empty state of `batch_size` rows: zero memory and zero convolution history."""

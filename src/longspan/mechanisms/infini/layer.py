@@ -12,6 +12,7 @@ from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
 from longspan.contract.branches import GatedBranches
+from longspan.contract.explain import CoreCall, Diagnostic, Explanation
 from longspan.contract.rows import BatchLayout
 from longspan.contract.segments import Operation, SegmentMechanism, SegmentState
 from longspan.contract.sinks import LayerSinks, LocalStart, SinkPositions
@@ -144,6 +145,16 @@ class InfiniMechanism(GatedBranches, SegmentMechanism):
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the optimizer group of the gates: learning rate `gate_lr`, no weight decay."""
         return [ParameterGroup("gates", [self.gate], lr=self.config.gate_lr, weight_decay=0.0)]
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return the gates as shares of the memory."""
+        caption = (
+            "Share of the memory in the output of each head; the rest is attention within the segment, which is used "
+            "alone in the first segment of a document, while the memory is empty."
+        )
+        if not self.adds:
+            caption += " What is stored is not counted again: weights need not sum to 1, and may be negative."
+        return [Diagnostic(name="share of the memory", caption=caption, values=self.mixing_gate.sigmoid())]
 
     def operations(self) -> tuple[Operation, Operation]:
         """Return `ops.infini_attention`, and `ops.infini_open` for incomplete segments, bound to this config."""

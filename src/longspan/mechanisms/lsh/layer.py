@@ -10,6 +10,7 @@ from torch import Tensor
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
+from longspan.contract.explain import CoreCall, Diagnostic, Explanation
 from longspan.contract.redraw import DrawnMechanism
 from longspan.contract.rings import RingState, empty_rings, make_rings, next_rings
 from longspan.contract.rows import BatchLayout
@@ -121,9 +122,7 @@ class LSHMechanism(DrawnMechanism):
         if state is not None:
             self.check_draw(state, rows)
             rings = ops.LSHRings(state.k, state.v, state.position)
-        shared = self.config.shared_qk
-        rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
-        count = self.config.num_buckets
+        shared, rotations, count = self.config.shared_qk, self._rotations_per_head(), self.config.num_buckets
         query_buckets = rows.choose(lambda: ops.lsh_buckets(q, rotations), below=count)
         key_buckets = query_buckets if shared else rows.choose(lambda: ops.lsh_buckets(k, self.rotations), below=count)
         out = ops.lsh_attention(
@@ -148,6 +147,26 @@ class LSHMechanism(DrawnMechanism):
         else:
             rings = next_rings(rings, k, v, key_buckets, rows)
         return out, RingState(*rings, self.drawn_of(rows), rows.live)
+
+    def _rotations_per_head(self) -> Tensor:
+        """Return the rotations of every query head, (heads, rounds, head_dim, num_buckets // 2)."""
+        return self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return the bucket of each query in each hash round."""
+        q, _ = self.rotate(call.q, call.k[:, :0], call.rows)
+        buckets = ops.lsh_buckets(q, self._rotations_per_head())
+        reads = "it reads keys of the same bucket" if self.strict else "tokens are sorted by it and cut into chunks"
+        caption = f"Bucket, from 0 to {self.config.num_buckets - 1}, of the query in a hash round; {reads}."
+        return [
+            Diagnostic(
+                name=f"bucket of round {number + 1}",
+                caption=caption,
+                values=buckets[:, :, number],
+                discrete=True,
+            )
+            for number in range(self.config.num_hashes)
+        ]
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Redraw the random rotations every `redraw_every` optimizer steps."""

@@ -15,6 +15,7 @@ from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
 from longspan.contract.branches import GatedBranches
+from longspan.contract.explain import CoreCall, Diagnostic, Explanation, Retrieval
 from longspan.contract.kv_cache import carry, join, pick_columns, rotate_by_column, visible
 from longspan.contract.rows import BatchLayout
 from longspan.contract.sinks import LayerSinks, LocalStart, SinkPositions
@@ -22,6 +23,7 @@ from longspan.contract.sizes import BoundedMechanism, pairs_within
 from longspan.engine import flash
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mechanisms.memorizing.memory_store import MemoryStore, read_store
+from longspan.mechanisms.memorizing.operation import retrieved_columns
 from longspan.state import needs_grad
 
 
@@ -220,6 +222,13 @@ class MemorizingMechanism(GatedBranches, BoundedMechanism):
             rows: batch layout of the call.
             older: number of columns of k that are not tokens of the call; None = k and v are the state's store.
         """
+        first, last = self._searched(rows, older)
+        return ops.memorizing_attention(
+            q, k, v, local, self.mixing_gate, self.scale, top=self.config.k, first=first, last=last
+        )
+
+    def _searched(self, rows: BatchLayout, older: int | None) -> tuple[Tensor, Tensor]:
+        """Return the first and the last + 1 column that each query may retrieve; arguments as in `_retrieve`."""
         window, max_memories = self.config.window, self.config.max_memories
 
         def bounds() -> tuple[Tensor, Tensor]:
@@ -235,10 +244,29 @@ class MemorizingMechanism(GatedBranches, BoundedMechanism):
                     end = np.where(column - older >= rows.lengths_read[:, None], 0, end)
             return host.put(begin, rows.device), host.put(end, rows.device)
 
-        first, last = rows.cached(("memorizing", window, max_memories, older), bounds)
-        return ops.memorizing_attention(
-            q, k, v, local, self.mixing_gate, self.scale, top=self.config.k, first=first, last=last
+        return rows.cached(("memorizing", window, max_memories, older), bounds)
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return the gates, and the pairs of the state's store or of the call that each query retrieves."""
+        keys, _ = self._stored_pairs(call.state, call.k, call.v, call.rows)
+        older = keys.shape[2] - call.rows.length
+        first, last = self._searched(call.rows, older)
+        top = min(self.config.k, keys.shape[2])
+        columns, weights = retrieved_columns(call.q, keys, self.scale, top=top, first=first, last=last)
+        positions = columns - older + call.rows.offset[:, None, None, None]
+        gates = Diagnostic(
+            name="share of the retrieval",
+            caption="Share of the retrieved values in the output of each head; the rest is local attention, which is "
+            "used alone until a segment is complete.",
+            values=self.mixing_gate.sigmoid(),
         )
+        pairs = Retrieval(
+            name="retrieved pairs",
+            caption="The stored pairs of key and value nearest to the query, with their softmax weights.",
+            positions=positions.masked_fill(weights == 0, -1),
+            weights=weights,
+        )
+        return [gates, pairs]
 
     def _stored_pairs(
         self, state: MemorizingState | None, k: Tensor, v: Tensor, rows: BatchLayout

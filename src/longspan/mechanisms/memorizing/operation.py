@@ -93,6 +93,20 @@ def memorizing_attention(
         return mix_retrieved(retrieved, local, gate, filled)
 
 
+def retrieved_columns(
+    q: Tensor, k: Tensor, scale: Tensor, *, top: int, first: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the columns that each query retrieves and their softmax weights, both (batch, heads, length, top).
+
+    Arguments are those of `memorizing_attention`. The weight is 0 where there are fewer than `top` keys.
+    """
+    with flash.full_precision(q.device), torch.no_grad():
+        search = _make_search(top, first, last, (q.shape[0], q.shape[2]))
+        scaled = unit_vectors(q) * scale.to(flash.working_dtype(q))[:, None, None]
+        _, columns, weights = _retrieve(scaled, k, k, search, keep=True)
+    return columns.long(), weights
+
+
 def mix_retrieved(retrieved: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
     """Return g retrieved + (1 - g) local with g = sigmoid(gate), in local's dtype; local alone where not `filled`.
 

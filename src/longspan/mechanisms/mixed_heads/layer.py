@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longspan.contract import registry
 from longspan.contract.base import Hidden, Mechanism, ParameterGroup, Shape, Traits, merge_traits
+from longspan.contract.explain import CoreCall, Explanation, explanations, has_token_weights
 from longspan.contract.maps import collected
 from longspan.contract.rows import BatchLayout
 from longspan.errors import ConfigError
@@ -135,9 +136,7 @@ class MixedHeadsMechanism(Mechanism):
         """
         outputs, next_states = [], []
         for i, (core, queries, keys) in enumerate(zip(self.cores, self.queries, self.keys, strict=True)):
-            part = None
-            if hidden is not None and core.traits.receives_hidden:
-                part = Hidden(hidden.x, lambda x, keys=keys: hidden.project(x, keys))
+            part = _hidden_of(core, hidden, keys)
             before = None if state is None else state.parts[i]
             out, next_state = core(
                 q[:, queries], k[:, keys], v[:, keys], before, rows, hidden=part, aux_losses=collected(aux_losses, core)
@@ -145,6 +144,27 @@ class MixedHeadsMechanism(Mechanism):
             outputs.append(out)
             next_states.append(next_state)
         return torch.cat(outputs, 1), MixedHeadsState(tuple(next_states), rows.live)
+
+    @property
+    def affine_in_values(self) -> bool:
+        """Whether every mechanism has weights of the values of a call; see `contract.explain`."""
+        return all(has_token_weights(core) for core in self.cores)
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return what every mechanism tells about its heads, which the names of the numbers name."""
+        told: list[Explanation] = []
+        for i, (core, queries, keys) in enumerate(zip(self.cores, self.queries, self.keys, strict=True)):
+            part = CoreCall(
+                call.q[:, queries],
+                call.k[:, keys],
+                call.v[:, keys],
+                None if call.state is None else call.state.parts[i],
+                call.rows,
+                _hidden_of(core, call.hidden, keys),
+            )
+            heads = f" of heads {queries.start + 1} to {queries.stop}"
+            told += [replace(item, name=item.name + heads) for item in explanations(core, part)]
+        return told
 
     def layout_inputs(self, state: MixedHeadsState | None) -> dict[Hashable, Tensor]:
         """Return the tensors of all mechanisms whose values the layout of a call needs on the host."""
@@ -190,6 +210,13 @@ class MixedHeadsMechanism(Mechanism):
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the parameters of all mechanisms that need optimizer settings of their own."""
         return [group for core in self.cores for group in core.parameter_groups()]
+
+
+def _hidden_of(core: Mechanism, hidden: Hidden | None, keys: slice) -> Hidden | None:
+    """Return the hidden states of the layer for a mechanism of some kv heads; None if it does not receive any."""
+    if hidden is None or not core.traits.receives_hidden:
+        return None
+    return Hidden(hidden.x, lambda x: hidden.project(x, keys))
 
 
 def _labeled(traits: Traits, label: str) -> Traits:

@@ -11,6 +11,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.config import check_least, check_shares
 from longspan.contract.base import Shape, Traits
+from longspan.contract.explain import CoreCall, Diagnostic, Explanation
 from longspan.contract.rings import RingState, empty_rings, make_rings, next_rings
 from longspan.contract.rows import BatchLayout
 from longspan.mechanisms.routing.kmeans import ClusteredMechanism
@@ -155,6 +156,13 @@ class RoutingMechanism(ClusteredMechanism):
             return out, None
         assert clusters is not None
         return out, self._next_state(k, v, clusters[1], state, rows)
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return the cluster of each query."""
+        clusters, _ = self._clusters(*self._unit(call.q, call.k), call.rows)
+        caption = f"Cluster, from 0 to {self.config.num_clusters - 1}, whose centroid is nearest to the query"
+        reads = "; it reads keys of the same cluster." if self.strict else "; each cluster takes its nearest queries."
+        return [Diagnostic(name="cluster", caption=caption + reads, values=clusters, discrete=True)]
 
     def _centroids_per_head(self) -> Tensor:
         """Return the centroids of every query head, (heads, clusters, head_dim)."""

@@ -12,6 +12,7 @@ from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
 from longspan.contract.branches import GatedBranches
+from longspan.contract.explain import CoreCall, Diagnostic, Explanation
 from longspan.contract.kv_cache import carry, join, visible
 from longspan.contract.rows import BatchLayout
 from longspan.contract.sinks import LayerSinks, LocalStart, SinkPositions
@@ -148,6 +149,17 @@ class WindowLinearMechanism(GatedBranches, BoundedMechanism):
         recent = carry(state, k, v, rows, config.window)
         after = rows.clear_reset(sums.values), rows.clear_reset(sums.keys), rows.clear_reset(sums.maximum, ops.EMPTY)
         return out, WindowLinearState(*recent, *first, *after, rows.live)
+
+    def explain(self, call: CoreCall) -> list[Explanation]:
+        """Return the factors of the memory."""
+        return [
+            Diagnostic(
+                name="factor of the memory",
+                caption="What the terms of the memory are multiplied by in the denominator that they share with those "
+                "of the window; 1 leaves the estimate of the softmax as it is.",
+                values=self.mixing_gate.exp(),
+            )
+        ]
 
     def _enters(self, rows: BatchLayout) -> Tensor:
         """Return a mask (batch or 1, length): at which queries a key leaves the window and enters the memory."""
