@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from tests.cli.command import Command
 
+from longspan.cli.compare import short_names
+
 TINY = (
     "--set",
     "model.dim=16",
@@ -22,10 +24,12 @@ TINY = (
 def test_runs_with_different_tokenizers_are_compared(
     longspan: Command, byte_run: Path, subword_run: Path, tmp_path: Path
 ) -> None:
-    outcome = longspan("compare", byte_run, subword_run, tmp_path, "-o", tmp_path / "out", "--reach", 500)
+    outcome = longspan(
+        "compare", byte_run, subword_run, byte_run.parent / "documents", "-o", tmp_path / "out", "--reach", 500
+    )
     assert outcome.code == 0, outcome.err
     # a folder that is no run is named and left out
-    assert f"{tmp_path}: not a run" in outcome.err
+    assert "documents: not a run" in outcome.err
     assert outcome.out.startswith("Take ")
     assert "What it costs" in outcome.out
     for name in ("report.html", "report.md", "report.json", "runs.csv", "figures/positions.png"):
@@ -74,3 +78,17 @@ def test_wrong_options_print_one_line(
     outcome = longspan("compare", *arguments, "-o", tmp_path / "out")
     assert outcome.code == 2
     assert message in outcome.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["out/window/seed-0", "out/full/seed-0"], ["window", "full"]),
+        (["x/a/seed-0", "x/b/seed-1"], ["a/seed-0", "b/seed-1"]),
+        (["runs/a"], ["a"]),
+        (["runs/a", "runs/a/b"], ["a", "a/b"]),
+    ],
+)
+def test_names_are_what_tells_the_folders_apart(folders: list[str], names: list[str]) -> None:
+    assert list(short_names(folders).values()) == names

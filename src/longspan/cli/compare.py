@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,7 +161,7 @@ def _existing(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple
     if options.data:
         held_out = replace(held_out, source=(CORPORA.get(options.data, options.data),))
     runs, failures, notes = {}, {}, []
-    names = _short_names(options.runs or [])
+    names = short_names(options.runs or [])
     for folder, name in names.items():
         say(f"reading with {name}")
         try:
@@ -373,13 +373,24 @@ def _command(arguments: Sequence[str], options: CompareOptions) -> str:
     return shlex.join(["longspan", "compare", *arguments, *sizes, "-o", options.output])
 
 
-def _short_names(folders: Sequence[str]) -> dict[str, str]:
-    """Return a short name for every folder: its last parts, as many as tell the folders apart."""
+def short_names(folders: Sequence[str]) -> dict[str, str]:
+    """Return a short name for every folder: the parts of its path between those that all folders share."""
     paths = {folder: Path(folder).resolve().parts for folder in folders}
-    depth = 1
-    while len({parts[-depth:] for parts in paths.values()}) < len(set(paths.values())):
-        depth += 1
-    return {folder: "/".join(parts[-depth:]) for folder, parts in paths.items()}
+    different = set(paths.values())
+    if len(different) == 1:
+        return {folder: parts[-1] for folder, parts in paths.items()}
+    # something is left of the shortest path
+    first = min(len(list(_common(different))), min(map(len, different)) - 1)
+    last = len(list(_common({parts[first:][::-1] for parts in different})))
+    return {folder: "/".join(parts[first : len(parts) - last]) for folder, parts in paths.items()}
+
+
+def _common(paths: set[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the parts with which all paths begin."""
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            return
+        yield parts[0]
 
 
 def _show(compared: "Compared", advice: "Advice", setting: "Setting", path: Path, options: CompareOptions) -> None:

@@ -65,7 +65,7 @@ def _why(compared: Compared, take: str) -> str:
     ratio = compared.mean(take, "bytes_per_second") / max(compared.mean(best, "bytes_per_second"), 1e-9)
     if ratio > 1.05:
         reasons.append(f"it reads {ratio:.1f} times as fast")
-    why = f", and {' and '.join(reasons)}" if reasons else ""
+    why = f"; {', and '.join(reasons)}" if reasons else ""
     return (
         f"Take {take}: its loss, {loss}, is as good within {EQUAL} bits as the lowest, that of {best} "
         f"({signed(gap)} bits){why}."

@@ -29,6 +29,8 @@ PARTS = 32
 """parts of the whole text, about, if there are few documents"""
 COST_LENGTHS = (2_048, 65_536, 1_048_576)
 """tokens of a text at which the bytes of a state are computed"""
+TIMED_TOKENS, TIMES = 2_048, 3
+"""tokens of every document that are read for the speed, and how often"""
 CHUNK, ROWS = 512, 16
 """tokens per row and rows of a call that reads with a carried state; does not change losses"""
 
@@ -95,9 +97,8 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
     window = None if carries else _window(recipe["train"])
     # one row per document, or windows that together have as many tokens as a call with a state
     chunk = CHUNK if window is None else window.context
-    started = time.perf_counter()
-    losses = place_nats(model, cut.documents, window, chunk=chunk, batch=max(ROWS * CHUNK // chunk, 1))
-    seconds = time.perf_counter() - started
+    batch = max(ROWS * CHUNK // chunk, 1)
+    losses = place_nats(model, cut.documents, window, chunk=chunk, batch=batch)
     nats = [_with_share(loss, share) for loss, share in zip(losses, cut.shares, strict=True)]
     lengths = [int(size.sum()) for size in cut.sizes]
     record = {
@@ -113,7 +114,7 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
             if window is None
             else f"windows of {window.context:,} tokens, of which the last {window.stride:,} are scored"
         ),
-        "bytes_per_second": sum(lengths) / max(seconds, 1e-9),
+        "bytes_per_second": _speed(model, cut, window, chunk, batch),
         "carries": carries,
         **_costs(model),
         "bytes_per_token": sum(lengths) / max(sum(len(size) for size in cut.sizes), 1),
@@ -122,6 +123,21 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
     }
     write_json(file, record)
     return record
+
+
+def _speed(model: Any, cut: Cut, window: Window | None, chunk: int, batch: int) -> float:
+    """Return bytes read per second, with rows for as many documents as there are, up to those of a call.
+
+    Of a few readings of the beginnings the fastest counts, which other processes disturb least.
+    """
+    documents = heads(cut.documents, TIMED_TOKENS, batch)
+    read = sum(int(size[:TIMED_TOKENS].sum()) for size in cut.sizes[:batch])
+    seconds = []
+    for _ in range(TIMES):
+        started = time.perf_counter()
+        place_nats(model, documents, window, chunk=chunk, batch=batch)
+        seconds.append(time.perf_counter() - started)
+    return read / max(min(seconds), 1e-9)
 
 
 def reads_with_state(model: Any, train: Mapping[str, Any]) -> bool:

@@ -66,7 +66,8 @@ def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Se
         rows = list(compared.failures.items())
         sections.append(Section("Runs without a result", [Table(columns=("run", "why"), rows=rows)]))
     how = [*setting.how, _intervals_text(compared)]
-    return [*sections, Section("How this was measured", [*map(Text, how), Code("\n".join(setting.commands))])]
+    blocks = [*map(Text, how), method_table(compared), Code("\n".join(setting.commands))]
+    return [*sections, Section("How this was measured", blocks)]
 
 
 def loss_table(compared: Compared) -> Table:
@@ -110,31 +111,39 @@ def cost_table(compared: Compared, peaks: Mapping[str, int]) -> Table:
     rows = []
     for name in compared.names:
         record = compared.record(name)
-        training, state = record["training"], record["state"]
-        memory = peaks.get(name) or 0
+        state = record["state"]
         rows.append(
             (
                 name,
-                record["mechanism"],
                 f"{record['parameters']:,}",
-                minutes(training["seconds"]),
-                f"{training['tokens']:,}",
-                si_bytes(memory) if memory else "",
+                minutes(compared.mean(name, "training.seconds")),
+                *([si_bytes(peaks[name]) if name in peaks else ""] if peaks else []),
                 f"{compared.mean(name, 'bytes_per_second'):,.0f}",
                 f"{record['flops'] / record['bytes_per_token'] / 1e6:,.2f}",
                 *(["none"] * 2 if state is None else [si_bytes(state[str(n)]) for n in COST_LENGTHS[::2]]),
-                record["reading"],
             )
         )
-    columns = (
-        *("model", "mechanism", "parameters", "training", "tokens", "training memory", "reads bytes/s"),
-        *("MFLOPs per byte", "state at 2 k", "state at 1 M", "how it reads"),
-    )
+    memory, of_memory = (["memory"], "; its memory: tensors of one step, with the weights") if peaks else ([], "")
+    columns = ("model", "parameters", "training", *memory, "reads B/s", "MFLOPs/B", "state at 2 k", "at 1 M")
     caption = (
-        "Costs of one text. Training memory: tensors of one step, with weights. MFLOPs: of reading one more byte after "
-        f"{COST_LENGTHS[0]:,} tokens. State: in fp32, computed."
+        f"Costs. Training on one thread{of_memory}. Reading: bytes per second, and FLOPs of one more byte after "
+        f"{COST_LENGTHS[0]:,} tokens. State: of one text after 2,048 and after a million tokens, in fp32, computed."
     )
-    return Table(columns=columns, rows=rows, right=(2, 3, 4, 5, 6, 7, 8, 9), caption=caption)
+    return Table(columns=columns, rows=rows, right=tuple(range(1, len(columns))), caption=caption)
+
+
+def method_table(compared: Compared) -> Table:
+    """Return the table of what every model is, and how it was trained and read."""
+    rows = []
+    for name in compared.names:
+        record = compared.record(name)
+        training = record["training"]
+        start = training["init"] or "random weights"
+        rows.append(
+            (name, record["mechanism"], start, f"{training['steps']:,}", f"{training['tokens']:,}", record["reading"])
+        )
+    columns = ("model", "mechanism", "start", "steps", "tokens", "how it reads")
+    return Table(columns=columns, rows=rows, right=(3, 4))
 
 
 def _quality_picture(compared: Compared) -> list[Picture]:
