@@ -12,7 +12,7 @@ from longspan.comparison.advice import Advice, minutes, signed, with_interval
 from longspan.comparison.measure import COST_LENGTHS
 from longspan.comparison.results import FLAT, Compared
 from longspan.files import write_text
-from longspan.report import Code, Picture, Section, Table, Text, si_bytes, write_report
+from longspan.report import Block, Code, Picture, Section, Table, Text, si_bytes, write_report
 from longspan.report.markdown import markdown
 from longspan.train import Interval, recurrence
 
@@ -66,7 +66,7 @@ def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Se
         rows = list(compared.failures.items())
         sections.append(Section("Runs without a result", [Table(columns=("run", "why"), rows=rows)]))
     how = [*setting.how, _intervals_text(compared)]
-    blocks = [*map(Text, how), method_table(compared), Code("\n".join(setting.commands))]
+    blocks: list[Block] = [*map(Text, how), method_table(compared), Code("\n".join(setting.commands))]
     return [*sections, Section("How this was measured", blocks)]
 
 
