@@ -55,6 +55,26 @@ def test_every_mechanism_in_one_model(longspan: Command, byte_run: Path) -> None
     assert {"full", "window", "linear"} <= set(names)
 
 
+def test_speeds_are_measured_and_longer_texts_follow_their_flops(longspan: Command, byte_run: Path) -> None:
+    options = ("--mixers", "full,window,performer", "--length", "2048,65536", "--time")
+    models = {model["name"]: model for model in figures(longspan, byte_run, *options)["models"]}
+    for model in models.values():
+        rates = model["tokens_per_second"]
+        assert min(rates.values()) > 0
+        short, long = model["at"]
+        # the shorter text is the one that was timed
+        assert model["seconds_to_read"]["2048"] == pytest.approx(2048 / rates["read"])
+        growth = long["forward_flops"] / short["forward_flops"]
+        assert model["seconds_to_read"]["65536"] == pytest.approx(growth * model["seconds_to_read"]["2048"])
+    per_text = {
+        name: model["seconds_to_read"]["65536"] / model["seconds_to_read"]["2048"] for name, model in models.items()
+    }
+    assert per_text["full"] > 5 * per_text["window"]
+    table = longspan("cost", byte_run, "--length", "2048", "--time").out
+    assert "trains tokens/s" in table
+    assert "reads 2,048" in table
+
+
 def test_the_vocabulary_is_that_of_the_task(longspan: Command) -> None:
     from longspan import tasks
     from longspan.config import read_toml
@@ -90,6 +110,7 @@ def test_a_pretrained_model(longspan: Command, tmp_path: Path) -> None:
     assert window["at"][0]["state_bytes"] < original["at"][0]["state_bytes"]
     assert infini["parameters"] == original["parameters"] + 8
     assert "--training: is measured for recipes" in longspan("cost", source, "--training").error
+    assert "leave --mixers out" in longspan("cost", source, "--mixers", "window", "--time").error
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from longspan.cost import Footprint
     from longspan.report import Table
+    from longspan.train.speed import Speed
     from longspan.train.training_memory import TrainingMemory
 
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
@@ -60,6 +61,14 @@ class CostOptions:
             help="Also the memory of a training step, by two steps on random text. For recipes and runs of text.",
         ),
     ] = False
+    time: Annotated[
+        bool,
+        typer.Option(
+            "--time",
+            help="Also how fast this machine trains, reads and continues a text, by a few seconds of each; longer "
+            "texts by their FLOPs.",
+        ),
+    ] = False
     dtype: Annotated[
         str,
         typer.Option(
@@ -84,6 +93,7 @@ class ModelCost(NamedTuple):
             memory was given.
         training: memory of a training step; None = not measured.
         trained: longest row whose training fits into the memory; None = not measured, or no memory was given.
+        speed: of this machine; None = not measured.
     """
 
     name: str
@@ -93,6 +103,7 @@ class ModelCost(NamedTuple):
     streamed: int | None
     training: "TrainingMemory | None"
     trained: int | None
+    speed: "Speed | None"
 
 
 class Counted(NamedTuple):
@@ -116,12 +127,13 @@ def cost(options: CostOptions) -> None:
     The figures are sums over the layers as configured, so mixed and converted models are counted layer by layer, and
     states are exact to the byte. FLOPs count 2 per multiply-add. With --training, the peak memory of a training step
     is measured at two lengths, since it grows in proportion to the length. It is that of tensors: on Linux a process
-    takes up to twice as much, unless MALLOC_MMAP_THRESHOLD_=65536 makes it give freed memory back.
+    takes up to twice as much, unless MALLOC_MMAP_THRESHOLD_=65536 makes it give freed memory back. With --time, a few
+    training steps, a text of 2,048 tokens and 16 new ones are timed.
 
     Examples:
       longspan cost lm/window
       longspan cost lm/full --mixers all --length 64Ki --memory 16GB
-      longspan cost quickstart-lm --training --memory 8GB
+      longspan cost quickstart-lm --training --memory 8GB --time
       longspan cost ./SmolLM2-135M --mixers window,infini,linear --dtype bfloat16 -o out/cost
     """
     from longspan.train.opening import parse_dtype
@@ -238,7 +250,23 @@ def _measure(
         streamed=None if budget is None else longest_state(model, max(budget - weights, 0), dtype),
         training=training,
         trained=None if training is None or budget is None else training.longest(budget),
+        speed=_speed(counted, options) if options.time else None,
     )
+
+
+def _speed(counted: Counted, options: CostOptions) -> "Speed":
+    """Measure how fast this machine trains, reads and continues a text with a model."""
+    from longspan.cli.runs import open_any_run
+    from longspan.models import build_model
+    from longspan.train.speed import measure_speed
+    from longspan.train.training_memory import text_training
+
+    if counted.recipe is None and options.mixers:
+        raise ConfigError("--time: is measured for recipes, runs and folders as they are; leave --mixers out")
+    say(f"{counted.name}: measuring its speed")
+    if counted.recipe is not None:
+        return measure_speed(build_model(counted.recipe["model"]), text_training(counted.recipe))
+    return measure_speed(open_any_run(options.model, device="cpu")[0], None)
 
 
 def _training(recipe: dict[str, Any] | None, rows: int) -> "TrainingMemory":
@@ -276,7 +304,35 @@ def _tables(costs: list[ModelCost], lengths: list[int], options: CostOptions) ->
         columns += ["training, fixed", "training, per token of a row"] if options.training else []
         columns += [f"longest row to train in {options.memory}"] if options.training and options.memory else []
         pages.append(("", Table(columns=columns, rows=limits, right=tuple(range(1, len(columns))))))
+    if options.time:
+        pages.append(("", _time_table(costs, lengths)))
     return pages
+
+
+def _time_table(costs: list[ModelCost], lengths: list[int]) -> "Table":
+    """Return the table of speeds, and of the time to read a text of every length."""
+    from longspan.report import Table
+    from longspan.train.planning import duration
+
+    rows = []
+    for cost in costs:
+        assert cost.speed is not None, "--time measures every model"
+        speed = cost.speed
+        rows.append(
+            (
+                cost.name,
+                "-" if speed.trained is None else f"{speed.trained:,.0f}",
+                f"{speed.read:,.0f}",
+                "-" if speed.written is None else f"{speed.written:,.0f}",
+                *(duration(speed.seconds_to_read(at)) for at in cost.at.values()),
+            )
+        )
+    columns = ("model", "trains tokens/s", "reads tokens/s", "new tokens/s", *(f"reads {n:,}" for n in lengths))
+    caption = (
+        "Measured on this machine with other programs running as they were; the time to read longer texts follows from "
+        "their FLOPs."
+    )
+    return Table(columns=columns, rows=rows, right=tuple(range(1, len(columns))), caption=caption)
 
 
 def _table(first: str, lines: "list[tuple[str, Footprint]]") -> "Table":
@@ -346,10 +402,20 @@ def _plain(costs: list[ModelCost], lengths: list[int], options: CostOptions) -> 
                 "at": [to_dict(at) for at in cost.at.values()],
                 **({"longest_streamed": cost.streamed} if options.memory else {}),
                 **({"training": to_dict(cost.training)} if cost.training is not None else {}),
+                **(_plain_speed(cost) if cost.speed is not None else {}),
             }
             for cost in costs
         ],
     }
+
+
+def _plain_speed(cost: ModelCost) -> dict[str, Any]:
+    """Return measured tokens per second and seconds to read every length, for JSON."""
+    speed = cost.speed
+    assert speed is not None, "measured"
+    rates = {"trained": speed.trained, "read": speed.read, "written": speed.written}
+    seconds = {str(length): speed.seconds_to_read(at) for length, at in cost.at.items()}
+    return {"tokens_per_second": rates, "seconds_to_read": seconds}
 
 
 def _write_page(costs: list[ModelCost], lengths: list[int], options: CostOptions) -> Path:
