@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from longspan.report.page import Block, Code, Passage, Picture, Quote, Section, Text
 from longspan.report.tables import Table
+from longspan.report.token_text import TokenText
 
 
 def markdown(title: str, sections: Sequence[Section], *, lead: str = "") -> str:
@@ -35,6 +36,8 @@ def _block(block: Block) -> str:
             return f"![{block.alt}](figures/{block.name}.png)" + (f"\n\n{block.caption}" if block.caption else "")
         case Table():
             return table_lines(block)
+        case TokenText():
+            return "The text token by token is on the page."
 
 
 def table_lines(table: Table) -> str:
