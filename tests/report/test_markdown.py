@@ -1,6 +1,6 @@
 """Pages as Markdown."""
 
-from longspan.report import Code, Passage, Picture, Quote, Section, Table, Text
+from longspan.report import Block, Code, Passage, Picture, Quote, Section, Table, Text
 from longspan.report.markdown import markdown
 
 
