@@ -7,7 +7,7 @@ from longspan.report.markdown import markdown
 def test_every_block_has_a_form() -> None:
     table = Table(columns=("a", "b"), rows=[("x|y", "1")], right=(1,), caption="Numbers.")
     picture = Picture(name="loss", light=b"", dark=b"", alt="Loss.", caption="Lower is better.")
-    blocks = [
+    blocks: list[Block] = [
         Text("A sentence."),
         table,
         picture,
