@@ -333,13 +333,11 @@ def _setting(
     arguments += [text for option, value in given if value for text in (option, str(value))]
     arguments += [text for change in options.set_ or () for text in ("--set", change)]
     arguments += ["--seeds", str(options.seeds)] if options.seeds > 1 else []
-    commands = [_command(arguments, options)]
-    commands += [f"longspan eval {options.output}/runs/{one.label} --task lm" for one in plan.jobs[:1]]
     return Setting(
         title=f"Which model for {options.data}?",
         lead=f"{len(compared.runs)} of {len(training.models)} models, {_text_of(compared)}.",
         how=[*how, _machine(workers.count)],
-        commands=commands,
+        commands=[_command(arguments, options)],
         peaks={name: cost.peak for name, cost in plan.costs.items()},
     )
 

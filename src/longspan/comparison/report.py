@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,9 +53,12 @@ def write(folder: Path, compared: Compared, advice: Advice, setting: Setting) ->
 
 def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Section]:
     """Return the sections of the page."""
+    run = shlex.quote(compared.record(advice.take)["folder"])
+    look = f"longspan eval {run} --task lm\nlongspan show text {run} FILE\nlongspan stream {run} FILE"
+    limits = [Text("What limits this answer:"), *map(Text, advice.limits)]
     sections = [
         Section(
-            "What to take", [*map(Text, advice.reasons), Text("What limits this answer:"), *map(Text, advice.limits)]
+            "What to take", [*map(Text, advice.reasons), *limits, Text("Look closer at it, and use it:"), Code(look)]
         ),
         Section("Loss", [loss_table(compared)]),
         Section("Cost", [cost_table(compared, setting.peaks), *_quality_picture(compared)]),
