@@ -43,6 +43,7 @@ def test_the_recommendation_comes_first_with_its_command(longspan: Command, tmp_
     assert take < other < lines.index("What does not fit.")
     assert "longspan train lm/infini --set model.dim=" in lines
     assert "--set task.source=" in lines
+    assert f"longspan compare --data {text} --mixers infini,window --budget 5min" in lines
     page = (tmp_path / "page/report.html").read_text()
     assert page.index("Take lm/infini") < page.index("longspan train lm/infini") < page.index("What fits")
 

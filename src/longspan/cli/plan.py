@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from longspan.report import Table
     from longspan.train.planning import Candidate, Needs
 
+COMPARED = 6
+"""models at most of a comparison that is proposed"""
 SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 
 
@@ -166,7 +169,18 @@ def _advice(candidates: "list[Candidate]", needs: "Needs", options: PlanOptions)
             f"{costs}, and reads a text in {duration(best.reading_seconds)} with {_state(best)}.",
             f"  {best.command(source=options.text)}",
         ]
-    return [f"For {what}, {len(fitting)} of {len(candidates)} recipes fit.", *lines]
+    return [f"For {what}, {len(fitting)} of {len(candidates)} recipes fit.", *lines, *_comparison(fitting, options)]
+
+
+def _comparison(fitting: "list[Candidate]", options: PlanOptions) -> list[str]:
+    """Return the command that compares what fits on a text, from a trained start, and what it is for."""
+    names = ",".join(tried.recipe.removeprefix("lm/") for tried in fitting[:COMPARED])
+    if len(fitting) < 2:
+        return []
+    return [
+        "Which of them learns your text best is seen in minutes with small models that continue from a trained start:",
+        f"  longspan compare --data {shlex.quote(options.text or 'FILE')} --mixers {names} --budget 5min",
+    ]
 
 
 def _shape(tried: "Candidate") -> str:
