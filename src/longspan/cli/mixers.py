@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspan.cli.console import console, print_table
+from longspan.cli.fields import field_table
 
 if TYPE_CHECKING:
     from longspan.mixers import Mixer
@@ -77,9 +78,8 @@ def _list(names: list[str]) -> None:
 
 def _explain(name: str) -> None:
     """Print the description, the fields and the state size of one mechanism."""
-    from longspan.config import to_dict
     from longspan.contract.registry import mechanism_class
-    from longspan.report import Table, si_bytes
+    from longspan.report import si_bytes
 
     core = mechanism_class(name)
     mixer = _build(name)
@@ -87,10 +87,9 @@ def _explain(name: str) -> None:
     out = console()
     out.print(f"{name}\n", style="bold", markup=False)
     out.print(core.about(), markup=False)
-    meanings = _attributes(core.Config.__doc__ or "")
-    rows = [(key, repr(value), meanings.get(key, "")) for key, value in to_dict(mixer.core.config).items()]
-    if rows:
-        print_table(Table(columns=("field", "default", "meaning"), rows=rows), out)
+    table = field_table(core.Config)
+    if table.rows:
+        print_table(table, out)
     else:
         out.print("\nNo fields.")
     if traits.streams:
@@ -102,20 +101,3 @@ def _explain(name: str) -> None:
         out.print("Visible keys may get attention weight exactly zero, depending on the data.")
     if traits.horizon is not None:
         out.print(f"Gradients reach back over {traits.horizon} segment(s) of {traits.segment} positions.")
-
-
-def _attributes(docstring: str) -> dict[str, str]:
-    """Parse the section `Attributes:` of a docstring: the description of each field, by name."""
-    meanings: dict[str, str] = {}
-    key, indent = "", None
-    for line in docstring.partition("Attributes:")[2].splitlines():
-        if not line.strip():
-            continue
-        depth = len(line) - len(line.lstrip())
-        indent = depth if indent is None else indent
-        if depth == indent:
-            key, _, text = line.strip().partition(":")
-            meanings[key] = text.strip()
-        else:
-            meanings[key] += f" {line.strip()}"
-    return meanings

@@ -20,6 +20,15 @@ def recipes(
             "--new", metavar="NAME", help="Copy this recipe to a new file for you to edit.", show_default=False
         ),
     ] = None,
+    fields: Annotated[
+        str | None,
+        typer.Option(
+            "--fields",
+            metavar="TABLE",
+            help="Explain the fields of a table of recipes: model, model.memory, task.text, train, train.memory, ...",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="With --new: file to write.", show_default="NAME.toml"),
@@ -31,15 +40,20 @@ def recipes(
       longspan recipes
       longspan recipes --show tiny
       longspan recipes --new tiny -o mine.toml
+      longspan recipes --fields train
     """
-    if show is not None and new is not None:
-        raise ConfigError("give --show or --new, not both")
+    if sum(option is not None for option in (show, new, fields)) > 1:
+        raise ConfigError("give one of --show, --new and --fields")
     if output is not None and new is None:
         raise ConfigError("-o: works with --new NAME only; add it, or leave -o out")
     from longspan.train import find_recipe
 
     if show is not None:
         sys.stdout.write(find_recipe(show).read_text(encoding="utf-8"))
+    elif fields is not None:
+        from longspan.cli.fields import recipe_table
+
+        print_table(recipe_table(fields), console())
     elif new is not None:
         _copy_recipe(find_recipe(new), output)
     else:
@@ -69,5 +83,6 @@ def _list_recipes() -> None:
     out = console()
     print_table(Table(columns=("name", "description"), rows=rows), out)
     out.print(
-        "Train: longspan train NAME. Print: longspan recipes --show NAME. Copy to edit: longspan recipes --new NAME"
+        "Train: longspan train NAME. Print: longspan recipes --show NAME. Copy to edit: longspan recipes --new NAME. "
+        "Fields: longspan recipes --fields model|task.text|train"
     )

@@ -63,6 +63,11 @@ def names() -> list[str]:
     return sorted(_TASKS)
 
 
+def config_class(name: str) -> type[Any]:
+    """Return the dataclass with the fields of a task."""
+    return _TASKS[name][0]
+
+
 def build(table: Mapping[str, Any]) -> Task:
     """Build the task of a recipe's `[task]` table: its `name` (default `"text"`) and the fields of its configuration.
 

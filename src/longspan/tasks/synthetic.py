@@ -72,7 +72,8 @@ class AssociateConfig:
         pairs: number of key-value pairs, including those that overwrite earlier ones.
         overwrites: number of pairs that give an earlier key a new value.
         queries: number of queried keys.
-        keys, values: number of different keys and values.
+        keys: number of different keys.
+        values: number of different values.
         samples: number of training documents; a tenth of that number is held out.
         seed: of the samples.
     """
