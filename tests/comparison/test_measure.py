@@ -1,16 +1,18 @@
 """Measurements of runs: the same bytes for every tokenizer, and the losses that `longspan eval` computes."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from longspan.comparison import Compared, HeldOut, measure_run
-from longspan.comparison.measure import by_offset, cut_text
-from longspan.errors import CheckpointError
+from longspan.comparison.measure import add_speed, by_offset, cut_text
+from longspan.errors import CheckpointError, ConfigError
+from longspan.models import load_model, save_model
 from longspan.tasks import TextTask
 from longspan.tasks.text import TextConfig
-from longspan.train import evaluate_text, load_run, run
+from longspan.train import DivergedError, evaluate_text, load_run, run
 
 
 def tiny(source: Path, tokenizer: str = "bytes", **train: object) -> dict[str, object]:
@@ -51,9 +53,9 @@ def test_losses_are_those_of_an_evaluation(runs: dict[str, Path], tmp_path: Path
     record = measure_run(runs["bytes"], HeldOut(documents=0, reach=0), tmp_path / "a.json")
     assert sum(record["units"]) == int(expected.units.sum())
     assert sum(record["nats"]) == pytest.approx(float(expected.nats.sum()), rel=1e-6)
-    # positions and distances divide the same losses
-    rows = np.array(record["positions"]["nats"])
-    assert rows.sum() <= sum(record["nats"]) + 1e-6
+    # positions divide the loss of the document that has all of them
+    longest = int(expected.units.argmax())
+    assert np.array(record["positions"]["nats"]).sum() == pytest.approx(float(expected.nats[longest]), rel=1e-6)
     assert len(record["training"]["curve"]) == 4
     assert record["training"]["steps"] == 4
     assert record["mechanism"] == "window"
@@ -73,10 +75,60 @@ def test_tokenizers_are_compared_on_the_same_bytes(runs: dict[str, Path], tmp_pa
 
 
 def test_a_saved_measurement_is_read_until_the_text_changes(runs: dict[str, Path], tmp_path: Path) -> None:
+    file, text = tmp_path / "a.json", tmp_path / "text.txt"
+    text.write_text("another text " * 20)
+    first = measure_run(runs["bytes"], HeldOut(source=(str(text),)), file)
+    assert measure_run(runs["bytes"], HeldOut(source=(str(text),)), file) == first
+    assert measure_run(runs["bytes"], HeldOut(source=(str(text),), reach=60), file)["bytes"] == [60]
+    text.write_text("and a longer one " * 20)
+    assert measure_run(runs["bytes"], HeldOut(source=(str(text),)), file)["bytes"] == [340]
+
+
+def test_a_saved_measurement_is_that_of_its_weights(texts: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    first = measure_run(runs["bytes"], HeldOut(reach=50), file)
-    assert measure_run(runs["bytes"], HeldOut(reach=50), file) == first
-    assert measure_run(runs["bytes"], HeldOut(reach=60), file)["bytes"] == [60, 60]
+    for name, seed in (("a", 0), ("b", 1)):
+        run(tiny(texts, seed=seed, checkpoint_every=2), tmp_path / name, progress="none", until=2)
+    first, other = (measure_run(tmp_path / name, HeldOut(), file)["nats"] for name in ("a", "b"))
+    assert first != other
+
+
+def test_the_speed_is_measured_once(runs: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    record = measure_run(runs["pieces"], HeldOut(), file)
+    assert record["bytes_per_second"] is None
+    timed = add_speed(record, HeldOut(), file)
+    assert timed["bytes_per_second"] > 0
+    assert add_speed(measure_run(runs["pieces"], HeldOut(), file), HeldOut(), file) == timed
+
+
+def test_only_the_held_out_part_of_a_training_text_is_read(texts: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    whole = measure_run(runs["bytes"], HeldOut(source=(str(texts),)), tmp_path / "a.json")
+    part = measure_run(runs["bytes"], HeldOut(source=(str(texts),), split=True), tmp_path / "b.json")
+    assert len(whole["names"]) == 4
+    assert part["names"] == ["0.txt"]
+
+
+def test_the_last_stage_says_how_a_run_is_read(texts: Path, tmp_path: Path) -> None:
+    stages = [{"steps": 2, "segment_length": 16}, {"segment_length": 32}]
+    recipe = tiny(texts, sampling="pieces", stages=stages)
+    recipe["model"]["mixers"] = [{"name": "full"}]  # type: ignore[index]
+    run(recipe, tmp_path / "full", progress="none")
+    record = measure_run(tmp_path / "full", HeldOut(reach=64), tmp_path / "a.json")
+    assert record["reading"].startswith("windows of 32 tokens")
+
+
+def test_what_cannot_be_compared_is_refused(texts: Path, tmp_path: Path) -> None:
+    run(tiny(texts, "word"), tmp_path / "words", progress="none")
+    with pytest.raises(ConfigError, match="does not give back the text that it reads"):
+        measure_run(tmp_path / "words", HeldOut(), tmp_path / "a.json")
+    run(tiny(texts), tmp_path / "broken", progress="none")
+    model = load_model(tmp_path / "broken" / "model")
+    next(model.parameters()).data.fill_(float("nan"))
+    save_model(model, tmp_path / "other")
+    shutil.rmtree(tmp_path / "broken" / "model")
+    shutil.move(tmp_path / "other", tmp_path / "broken" / "model")
+    with pytest.raises(DivergedError, match="not a number"):
+        measure_run(tmp_path / "broken", HeldOut(), tmp_path / "a.json")
 
 
 def test_another_text_is_read_where_one_is_given(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -110,7 +162,7 @@ def test_losses_by_offset_divide_a_token_over_an_edge() -> None:
 
 def test_a_token_over_the_reach_counts_by_its_share(texts: Path) -> None:
     task = TextTask(TextConfig(source=str(texts), tokenizer="subword", vocab_size=300))
-    whole, cut = (cut_text(task, HeldOut(documents=0, reach=reach)) for reach in (0, 99))
+    whole, cut = (cut_text(task, HeldOut(documents=0, reach=reach), "run") for reach in (0, 99))
     for all_sizes, sizes, share in zip(whole.sizes, cut.sizes, cut.shares, strict=True):
         assert sizes.sum() == 99
         assert sizes[-1] == pytest.approx(share * all_sizes[len(sizes) - 1])

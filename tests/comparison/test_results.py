@@ -55,8 +55,6 @@ def test_different_texts_are_refused() -> None:
         Compared({"a": [record(BITS)], "b": [record(BITS, text="other")]})
     with pytest.raises(DataError, match="different held-out texts"):
         Compared({"a": [record(BITS)], "b": [record(BITS[:-1])]})
-    # a tokenizer that does not give its text back has no digest; names and bytes must do
-    assert Compared({"a": [record(BITS)], "b": [record(BITS, text=None)]}).names
 
 
 def test_a_curve_that_falls_is_named() -> None:
@@ -64,29 +62,55 @@ def test_a_curve_that_falls_is_named() -> None:
     falling["training"]["curve"] = [[step, 0, 0.0, 3 - step / 80] for step in range(10, 81, 10)]
     compared = Compared({"a": [falling], "b": [record(BITS + 1)]})
     assert compared.fall("a") == pytest.approx(0.25)
-    assert (compared.is_flat("a"), compared.is_flat("b")) == (False, True)
+    assert (compared.trend("a"), compared.trend("b")) == ("still falling", "flat")
     assert any("loss of a still fell" in line for line in advise(compared).limits)
     falling["training"]["curve"] = falling["training"]["curve"][:3]
-    assert compared.is_flat("a") is None
+    assert compared.trend("a") == ""
 
 
-def test_far_context_is_its_farthest_range_with_enough_bytes() -> None:
-    def with_distances(far: float) -> dict[str, object]:
-        nats = [[10.0, 800.0 * far], [10.0, 800.0 * far]]
-        return {"distances": {"edges": [1, 256], "nats": nats, "units": [[10, 800], [10, 800]]}}
+def with_distances(near: float, middle: float, far: float) -> dict[str, object]:
+    """Losses in nats of bytes that occurred 1, 256 and 1,024 bytes before; only the last two have enough together."""
+    counts = [1000, 800, 300]
+    nats = [count * loss for count, loss in zip(counts, (near, middle, far), strict=True)]
+    return {"distances": {"edges": [1, 256, 1024], "nats": [nats, nats], "units": [counts, counts]}}
 
+
+def test_far_context_is_all_beyond_the_farthest_distance_with_enough_bytes() -> None:
     compared = Compared(
         {
-            "near": [record(BITS[:2], **with_distances(1.0))],
-            "far": [record(BITS[:2] + 0.3, **with_distances(0.5))],
+            "near": [record(BITS[:2], **with_distances(1.0, 1.0, 1.0))],
+            "far": [record(BITS[:2] + 0.3, **with_distances(2.0, 0.5, 0.5))],
+            # better in the middle, worse over all that is farther
+            "middle": [record(BITS[:2] + 0.3, **with_distances(1.0, 0.9, 2.0))],
         }
     )
-    measured = compared.far("far", "near")
-    assert measured is not None
-    distance, gap = measured
-    assert distance == 256
-    assert gap.value == pytest.approx(-0.5 / math.log(2))
-    assert any("take far" in line and "256 or more" in line for line in advise(compared).reasons)
+    for name, nats in (("far", -0.5), ("middle", (-80 + 300) / 1100)):
+        measured = compared.far_difference(name, "near")
+        assert measured is not None
+        distance, gap = measured
+        assert distance == 256
+        assert gap.value == pytest.approx(nats / math.log(2))
+    lines = [line for line in advise(compared).reasons if "far context" in line]
+    assert ["take far" in line and "256 or more" in line for line in lines] == [True]
+
+
+def test_what_is_not_settled_is_named() -> None:
+    noise = 0.2 * np.resize([1, -1], 20)
+    compared = Compared({"a": [record(BITS)], "b": [record(BITS + 0.03 + noise)], "c": [record(BITS + 0.5)]})
+    assert compared.unsettled == ["b"]
+    assert any(line.startswith("May be as good as a") and "b +0.030" in line for line in advise(compared).limits)
+
+
+def test_a_rising_curve_a_cut_run_and_an_unlearned_text_are_named() -> None:
+    rising, cut = record(BITS + 4), record(BITS + 4.1)
+    rising["training"]["curve"] = [[step, 0, 0.0, 2 + step / 80] for step in range(10, 81, 10)]
+    cut["training"]["steps"] = 40
+    compared = Compared({"a": [rising], "b": [cut]})
+    assert compared.trend("a") == "rising"
+    limits = " ".join(advise(compared).limits)
+    assert "loss of a rose" in limits
+    assert "ended b before" in limits
+    assert "No model has learned the text" in limits
 
 
 def test_failures_and_recipes_that_were_not_tried_are_limits() -> None:

@@ -1,6 +1,6 @@
 """Trainings of a comparison: recipes, equal time, runs that are stopped early, and a comparison that was killed."""
 
-from collections.abc import Mapping
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,13 @@ import pytest
 from longspan.comparison import HeldOut, training
 from longspan.comparison.training import Plan, StepOf, Training, hopeless, make_plan, steps_of, train_all
 from longspan.errors import ConfigError
-from longspan.train import resolve, run
+from longspan.train import resolve
 from longspan.train.planning import families
 from longspan.train.workers import ONE_WORKER
 
+FAST = StepOf(seconds=0.125, peak=1)
+"""eight steps in a second"""
+TIMED = {"seconds": 1.0}
 TINY = ("model.dim=16", "model.num_layers=1", "model.num_heads=2", "model.ffn_dim=32")
 
 
@@ -39,8 +42,8 @@ def tiny(texts: Path, **fields: Any) -> Training:
 def outcome(training: Training, out: Path) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Train all and return the losses of all documents by model, and the failures."""
     held_out = HeldOut(reach=200)
-    plan = make_plan(training, out, held_out, ONE_WORKER, quiet)
-    records, failures = train_all(plan, training, ONE_WORKER, quiet)
+    plan = make_plan(training, out, held_out, quiet)
+    records, failures = train_all(plan, ONE_WORKER, quiet)
     return {name: runs[0]["nats"] for name, runs in records.items()}, failures
 
 
@@ -67,43 +70,74 @@ def test_a_time_becomes_steps_of_what_they_take() -> None:
     assert some.recipe("window", 0, 200)["train"]["minutes"] == pytest.approx(200 / 60)
 
 
-def test_runs_that_cannot_win_are_stopped() -> None:
+def test_models_that_cannot_win_are_stopped() -> None:
     curves = {
-        "best": [(10, 2.0), (20, 1.5), (30, 1.45), (40, 1.4)],
+        "best": [[(10, 2.0), (20, 1.5), (30, 1.45), (40, 1.4)]],
         # falls by 0.3 in the second quarter: 1.7 - 0.6 is below the best
-        "may win": [(10, 3.0), (20, 2.0), (30, 1.8), (40, 1.7)],
-        "flat": [(10, 1.6), (20, 1.5), (30, 1.5), (40, 1.5)],
-        "rises": [(10, 1.4), (20, 1.4), (30, 1.5), (40, 1.6)],
-        "close": [(10, 1.5), (20, 1.41), (30, 1.41), (40, 1.41)],
+        "may win": [[(10, 3.0), (20, 2.0), (30, 1.8), (40, 1.7)]],
+        "flat": [[(10, 1.6), (20, 1.5), (30, 1.5), (40, 1.5)]],
+        "rises": [[(10, 1.4), (20, 1.4), (30, 1.5), (40, 1.6)]],
+        "close": [[(10, 1.5), (20, 1.41), (30, 1.41), (40, 1.41)]],
+        # one bad seed does not leave only the good one
+        "two seeds": [[(20, 1.4), (40, 1.3)], [(20, 1.5), (40, 1.5)]],
+        "broken": [[(20, math.nan), (40, math.nan)]],
     }
     reasons = hopeless(curves)
-    assert set(reasons) == {"flat", "rises"}
+    assert set(reasons) == {"flat", "rises", "broken"}
     assert "best has 1.400 already" in reasons["flat"]
     assert "at best 1.500" in reasons["flat"]
     assert hopeless({}) == {}
-    assert hopeless({"only": [(10, 1.0)]}) == {}
+    assert hopeless({"only": [[(10, 1.0)]]}) == {}
 
 
-def test_a_killed_comparison_ends_with_the_same_numbers(
+def test_a_trained_model_is_not_stopped_by_a_better_one(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = outcome(tiny(texts), tmp_path / "whole")
-    assert set(expected[0]) | {label[:-2] for label in expected[1]} == {"window", "infini"}
-    # killed in the second run, after some steps of its first half
-    calls: list[Path] = []
+    first = outcome(tiny(texts, models=("window",)), tmp_path)[0]
+    monkeypatch.setattr(training, "hopeless", lambda curves: dict.fromkeys(curves, "stopped"))
+    losses, failures = outcome(tiny(texts), tmp_path)
+    assert losses == first
+    assert failures == {"infini-0": "stopped"}
 
-    def killed(recipe: Mapping[str, Any], folder: Path, **options: Any) -> Any:
-        calls.append(folder)
-        if len(calls) == 2:
-            run(recipe, folder, **{**options, "until": 2})
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, *, done: bool) -> None:
+    """Interrupt a function of the module at one of its calls, after (`done`) or before it does its work."""
+    original, calls = getattr(training, name), []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        result = original(*arguments, **options) if done or len(calls) != call else None
+        if len(calls) == call:
             raise KeyboardInterrupt
-        return run(recipe, folder, **options)
+        return result
 
-    monkeypatch.setattr(training, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        outcome(tiny(texts), tmp_path / "cut")
-    # time of a step is measured once, so the second call has the plan of the first
-    assert outcome(tiny(texts), tmp_path / "cut") == expected
+    monkeypatch.setattr(training, name, interrupted)
+
+
+# calls of `run`: the first halves of two models, then their second halves
+@pytest.mark.parametrize(
+    ("name", "call", "done"),
+    [("run", 2, False), ("run", 2, True), ("run", 3, True), ("measure_run", 1, False), ("add_speed", 2, True)],
+)
+def test_a_killed_comparison_ends_with_the_same_numbers(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any, name: str, call: int, done: bool
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_measured_step", lambda job: FAST)
+        killed_at(patch, name, call, done=done)
+        with pytest.raises(KeyboardInterrupt):
+            outcome(tiny(texts, **TIMED), tmp_path)
+    # the time of a step is measured once: a second measurement would give other steps
+    monkeypatch.setattr(training, "_measured_step", lambda job: replace(FAST, seconds=100.0))
+    assert outcome(tiny(texts, **TIMED), tmp_path) == whole
+
+
+@pytest.fixture(scope="module")
+def whole(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The outcome of a comparison that nothing interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_measured_step", lambda job: FAST)
+        return outcome(tiny(texts, **TIMED), tmp_path_factory.mktemp("whole"))
 
 
 def test_a_failed_run_does_not_stop_the_others(texts: Path, tmp_path: Path) -> None:
@@ -116,11 +150,11 @@ def test_a_failed_run_does_not_stop_the_others(texts: Path, tmp_path: Path) -> N
 
 def test_another_comparison_needs_another_folder(texts: Path, tmp_path: Path) -> None:
     some = tiny(texts, models=("window",))
-    plan = make_plan(some, tmp_path, HeldOut(), ONE_WORKER, quiet)
+    plan = make_plan(some, tmp_path, HeldOut(), quiet)
     assert isinstance(plan, Plan)
     assert [job.label for job in plan.jobs] == ["window-0"]
-    with pytest.raises(ConfigError, match="other data or options"):
-        make_plan(replace(some, steps=16), tmp_path, HeldOut(), ONE_WORKER, quiet)
+    with pytest.raises(ConfigError, match="another text or other options"):
+        make_plan(replace(some, steps=16), tmp_path, HeldOut(), quiet)
     # more models and seeds go on in the same folder
-    more = make_plan(replace(some, models=("window", "infini"), seeds=2), tmp_path, HeldOut(), ONE_WORKER, quiet)
+    more = make_plan(replace(some, models=("window", "infini"), seeds=2), tmp_path, HeldOut(), quiet)
     assert [job.label for job in more.jobs] == ["window-0", "infini-0", "window-1", "infini-1"]

@@ -26,7 +26,6 @@ from longspan.experiments.claims.continued import (
     grade,
     if_flat,
     plans,
-    recurrence,
     report,
 )
 from longspan.experiments.claims.continued.curves import Curve, Point, equal_seconds
@@ -34,6 +33,7 @@ from longspan.experiments.claims.continued.plan import recipe_of
 from longspan.experiments.claims.continued.remedies import remedies_table
 from longspan.experiments.claims.continued.results import needs_seeds
 from longspan.experiments.claims.continued.single_run import Job
+from longspan.train import recurrence
 from longspan.train.workers import Done, Workers
 
 PLAN = Plan(corpus="speeches", start="none", length=64, rows=2, steps=20)

@@ -153,37 +153,57 @@ def _existing(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple
         ConfigError: none of the folders is a run, or options of trainings are given.
     """
     from longspan.comparison import Compared, measure_run
+    from longspan.comparison.measure import add_speed
     from longspan.comparison.report import Setting
 
-    for option, given in (("--budget", options.budget), ("--steps", options.steps), ("--init", options.init)):
-        if given:
+    for name in ("mixers", "budget", "steps", "total", "init", "seeds", "jobs", "all_runs", "set_"):
+        if getattr(options, name) != getattr(CompareOptions, name):
+            option = f"--{name.strip('_').replace('_', '-')}"
             raise ConfigError(f"{option}: is for models that are trained; leave it out, or leave out the runs")
+    folders = list({Path(folder).resolve(): folder for folder in options.runs or []}.values())
     if options.data:
-        held_out = replace(held_out, source=(CORPORA.get(options.data, options.data),))
-    runs, failures, notes = {}, {}, []
-    names = short_names(options.runs or [])
-    for folder, name in names.items():
+        source = CORPORA.get(options.data, options.data)
+        held_out = replace(held_out, source=(source,), split=any(_was_trained_on(run, source) for run in folders))
+    runs, failures = {}, {}
+    for folder, name in short_names(folders).items():
         say(f"reading with {name}")
+        file = out / "measured" / f"{name.replace('/', '-')}.json"
         try:
-            runs[name] = [measure_run(folder, held_out, out / "measured" / f"{name.replace('/', '-')}.json")]
-        except (CheckpointError, ConfigError) as error:
+            runs[name] = [add_speed(measure_run(folder, held_out, file), held_out, file)]
+        except LongspanError as error:
             failures[name] = str(error)
             say(f"left out: {error}")
     if not runs:
-        raise ConfigError(f"no run of text among {', '.join(names)}: {next(iter(failures.values()))}")
+        raise ConfigError(f"no run of text among {', '.join(folders)}: {next(iter(failures.values()))}")
     compared = Compared(runs, failures)
-    if len({record["training"]["tokens"] for (record,) in runs.values()}) > 1:
-        notes.append(
-            "The runs were trained on different numbers of tokens, so their order is that of runs, not models."
-        )
-    what = options.data or "their own held-out text"
+    part = ", of which only the part is read that a training on it holds out" if held_out.split else ""
+    what = f"{options.data}{part}" if options.data else "their own held-out text"
     setting = Setting(
         title=f"Comparison of {len(runs)} runs",
         lead=f"{', '.join(runs)} on {what}: {_text_of(compared)}.",
-        how=[*notes, _machine(1)],
-        commands=[_command([*names, *(["--data", options.data] if options.data else [])], options)],
+        how=[*_differences_of(compared), _machine(1)],
+        commands=[_command([*folders, *(["--data", options.data] if options.data else [])], options)],
     )
     return compared, setting
+
+
+def _was_trained_on(folder: str, source: str) -> bool:
+    """Return whether a run was trained on a text; False where the folder is no run."""
+    from longspan.train.opening import recipe_table
+
+    sources = recipe_table(folder, "task").get("source", "")
+    names = [sources] if isinstance(sources, str) else list(sources)
+    return any(name == source or Path(name).resolve() == Path(source).resolve() for name in names)
+
+
+def _differences_of(compared: "Compared") -> list[str]:
+    """Name what differs between the trainings of runs, beside the models: then their order is that of runs."""
+    names = {"text": "texts", "init": "starts", "seconds": "times", "tokens": "numbers of tokens"}
+    trainings = [compared.record(name)["training"] for name in compared.names]
+    different = [words for key, words in names.items() if len({str(training[key]) for training in trainings}) > 1]
+    if not different or len(trainings) < 2:
+        return []
+    return [f"The runs were trained with different {', '.join(different)}, so this is an order of runs, not of models."]
 
 
 def _trained(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[Compared, Setting, list[str]]":
@@ -200,18 +220,18 @@ def _trained(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[
     began = time.monotonic()
     names = chosen(options.mixers, families())
     workers = _workers(options, began)
-    training = _training(options, names, held_out, workers)
-    plan = make_plan(training, out, held_out, workers, say)
+    training = _training(options, names, workers)
+    plan = make_plan(training, out, held_out, say)
     if not plan.jobs:
         raise LongspanError(f"no model can be trained: {next(iter(plan.failures.values()))}")
-    for line in _plan_lines(plan, training, workers):
+    for line in _plan_lines(plan, workers):
         say(line)
-    records, failures = train_all(plan, training, workers, say)
+    records, failures = train_all(plan, workers, say)
     if not records:
         raise LongspanError(f"every run failed: {next(iter(failures.values()))}")
     compared = Compared(records, failures)
     untried = [name for name in families() if name not in names]
-    return compared, _setting(options, compared, plan, training, workers), untried
+    return compared, _setting(options, compared, plan, workers), untried
 
 
 def _workers(options: CompareOptions, began: float) -> "Workers":
@@ -224,13 +244,14 @@ def _workers(options: CompareOptions, began: float) -> "Workers":
     return Workers(count=count, until=began + (1 - RESERVED) * seconds("--total", options.total))
 
 
-def _training(options: CompareOptions, names: list[str], held_out: "HeldOut", workers: "Workers") -> "Training":
+def _training(options: CompareOptions, names: list[str], workers: "Workers") -> "Training":
     """Return how the runs are trained.
 
     Raises:
-        ConfigError: `--data` is missing, or `--budget` and `--steps` are both given.
+        ConfigError: `--data` is missing, `--budget` and `--steps` are both given, or there is no such start.
     """
     from longspan.comparison.training import Training
+    from longspan.train.starts import start_model
 
     if not options.data:
         raise ConfigError("--data is missing: give a text to train on, a file or a folder, or runs to compare")
@@ -244,14 +265,20 @@ def _training(options: CompareOptions, names: list[str], held_out: "HeldOut", wo
     if source == options.data and not Path(source).exists():
         raise DataError(f"--data {source}: no such file or folder; give one, or speeches or code")
     task = {"name": "text", "source": source, "pattern": options.pattern}
+    if options.init not in ("", "none"):
+        try:
+            start_model(options.init)
+        except CheckpointError as error:
+            raise ConfigError(f"--init {options.init}: {error}; give speeches, code, none or a run") from None
     return Training(
         models=tuple(names),
         task=task,
         init="" if options.init == "none" else options.init or _better_start(task),
         seconds=budget,
+        is_share=bool(options.total) and not options.steps,
         steps=options.steps,
         seeds=options.seeds,
-        stops=not options.all_runs,
+        stop_hopeless=not options.all_runs,
         changes=tuple(options.set_ or ()),
     )
 
@@ -274,11 +301,11 @@ def _better_start(task: dict[str, Any]) -> str:
     return best
 
 
-def _plan_lines(plan: "Plan", training: "Training", workers: "Workers") -> list[str]:
+def _plan_lines(plan: "Plan", workers: "Workers") -> list[str]:
     """Say what will be trained, before it begins."""
     from longspan.cli.console import clock
 
-    lines = []
+    lines, training = [], plan.training
     for job in plan.jobs:
         if job.seed:
             continue
@@ -290,56 +317,61 @@ def _plan_lines(plan: "Plan", training: "Training", workers: "Workers") -> list[
     total = plan.seconds / min(workers.count, len(plan.jobs))
     seeds = f" with {training.seeds} seeds" if training.seeds > 1 else ""
     head = f"{len(plan.jobs)} runs{seeds}, {workers.count} at a time: about {clock(total)} of training, then evaluation"
-    return [head, *lines]
+    failed = [f"  {name}: left out: {why}" for name, why in plan.failures.items()]
+    return [head, *lines, *failed]
 
 
-def _setting(
-    options: CompareOptions, compared: "Compared", plan: "Plan", training: "Training", workers: "Workers"
-) -> "Setting":
+def _setting(options: CompareOptions, compared: "Compared", plan: "Plan", workers: "Workers") -> "Setting":
     """Describe how models were trained."""
-    from longspan.comparison.advice import minutes
+    from longspan.comparison.advice import duration
     from longspan.comparison.report import Setting
     from longspan.comparison.results import EQUAL
-    from longspan.comparison.training import RELATIVE
+    from longspan.comparison.training import RELATIVE, RELATIVE_OF
 
-    job = plan.jobs[0]
-    model = job.recipe["model"]
+    training, model = plan.training, plan.jobs[0].recipe["model"]
     starts = dict.fromkeys(one.recipe["train"]["init"] for one in plan.jobs)
     begin = f"continued from the start {training.init}" if training.init else "from random weights"
     how = [
         f"Models of {model['num_layers']} layers of {model['dim']}, {begin}, were trained on {options.data}, of which "
         "every tenth document is held out (or the last tenth, if there is one document).",
         (
-            f"Every run had about {minutes(training.seconds)} of training on one thread, as many steps as this time "
+            f"Every run had about {duration(training.seconds)} of training on one thread, as many steps as this time "
             "allows by steps measured before."
             if training.seconds is not None
-            else f"Every run had {training.steps:,} steps."
+            else f"Every run had {plan.jobs[0].steps:,} steps."
         )
         + f" A step reads {training.length:,} bytes: one piece, or {training.lanes} documents side by side if the "
         "state is carried. The learning rate is constant and falls to zero in the last tenth.",
     ]
     if RELATIVE in starts:
         how.append(
-            f"Models with relative positions continue from the start {RELATIVE}, which has them; from rotary positions "
-            "they would lose several bits first."
+            f"Models with relative positions continue from the start {RELATIVE}, which is the start {RELATIVE_OF} "
+            "after further training with them; from rotary positions they would lose several bits first."
         )
-    if training.stops:
+    if training.stop_hopeless:
         how.append(
-            "A run was stopped at half of its steps if twice the fall of its last quarter would leave its loss "
-            f"{EQUAL} bits above that of the best run at that time."
+            "A model was stopped at half of its steps if twice the fall of its last quarter would leave its loss "
+            f"{EQUAL} bits above that of the best one at that time."
         )
-    arguments = ["--data", options.data, "--mixers", options.mixers]
-    given: list[tuple[str, Any]] = [("--budget", options.budget), ("--steps", options.steps), ("--init", options.init)]
-    arguments += [text for option, value in given if value for text in (option, str(value))]
-    arguments += [text for change in options.set_ or () for text in ("--set", change)]
-    arguments += ["--seeds", str(options.seeds)] if options.seeds > 1 else []
     return Setting(
         title=f"Which model for {options.data}?",
         lead=f"{len(compared.runs)} of {len(training.models)} models, {_text_of(compared)}.",
         how=[*how, _machine(workers.count)],
-        commands=[_command(arguments, options)],
+        commands=[_command(_training_arguments(options), options)],
         peaks={name: cost.peak for name, cost in plan.costs.items()},
     )
+
+
+def _training_arguments(options: CompareOptions) -> list[str]:
+    """Return the arguments of a command that trains the same models in the same way."""
+    arguments = ["--data", options.data, "--mixers", options.mixers]
+    for name in ("pattern", "budget", "steps", "total", "init", "seeds", "jobs"):
+        value = getattr(options, name)
+        if value != getattr(CompareOptions, name):
+            arguments += [f"--{name}", str(value)]
+    for change in options.set_ or ():
+        arguments += ["--set", change]
+    return [*arguments, *(["--all-runs"] if options.all_runs else [])]
 
 
 def _text_of(compared: "Compared") -> str:
@@ -379,7 +411,8 @@ def short_names(folders: Sequence[str]) -> dict[str, str]:
         return {folder: parts[-1] for folder, parts in paths.items()}
     # something is left of the shortest path
     first = min(len(list(_common(different))), min(map(len, different)) - 1)
-    last = len(list(_common({parts[first:][::-1] for parts in different})))
+    rests = {parts[first:][::-1] for parts in different}
+    last = min(len(list(_common(rests))), min(map(len, rests)) - 1)
     return {folder: "/".join(parts[first : len(parts) - last]) for folder, parts in paths.items()}
 
 
@@ -393,7 +426,7 @@ def _common(paths: set[tuple[str, ...]]) -> Iterator[str]:
 
 def _show(compared: "Compared", advice: "Advice", setting: "Setting", path: Path, options: CompareOptions) -> None:
     """Print the recommendation and the tables, or all numbers as JSON."""
-    from longspan.comparison.report import cost_table, loss_table, plain
+    from longspan.comparison.report import cost_table, failure_tables, loss_table, plain
 
     if options.as_json:
         print(json.dumps(plain(compared, advice, setting), indent=2))
@@ -401,7 +434,8 @@ def _show(compared: "Compared", advice: "Advice", setting: "Setting", path: Path
     out = console()
     for line in (*advice.reasons, *advice.limits):
         out.print(line, markup=False, highlight=False)
-    for table in (loss_table(compared), cost_table(compared, setting.peaks)):
+    tables = [loss_table(compared), cost_table(compared, setting.peaks)]
+    for table in (*tables, *failure_tables(compared)):
         out.print("")
         print_table(table, out)
     out.print(f"\n{path}", markup=False, highlight=False)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longspan.comparison.measure import COST_LENGTHS
-from longspan.comparison.results import EQUAL, Compared
+from longspan.comparison.results import EQUAL, Compared, Record
 from longspan.report import number, si_bytes
 from longspan.train import Interval
 
@@ -79,7 +79,7 @@ def _cost(compared: Compared, take: str) -> str:
     parts = []
     if training["seconds"]:
         parts.append(
-            f"it was trained in {minutes(training['seconds'])} ({training['steps']:,} steps, {training['tokens']:,} "
+            f"it was trained in {duration(training['seconds'])} ({training['steps']:,} steps, {training['tokens']:,} "
             "tokens)"
         )
     parts.append(f"it reads {compared.mean(take, 'bytes_per_second'):,.0f} bytes per second here")
@@ -89,41 +89,64 @@ def _cost(compared: Compared, take: str) -> str:
 
 
 def _alternatives(compared: Compared, take: str) -> list[str]:
-    """Name the models that are better in some respect: in loss, or on bytes that need far context."""
-    lines = []
+    """Name a model that is better on bytes that need far context, if there is one."""
     for name in compared.names:
-        if name == take:
-            continue
-        far = compared.far(name, take)
+        far = compared.far_difference(name, take) if name != take else None
         if far is not None and far[1].high < -EQUAL:
-            lines.append(
+            return [
                 f"If far context matters to you, take {name}: on bytes whose last 16 bytes occurred {far[0]:,} or more "
                 f"bytes before, its loss is {signed(far[1])} bits from that of {take}."
-            )
-            break
-    return lines
+            ]
+    return []
 
 
 def _limits(compared: Compared, untried: Sequence[str]) -> list[str]:
     """Say what the answer does not cover."""
+    best = compared.best
     lines = []
-    falling = [name for name in compared.names if compared.is_flat(name) is False]
+    if compared.bits(best).value > compared.record(best)["byte_entropy"]:
+        lines.append(
+            f"No model has learned the text: knowing only how frequent every byte is gives "
+            f"{compared.record(best)['byte_entropy']:.3f} bits per byte."
+        )
+    if compared.unsettled:
+        gaps = ", ".join(f"{name} {signed(compared.difference(name, best))}" for name in compared.unsettled)
+        lines.append(
+            f"May be as good as {best}, by these differences: {gaps}. More held-out text (--documents, --reach) would "
+            "tell."
+        )
+    falling = [name for name in compared.names if compared.trend(name) == "still falling"]
     if falling:
         lines.append(
             f"The loss of {_and(falling)} still fell when training ended, so more training may change the order."
         )
-    if len(compared.runs) > 1 and all(len(records) == 1 for records in compared.runs.values()):
-        lines.append("Every model was trained once; another seed changes losses by about 0.01 bits.")
+    rising = [name for name in compared.names if compared.trend(name) == "rising"]
+    if rising:
+        lines.append(f"The held-out loss of {_and(rising)} rose at the end: train it on more text, or shorter.")
+    cut = [name for name in compared.names if any(map(_is_cut, compared.runs[name]))]
+    if cut:
+        lines.append(f"The clock or an interrupt ended {_and(cut)} before the planned steps.")
+    once = [name for name, records in compared.runs.items() if len(records) == 1]
+    if len(compared.runs) > 1 and once:
+        who = "Every model" if len(once) == len(compared.runs) else _and(once)
+        lines.append(f"{who} was trained once; another seed changes losses by about 0.01 bits.")
     if compared.failures:
-        lines.append(f"Without a result: {', '.join(compared.failures)}; the reasons are below.")
+        lines.append(f"Stopped early or failed, with the reasons below: {', '.join(compared.failures)}.")
     if untried:
         lines.append(f"Not tried: {', '.join(untried)}.")
-    record = compared.record(compared.best)
+    sizes = sorted(compared.record(name)["parameters"] / 1e6 for name in compared.names)
+    size = f"{sizes[0]:.1f}" if f"{sizes[0]:.1f}" == f"{sizes[-1]:.1f}" else f"{sizes[0]:.1f} to {sizes[-1]:.1f}"
     lines.append(
-        f"All of this is about models of {record['parameters'] / 1e6:.1f} M parameters and about texts of up to "
-        f"{max(record['bytes']):,} bytes."
+        f"All of this is about models of {size} M parameters and about texts of up to "
+        f"{max(compared.record(best)['bytes']):,} bytes."
     )
     return lines
+
+
+def _is_cut(record: Record) -> bool:
+    """Return whether a run ended before its planned steps."""
+    planned = record["training"]["planned"]
+    return planned is not None and record["training"]["steps"] < planned
 
 
 def with_interval(interval: Interval, digits: int = 3) -> str:
@@ -140,7 +163,7 @@ def signed(interval: Interval, digits: int = 3) -> str:
     return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
 
 
-def minutes(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Format seconds as "45 s" or "5.2 min"."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 

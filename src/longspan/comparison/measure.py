@@ -11,22 +11,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longspan.config import from_dict
 from longspan.cost import footprint
-from longspan.errors import CheckpointError, DataError
+from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.files import data_digest, read_object, write_json
 from longspan.tasks import TextTask
 from longspan.tasks.base import Array, Document, Documents, evenly, heads
+from longspan.tasks.shards import stamps
+from longspan.tasks.sources import source_files
+from longspan.tasks.text import TextConfig
 from longspan.tasks.tokenizers import Tokenizer
-from longspan.train import load_run, read_log, recurrence
+from longspan.tasks.words import Words
+from longspan.train import DivergedError, TrainConfig, load_run, read_log, recurrence
 from longspan.train.lm_evaluation import Window, place_nats
 from longspan.train.opening import stored_recipe
 from longspan.train.run_summary import read_summaries
 from longspan.version import __version__
 
-FEW = 8
+FEW_DOCUMENTS = 8
 """with fewer documents, intervals resample parts of them"""
-PARTS = 32
-"""parts of the whole text, about, if there are few documents"""
+PARTS, LEAST_PART = 32, 64
+"""parts of the whole text, about, if there are few documents, and the fewest bytes of one"""
 COST_LENGTHS = (2_048, 65_536, 1_048_576)
 """tokens of a text at which the bytes of a state are computed"""
 TIMED_TOKENS, TIMES = 2_048, 3
@@ -41,6 +46,8 @@ class HeldOut:
 
     source: tuple[str, ...] = ()
     """files or folders; empty: the held-out documents of the run's own task"""
+    split: bool = False
+    """read only what a training on the source would hold out: some of the runs may have been trained on the rest"""
     pattern: str = "*.txt"
     """glob of the files to read in a folder"""
     documents: int = 24
@@ -56,13 +63,13 @@ class Cut(NamedTuple):
         documents: token ids, cut so that they cover the bytes that are compared.
         sizes: per document, (tokens,) bytes of every token, the last one cut at the reach.
         shares: per document, the share of the last token's bytes that are compared.
-        texts: per document, its bytes; None: the tokenizer does not keep them.
+        texts: per document, (bytes,) its text.
     """
 
     documents: Documents
     sizes: list[Array]
     shares: list[float]
-    texts: list[Array] | None
+    texts: list[Array]
 
 
 def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, Any]:
@@ -74,37 +81,35 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
         file: JSON file of the measurements.
 
     Returns:
-        Plain data: `key`, `folder`, `text` (digest of the bytes; None: not known), `names` and `bytes` of the
-        documents, `blocks` and their `nats` and `units`, `positions` and `distances` (see `_places`), `reading` (how
-        the text was read), `bytes_per_second` of reading, `parameters`, `flops` of a further token, `bytes_per_token`,
-        `state` (bytes by tokens; None: does not stream), `carries`, `bounded`, `mechanism`, `training` (see
-        `_training`).
+        Plain data: `key`, `folder`, `text` (digest of the bytes), `byte_entropy` (bits per byte of a model that knows
+        only how frequent every byte is in this text), `names` and `bytes` of the documents, `blocks` and their `nats`
+        and `units`, `positions` and `distances` (see `_places`), `reading` (how the text was read), `bytes_per_second`
+        of reading (None: see `add_speed`), `parameters`, `flops` of a further token, `bytes_per_token`, `state` (bytes
+        by tokens; None: does not stream), `carries`, `bounded`, `mechanism`, `training` (see `_training`).
 
     Raises:
         CheckpointError: the folder is not a run of text, or is damaged.
+        ConfigError: the tokenizer of the run does not give back the text that it reads.
         DataError: the text cannot be read, or is empty.
+        DivergedError: the model predicts something that is no number.
     """
     folder = Path(folder)
     recipe = stored_recipe(folder)
-    key = data_digest([_weights(folder), asdict(held_out), __version__])
+    key = data_digest([_weights(folder), asdict(held_out), _stamps(recipe, held_out), __version__])
     if file.is_file() and (saved := read_object(file)).get("key") == key:
         return saved
-    model, task = load_run(folder)
-    if not isinstance(task, TextTask) or not hasattr(model, "vocab_size") or not model.traits.causal:
-        raise CheckpointError(f"{folder}: not a language model of text; `longspan compare` reads such runs only")
-    cut = cut_text(task, held_out)
-    carries = reads_with_state(model, recipe["train"])
-    window = None if carries else _window(recipe["train"])
-    # one row per document, or windows that together have as many tokens as a call with a state
-    chunk = CHUNK if window is None else window.context
-    batch = max(ROWS * CHUNK // chunk, 1)
-    losses = place_nats(model, cut.documents, window, chunk=chunk, batch=batch)
+    opened = open_for_reading(folder, held_out)
+    cut, window = opened.cut, opened.window
+    losses = place_nats(opened.model, cut.documents, window, chunk=opened.chunk, batch=opened.batch)
     nats = [_with_share(loss, share) for loss, share in zip(losses, cut.shares, strict=True)]
+    if not all(np.isfinite(loss).all() for loss in nats):
+        raise DivergedError(f"{folder}: its loss on the held-out text is not a number somewhere")
     lengths = [int(size.sum()) for size in cut.sizes]
     record = {
         "key": key,
         "folder": str(folder),
-        "text": None if cut.texts is None else data_digest([text.tobytes().hex() for text in cut.texts]),
+        "text": data_digest([text.tobytes().hex() for text in cut.texts]),
+        "byte_entropy": _byte_entropy(cut.texts),
         "names": list(cut.documents.names),
         "bytes": lengths,
         **_blocks(nats, cut.sizes),
@@ -114,9 +119,9 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
             if window is None
             else f"windows of {window.context:,} tokens, of which the last {window.stride:,} are scored"
         ),
-        "bytes_per_second": _speed(model, cut, window, chunk, batch),
-        "carries": carries,
-        **_costs(model),
+        "bytes_per_second": None,
+        "carries": window is None,
+        **_costs(opened.model),
         "bytes_per_token": sum(lengths) / max(sum(len(size) for size in cut.sizes), 1),
         "mechanism": read_summaries(folder)[0].mechanism,
         "training": _training(folder, recipe),
@@ -125,38 +130,85 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
     return record
 
 
-def _speed(model: Any, cut: Cut, window: Window | None, chunk: int, batch: int) -> float:
-    """Return bytes read per second, with rows for as many documents as there are, up to those of a call.
+class OpenedForReading(NamedTuple):
+    """A run and a held-out text, ready for `place_nats`.
 
-    Of a few readings of the beginnings the fastest counts, which other processes disturb least.
+    Attributes:
+        model: in evaluation mode.
+        cut: the text as the run reads it.
+        window: None: with the state carried.
+        chunk: tokens per row of a call.
+        batch: rows of a call.
     """
-    documents = heads(cut.documents, TIMED_TOKENS, batch)
-    read = sum(int(size[:TIMED_TOKENS].sum()) for size in cut.sizes[:batch])
+
+    model: Any
+    cut: Cut
+    window: Window | None
+    chunk: int
+    batch: int
+
+
+def open_for_reading(folder: Path, held_out: HeldOut) -> OpenedForReading:
+    """Open a run and the text; raises as `measure_run`."""
+    train = stored_recipe(folder)["train"]
+    model, task = load_run(folder)
+    if not isinstance(task, TextTask) or not hasattr(model, "vocab_size") or not model.traits.causal:
+        raise CheckpointError(f"{folder}: not a language model of text; `longspan compare` reads such runs only")
+    # the last stage is what the model was trained for
+    stage = from_dict(TrainConfig, train, "train").stage_configs[-1]
+    # a state of constant size costs nothing to carry, however the model was trained
+    carries = model.traits.streams and (model.traits.bounded or stage.carries)
+    length = stage.segment_length
+    window = None if carries else Window(length, max(length // 2, 1))
+    chunk = CHUNK if window is None else length
+    batch = max(ROWS * CHUNK // chunk, 1)
+    return OpenedForReading(model, cut_text(task, held_out, str(folder)), window, chunk, batch)
+
+
+def add_speed(record: dict[str, Any], held_out: HeldOut, file: Path) -> dict[str, Any]:
+    """Return the record of a run with the bytes that its model reads per second, and save it, unless it has them.
+
+    To compare runs, call this for one after another while nothing else runs. Of a few readings of the beginnings of
+    documents, side by side, the fastest counts, which other processes disturb least.
+    """
+    if record["bytes_per_second"] is not None:
+        return record
+    model, cut, window, chunk, batch = open_for_reading(Path(record["folder"]), held_out)
+    # windows overlap from the second one on
+    count = TIMED_TOKENS if window is None else max(TIMED_TOKENS, 2 * window.context)
+    documents = heads(cut.documents, count, batch)
+    read = sum(int(size[:count].sum()) for size in cut.sizes[:batch])
     seconds = []
     for _ in range(TIMES):
         started = time.perf_counter()
         place_nats(model, documents, window, chunk=chunk, batch=batch)
         seconds.append(time.perf_counter() - started)
-    return read / max(min(seconds), 1e-9)
+    record = {**record, "bytes_per_second": read / max(min(seconds), 1e-9)}
+    write_json(file, record)
+    return record
 
 
-def reads_with_state(model: Any, train: Mapping[str, Any]) -> bool:
-    """Return whether a run is evaluated with a carried state: its model keeps one of constant size, or trained so."""
-    carried = train.get("carry", True) and train.get("sampling", "lanes") == "lanes"
-    return bool(model.traits.streams and (model.traits.bounded or carried))
+def _byte_entropy(texts: Sequence[Array]) -> float:
+    """Return the bits per byte of a text for a model that knows only how frequent every byte is in it."""
+    counts = np.bincount(np.concatenate(texts), minlength=256)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
 
 
-def cut_text(task: TextTask, held_out: HeldOut) -> Cut:
+def cut_text(task: TextTask, held_out: HeldOut, run: str) -> Cut:
     """Return a held-out text as the task of a run reads it.
 
     Raises:
+        ConfigError: the tokenizer does not give back the text that it reads.
         DataError: the text cannot be read, or is empty.
     """
-    documents = (
-        task.read(held_out.source, pattern=held_out.pattern, errors="replace")
-        if held_out.source
-        else task.documents("validation")
-    )
+    if not held_out.source:
+        documents = task.documents("validation")
+    elif held_out.split:
+        own = TextTask(TextConfig(source=held_out.source, pattern=held_out.pattern), tokenizer=task.tokenizer)
+        documents = own.documents("validation")
+    else:
+        documents = task.read(held_out.source, pattern=held_out.pattern, errors="replace")
     documents = evenly(documents, held_out.documents)
     if held_out.reach:
         # a token has at least one byte, but for the ends of lines that some tokenizers add
@@ -180,19 +232,24 @@ def cut_text(task: TextTask, held_out: HeldOut) -> Cut:
     if not sum(int(size.sum()) for size in sizes):
         raise DataError("the held-out text is empty; give another one")
     fingerprint = f"{documents.fingerprint}:{held_out.documents}:{held_out.reach}"
-    return Cut(Documents(items, documents.names, fingerprint), sizes, shares, _texts(items, sizes, task.tokenizer))
+    texts = _texts(items, sizes, task.tokenizer, run)
+    return Cut(Documents(items, documents.names, fingerprint), sizes, shares, texts)
 
 
-def _texts(items: Sequence[Document], sizes: Sequence[Array], tokenizer: Tokenizer) -> list[Array] | None:
-    """Return the bytes of documents; None if the tokenizer does not give back what it has read."""
+def _texts(items: Sequence[Document], sizes: Sequence[Array], tokenizer: Tokenizer, run: str) -> list[Array]:
+    """Return the bytes of documents; raises ConfigError if the tokenizer does not give back what it has read."""
     spelled = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
     texts = []
     for item, size in zip(items, sizes, strict=True):
-        text = b"".join(spelled[index] for index in item.cut(0, len(item)).targets.tolist())
+        ids = item.cut(0, len(item)).targets.tolist()
+        whole = zip(ids[:-1], size[:-1].tolist(), strict=True)
+        if isinstance(tokenizer, Words) or any(len(spelled[index]) != count for index, count in whole):
+            raise ConfigError(
+                f"{run}: its tokenizer does not give back the text that it reads (unknown words, ends of lines), so "
+                "its loss per byte cannot be compared; compare runs that read bytes or subwords"
+            )
         # the last token may reach beyond the text that is compared
-        text = text[: int(size.sum())]
-        if len(text) != int(size.sum()):
-            return None
+        text = b"".join(spelled[index] for index in ids)[: int(size.sum())]
         texts.append(np.frombuffer(text, dtype=np.uint8))
     return texts
 
@@ -202,13 +259,21 @@ def _weights(folder: Path) -> Any:
     digests = folder / "model" / "digests.json"
     if digests.is_file():
         return read_object(digests)
-    return sorted(path.name for path in (folder / "checkpoints").glob("step-*")) or str(folder)
+    saved = (folder / "checkpoints").glob("step-*")
+    return [str(folder.resolve()), sorted((path.name, path.stat().st_mtime_ns) for path in saved)]
 
 
-def _window(train: Mapping[str, Any]) -> Window:
-    """Return windows as long as the rows that a run was trained on, each scored in its last half."""
-    length = int(train["segment_length"])
-    return Window(length, max(length // 2, 1))
+def _stamps(recipe: Mapping[str, Any], held_out: HeldOut) -> Any:
+    """Return sizes and times of the files of a held-out text, to notice that they have changed."""
+    task = recipe["task"]
+    source, pattern = held_out.source, held_out.pattern
+    if not source:
+        source, pattern = task.get("source", ""), task.get("pattern", pattern)
+    try:
+        return stamps(source_files(source, pattern=pattern) or [])
+    except (DataError, OSError):
+        # reading the text gives the reason
+        return None
 
 
 def _with_share(loss: Array, share: float) -> Array:
@@ -224,7 +289,7 @@ def _blocks(nats: Sequence[Array], sizes: Sequence[Array]) -> dict[str, Any]:
     Returns:
         `blocks` ("documents" or "parts"), and `nats` and `units` (bytes) of every block.
     """
-    if len(nats) >= FEW:
+    if len(nats) >= FEW_DOCUMENTS:
         totals = [float(loss.sum()) for loss in nats]
         return {"blocks": "documents", "nats": totals, "units": [int(size.sum()) for size in sizes]}
     whole = sum(int(size.sum()) for size in sizes)
@@ -233,7 +298,7 @@ def _blocks(nats: Sequence[Array], sizes: Sequence[Array]) -> dict[str, Any]:
         length = int(size.sum())
         if not length:
             continue
-        parts = max(round(PARTS * length / whole), 1)
+        parts = max(min(round(PARTS * length / whole), length // LEAST_PART), 1)
         edges = [part * length // parts for part in range(parts + 1)]
         sums += by_offset(loss, size, edges).tolist()
         units += np.diff(edges).tolist()
@@ -264,8 +329,7 @@ def _places(nats: Sequence[Array], cut: Cut) -> dict[str, Any]:
     """Return losses by position and by distance to the last occurrence of the same context, as plain data.
 
     `positions`: `edges` in bytes, and `nats` (documents, ranges) of the documents that have all positions; the edges
-    end where a third of the documents still reach. `distances`: lower ends, `nats` and `units` (documents, ranges);
-    None if the bytes of the text are not known.
+    end where a third of the documents still reach. `distances`: lower ends, `nats` and `units` (documents, ranges).
     """
     lengths = [int(size.sum()) for size in cut.sizes]
     end = sorted(lengths)[-max(-(-len(lengths) // 3), 1)]
@@ -275,19 +339,18 @@ def _places(nats: Sequence[Array], cut: Cut) -> dict[str, Any]:
         for loss, size, length in zip(nats, cut.sizes, lengths, strict=True)
         if length >= end
     ]
-    places: dict[str, Any] = {"positions": {"edges": edges, "nats": rows}, "distances": None}
-    if cut.texts is None:
-        return places
     pairs = [
         recurrence.by_distance(_per_byte(loss, size), recurrence.distances(text))
         for loss, size, text in zip(nats, cut.sizes, cut.texts, strict=True)
     ]
-    places["distances"] = {
-        "edges": list(recurrence.DISTANCES),
-        "nats": [sums.tolist() for sums, _ in pairs],
-        "units": [counts.tolist() for _, counts in pairs],
+    return {
+        "positions": {"edges": edges, "nats": rows},
+        "distances": {
+            "edges": list(recurrence.DISTANCES),
+            "nats": [sums.tolist() for sums, _ in pairs],
+            "units": [counts.tolist() for _, counts in pairs],
+        },
     }
-    return places
 
 
 def _per_byte(nats: Array, sizes: Array) -> Array:
@@ -311,7 +374,7 @@ def _training(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the log of a run says: `steps`, `tokens`, `seconds`, `memory` (largest resident bytes), `curve`.
 
     The curve has (step, tokens, seconds, bits per byte) of every evaluation on held-out documents. Further `planned`
-    steps (None: only the clock ends the run), and `init`.
+    steps (None: only the clock ends the run), `text` (its source), `init` and `seed`.
     """
     lines = read_log(folder / "log.jsonl")
     train = recipe["train"]
@@ -322,6 +385,7 @@ def _training(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": last.get("tokens", 0),
         "seconds": last.get("seconds", 0.0),
         "memory": max((line["memory"] for line in lines if "memory" in line), default=0),
+        "text": recipe["task"].get("source", ""),
         "init": train.get("init", ""),
         "seed": train.get("seed", 0),
         "curve": [

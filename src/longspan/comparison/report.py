@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.comparison.advice import Advice, minutes, signed, with_interval
+from longspan.comparison.advice import Advice, duration, signed, with_interval
 from longspan.comparison.measure import COST_LENGTHS
 from longspan.comparison.results import FLAT, Compared
 from longspan.files import write_text
@@ -53,8 +53,11 @@ def write(folder: Path, compared: Compared, advice: Advice, setting: Setting) ->
 
 def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Section]:
     """Return the sections of the page."""
-    run = shlex.quote(compared.record(advice.take)["folder"])
-    look = f"longspan eval {run} --task lm\nlongspan show text {run} FILE\nlongspan stream {run} FILE"
+    record = compared.record(advice.take)
+    run = shlex.quote(record["folder"])
+    look = f"longspan eval {run} --task lm\nlongspan show text {run} FILE"
+    # a model that was measured in windows is not used as it was measured there
+    look += f"\nlongspan stream {run} FILE" if record["carries"] else ""
     limits = [Text("What limits this answer:"), *map(Text, advice.limits)]
     sections = [
         Section(
@@ -67,11 +70,17 @@ def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Se
     if curves := _curve_picture(compared):
         sections.append(Section("Training", curves))
     if compared.failures:
-        rows = list(compared.failures.items())
-        sections.append(Section("Runs without a result", [Table(columns=("run", "why"), rows=rows)]))
+        sections.append(Section("Runs without a result", failure_tables(compared)))
     how = [*setting.how, _intervals_text(compared)]
     blocks: list[Block] = [*map(Text, how), method_table(compared), Code("\n".join(setting.commands))]
     return [*sections, Section("How this was measured", blocks)]
+
+
+def failure_tables(compared: Compared) -> list[Table]:
+    """Return a table of the runs without a result, and why; none if all have one."""
+    if not compared.failures:
+        return []
+    return [Table(columns=("run without a result", "why"), rows=list(compared.failures.items()))]
 
 
 def loss_table(compared: Compared) -> Table:
@@ -79,7 +88,7 @@ def loss_table(compared: Compared) -> Table:
     rows = []
     best = compared.best
     for name in compared.names:
-        far = compared.far(name, best) if name != best else None
+        far = compared.far_difference(name, best) if name != best else None
         seeds = compared.by_seed(name)
         rows.append(
             (
@@ -91,12 +100,14 @@ def loss_table(compared: Compared) -> Table:
                 "1" if len(seeds) == 1 else f"{len(seeds)}, {min(seeds):.4f} to {max(seeds):.4f}",
             )
         )
-    distance = next((far[0] for name in compared.names[1:] if (far := compared.far(name, best)) is not None), None)
-    far_column = "far context" if distance is None else f"context {distance:,} bytes back"
+    distance = next(
+        (far[0] for name in compared.names[1:] if (far := compared.far_difference(name, best)) is not None), None
+    )
+    far_column = "far context" if distance is None else f"context {distance:,}+ bytes back"
     caption = (
         f"Held-out loss, the lowest first; differences are to {best}. Far context: only bytes whose last "
-        f"{recurrence.CONTEXT} bytes occurred that far back, and not since. Training: by how much the loss fell from "
-        f"65 % to 90 % of the steps; flat is less than {FLAT}."
+        f"{recurrence.CONTEXT} bytes occurred that far back or farther. Training: the change from "
+        f"65 % to 90 % of the steps; flat is a change of less than {FLAT}."
     )
     columns = ("model", "bits per byte", "difference", far_column, "training", "seeds")
     return Table(columns=columns, rows=rows, caption=caption)
@@ -107,7 +118,7 @@ def _curve_text(compared: Compared, name: str) -> str:
     fall = compared.fall(name)
     if fall is None:
         return ""
-    return f"{-fall:+.3f}, {'flat' if fall < FLAT else 'still falling'}".replace("-", "−")
+    return f"{-fall:+.3f}, {compared.trend(name)}".replace("-", "−")
 
 
 def cost_table(compared: Compared, peaks: Mapping[str, int]) -> Table:
@@ -120,7 +131,7 @@ def cost_table(compared: Compared, peaks: Mapping[str, int]) -> Table:
             (
                 name,
                 f"{record['parameters']:,}",
-                minutes(compared.mean(name, "training.seconds")),
+                duration(compared.mean(name, "training.seconds")),
                 *([si_bytes(peaks[name]) if name in peaks else ""] if peaks else []),
                 f"{compared.mean(name, 'bytes_per_second'):,.0f}",
                 f"{record['flops'] / record['bytes_per_token'] / 1e6:,.2f}",
@@ -130,7 +141,7 @@ def cost_table(compared: Compared, peaks: Mapping[str, int]) -> Table:
     memory, of_memory = (["memory"], "; its memory: tensors of one step, with the weights") if peaks else ([], "")
     columns = ("model", "parameters", "training", *memory, "reads B/s", "MFLOPs/B", "state at 2 k", "at 1 M")
     caption = (
-        f"Costs. Training on one thread{of_memory}. Reading: bytes per second, and FLOPs of one more byte after "
+        f"Costs. Training: its time{of_memory}. Reading: bytes per second, and FLOPs of one more byte after "
         f"{COST_LENGTHS[0]:,} tokens. State: of one text after 2,048 and after a million tokens, in fp32, computed."
     )
     return Table(columns=columns, rows=rows, right=tuple(range(1, len(columns))), caption=caption)
@@ -215,8 +226,6 @@ def _range_pictures(compared: Compared) -> list[Picture]:
             caption="A model that uses what it has read gets better with the position.",
         )
     ]
-    if compared.record(compared.best)["distances"] is None:
-        return drawn
     last = [*recurrence.DISTANCES[1:], None]
     labels = [
         f"{low:,} and more" if high is None else f"{low:,} to {high - 1:,}"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,13 +15,14 @@ from longspan.train import Interval, bootstrap, paired_bootstrap
 EQUAL = 0.02
 """bits per byte: a model is as good as the best if the upper end of the interval of their difference is at most this"""
 FLAT = 0.01
-"""bits per byte: a curve is flat if it falls by less than this over the last quarter of the steps before the rate
-decays"""
+"""bits per byte: a curve is flat if it falls or rises by less than this over the last quarter of the steps before the
+rate decays"""
 LAST_QUARTER = (0.65, 0.9)
 """shares of the steps: the last quarter before the learning rate of a comparison decays"""
 FAR_BYTES = 1_000
 """bytes that a range of distances must have for a statement about far context"""
 Record = Mapping[str, Any]
+Trend = Literal["", "flat", "still falling", "rising"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class Compared:
     def __post_init__(self) -> None:
         (first, ours), *others = [(name, record) for name, records in self.runs.items() for record in records]
         for name, record in others:
-            same = (record["names"], record["bytes"]) == (ours["names"], ours["bytes"])
-            known = None not in (record["text"], ours["text"])
-            if not same or (known and record["text"] != ours["text"]):
+            if any(record[part] != ours[part] for part in ("names", "bytes", "text")):
                 raise DataError(f"{first} and {name} have different held-out texts; give a common one with --data")
 
     @cached_property
@@ -91,18 +90,19 @@ class Compared:
     def as_good(self) -> list[str]:
         """Models as good as the best, it first: the interval of their difference ends at most at `EQUAL`.
 
-        With one block there are no intervals, and the difference itself is compared.
+        Without an interval, the difference itself is compared.
         """
-        gaps = {name: self.difference(name, self.best) for name in self.names}
-        return [
-            name
-            for name, gap in gaps.items()
-            if name == self.best or (gap.value if math.isnan(gap.high) else gap.high) <= EQUAL
-        ]
+        return [name for name in self.names if name == self.best or _high(self.difference(name, self.best)) <= EQUAL]
 
-    def mean(self, name: str, value: str) -> float:
+    @cached_property
+    def unsettled(self) -> list[str]:
+        """Models that may be as good as the best: the interval of their difference begins, but does not end, there."""
+        rest = [name for name in self.names if name not in self.as_good]
+        return [name for name in rest if self.difference(name, self.best).low <= EQUAL]
+
+    def mean(self, name: str, path: str) -> float:
         """Return a number of the records, such as `bytes_per_second` or `training.seconds`, the mean over seeds."""
-        table, _, key = value.rpartition(".")
+        table, _, key = path.rpartition(".")
         return float(np.mean([(record[table] if table else record)[key] for record in self.runs[name]]))
 
     def fall(self, name: str) -> float | None:
@@ -121,19 +121,21 @@ class Compared:
             falls.append(float(first - last))
         return float(np.mean(falls))
 
-    def is_flat(self, name: str) -> bool | None:
-        """Return whether the curve of a model is flat; None if that is not known."""
+    def trend(self, name: str) -> Trend:
+        """Return how the curve of a model ends; empty if that is not known."""
         fall = self.fall(name)
-        return None if fall is None else fall < FLAT
+        if fall is None:
+            return ""
+        if fall < -FLAT:
+            return "rising"
+        return "flat" if fall < FLAT else "still falling"
 
     def by_range(self, name: str, kind: str) -> list[Interval]:
         """Return bits per byte by ranges of `positions` or `distances`, with intervals over documents.
 
-        A range without a byte is NaN; no ranges if they were not measured.
+        A range without a byte is NaN.
         """
         record = self.record(name)[kind]
-        if record is None:
-            return []
         nats = np.mean([one[kind]["nats"] for one in self.runs[name]], axis=0)
         units = (
             np.array(record["units"]) if "units" in record else np.broadcast_to(np.diff(record["edges"]), nats.shape)
@@ -144,23 +146,27 @@ class Compared:
             for losses, counts in zip(nats.T, units.T, strict=True)
         ]
 
-    def far(self, name: str, base: str) -> tuple[int, Interval] | None:
+    def far_difference(self, name: str, base: str) -> tuple[int, Interval] | None:
         """Return the loss of a model minus that of another on bytes that only distant context makes easy.
 
         Returns:
-            The distance from which it counts, the largest range with at least 1,000 bytes, and the difference in bits
-            per byte, paired by document; None if there is no such range or only one document has it.
+            The distance from which on bytes count, the largest one with at least `FAR_BYTES`, and the difference in
+            bits per byte, paired by document; None if there is no such distance or only one document has such bytes.
         """
-        records = [self.record(model)["distances"] for model in (name, base)]
-        if None in records:
-            return None
-        units = np.array(records[0]["units"])
-        for column in range(len(records[0]["edges"]) - 1, 0, -1):
-            some = units[:, column] > 0
-            if units[:, column].sum() >= FAR_BYTES and some.sum() > 1:
+        edges = self.record(name)["distances"]["edges"]
+        units = np.array(self.record(name)["distances"]["units"])
+        for column in range(len(edges) - 1, 0, -1):
+            counts = units[:, column:].sum(1)
+            if counts.sum() >= FAR_BYTES and (counts > 0).sum() > 1:
                 ours, theirs = (
-                    np.mean([one["distances"]["nats"] for one in self.runs[model]], axis=0)[some, column]
+                    np.mean([one["distances"]["nats"] for one in self.runs[model]], axis=0)[:, column:].sum(1)
                     for model in (name, base)
                 )
-                return records[0]["edges"][column], paired_bootstrap(ours, theirs, units[some, column])
+                some = counts > 0
+                return edges[column], paired_bootstrap(ours[some], theirs[some], counts[some])
         return None
+
+
+def _high(difference: Interval) -> float:
+    """Return the upper end of an interval, or the value if it has none."""
+    return difference.value if math.isnan(difference.high) else difference.high

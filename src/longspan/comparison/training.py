@@ -14,19 +14,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longspan.comparison.measure import HeldOut, measure_run
+from longspan.comparison.measure import HeldOut, add_speed, measure_run
 from longspan.comparison.results import EQUAL
 from longspan.config import from_dict, override, read_toml
 from longspan.errors import ConfigError, LongspanError
 from longspan.files import data_digest, read_object, write_json
 from longspan.models import build_model
+from longspan.tasks.shards import stamps
+from longspan.tasks.sources import source_files
 from longspan.train import TrainConfig, find_recipe, read_log, run
-from longspan.train.starts import SHIPPED, start_folder, start_model
+from longspan.train.run_summary import read_summaries
+from longspan.train.starts import SHIPPED, is_ready, start_folder, start_model
 from longspan.train.training_memory import step_cost, weight_bytes
-from longspan.train.workers import NOT_BEGUN, Done, Workers, run_jobs
+from longspan.train.workers import ONE_WORKER, Done, Workers, run_jobs
 
 Say = Callable[[str], None]
-PARTS = 8
+Curve = list[tuple[int, float]]
+"""(step, held-out bits per byte)"""
+EVALUATIONS = 8
 """held-out evaluations of a run; half of them come before runs are stopped early"""
 EARLY_TOKENS = 32_768
 """held-out tokens of an evaluation during training: seconds, of runs of minutes"""
@@ -34,8 +39,8 @@ TIMED_STEPS = 8
 OPTIMISM = 2
 """the held-out loss of the second half of a run is expected to fall by at most so many times what it fell in the second
 quarter; every halving of the remaining error takes longer than the one before, so 1 is usual"""
-RELATIVE = "relative"
-"""start of models with relative positions, instead of one with rotary positions"""
+RELATIVE, RELATIVE_OF = "relative", "code"
+"""start of models with relative positions, and that with rotary positions which it continues"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,8 @@ class Training:
     """start of all runs (`train.init`); empty: random weights of the recipes' sizes"""
     seconds: float | None = None
     """training time of a run, which becomes steps by what steps take here; None: `steps`"""
+    is_share: bool = False
+    """whether the time is a share of a total, so that a folder keeps the time with which it began"""
     steps: int = 600
     """optimizer steps of every run if no time is given"""
     seeds: int = 1
@@ -58,8 +65,8 @@ class Training:
     """bytes per step: one piece for models without a carried state, else `lanes` rows"""
     lanes: int = 8
     """documents that a model with a carried state reads side by side"""
-    stops: bool = True
-    """whether runs are stopped at half of their steps if they cannot become the best any more; see `hopeless`"""
+    stop_hopeless: bool = True
+    """whether models are stopped at half of their steps if they cannot become the best any more; see `hopeless`"""
     changes: tuple[str, ...] = ()
     """overrides of every recipe, such as "train.lr=1e-3" """
 
@@ -73,7 +80,7 @@ class Training:
         Args:
             name: of the model.
             seed: of the run.
-            steps: of the run, at least `PARTS`.
+            steps: of the run, at least `EVALUATIONS`.
 
         Raises:
             LongspanError: there is no such recipe, or an override does not fit it.
@@ -82,11 +89,19 @@ class Training:
         own = {key: recipe["model"][key] for key in ("mixers", "memory", "positions") if key in recipe["model"]}
         init = self.init
         if init in SHIPPED and own.get("positions") == "none":
+            if init != RELATIVE_OF:
+                raise ConfigError(
+                    f"has relative positions, for which there is a start of {RELATIVE_OF} only; compare it with "
+                    f"--init {RELATIVE_OF} or --init none"
+                )
             init = RELATIVE
         # those of `relative` are the same, and it may not be trained yet
-        sizes = start_model(self.init) if self.init else recipe["model"]
+        sizes = dict(start_model(self.init) if self.init else recipe["model"])
+        # what the start is made of is replaced as a whole
+        for key in ("mixers", "memory", *(["positions"] if "positions" in own else [])):
+            sizes.pop(key, None)
         carries = recipe["train"].get("carry", True)
-        part = max(steps // PARTS, 1)
+        part = max(steps // EVALUATIONS, 1)
         table: dict[str, Any] = {
             "model": {key: value for key, value in {**sizes, **own}.items() if key != "vocab_size"},
             "task": dict(self.task),
@@ -116,8 +131,14 @@ class Training:
         return table
 
     def key(self) -> str:
-        """Return a digest of everything that the runs depend on, besides the models and their number."""
-        return data_digest({**asdict(self), "models": None, "seeds": None})
+        """Return a digest of what the runs depend on, besides the models, their number and their time."""
+        free = dict.fromkeys(("models", "seeds", "seconds", "is_share", "stop_hopeless"))
+        return data_digest([{**asdict(self), **free}, stamps_of(self.task)])
+
+
+def stamps_of(task: Mapping[str, Any]) -> Any:
+    """Return sizes and times of the files of a text, to notice that they have changed."""
+    return stamps(source_files(task["source"], pattern=task.get("pattern", "*.txt")) or [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +171,11 @@ class Job:
         return self.out / "measured" / f"{self.label}.json"
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the training of the run has ended."""
+        return (self.folder / "model").is_dir()
+
+    @property
     def steps(self) -> int:
         """Steps of the whole run."""
         return int(self.recipe["train"]["steps"])
@@ -167,6 +193,8 @@ class StepOf:
 class Plan:
     """What will be trained: the runs in their order, and what their steps cost."""
 
+    training: Training
+    """with the time that the folder has"""
     jobs: Sequence[Job]
     costs: Mapping[str, StepOf]
     """by model"""
@@ -179,16 +207,22 @@ class Plan:
         return sum(job.steps * self.costs[job.name].seconds for job in self.jobs)
 
 
-def make_plan(training: Training, out: Path, held_out: HeldOut, workers: Workers, say: Say) -> Plan:
-    """Measure a training step of every model and return the plan; what `OUT/plan.json` has is not measured again.
+def make_plan(training: Training, out: Path, held_out: HeldOut, say: Say) -> Plan:
+    """Measure a training step of every model, one after another, and return the plan.
+
+    What `OUT/plan.json` has is not measured again.
 
     Raises:
-        ConfigError: the folder has a comparison with other settings.
+        ConfigError: the folder has a comparison with another text, time or other settings.
     """
     file, key = out / "plan.json", training.key()
     saved: dict[str, Any] = read_object(file) if file.is_file() else {"key": key, "costs": {}}
     if saved.get("key") != key:
-        raise ConfigError(f"{out}: has a comparison with other data or options; give another folder with -o")
+        raise ConfigError(f"{out}: has a comparison with another text or other options; give another folder with -o")
+    seconds = saved.get("seconds", training.seconds)
+    if seconds != training.seconds and not training.is_share:
+        raise ConfigError(f"{out}: has a comparison with another --budget; give that, or another folder with -o")
+    training = replace(training, seconds=seconds)
     costs = {name: StepOf(**cost) for name, cost in saved["costs"].items()}
     failures: dict[str, str] = {}
     missing = [name for name in training.models if name not in costs]
@@ -201,9 +235,10 @@ def make_plan(training: Training, out: Path, held_out: HeldOut, workers: Workers
             failures[measured[1]] = done.failure
             return
         costs[measured[1]] = done.value
-        write_json(file, {"key": key, "costs": {name: asdict(cost) for name, cost in costs.items()}})
+        plain = {name: asdict(cost) for name, cost in costs.items()}
+        write_json(file, {"key": key, "seconds": seconds, "costs": plain})
 
-    run_jobs(_measured_step, [(training, name) for name in missing], workers, keep)
+    run_jobs(_measured_step, [(training, name) for name in missing], ONE_WORKER, keep)
     jobs = []
     # all models with the first seed, then all with the second: what is not begun in time are seeds
     for seed in range(training.seeds):
@@ -212,28 +247,26 @@ def make_plan(training: Training, out: Path, held_out: HeldOut, workers: Workers
                 continue
             recipe = training.recipe(name, seed, steps_of(training, costs[name]))
             jobs.append(Job(name=name, seed=seed, recipe=recipe, out=out, held_out=held_out))
-    return Plan(jobs=jobs, costs=costs, failures=failures)
+    return Plan(training=training, jobs=jobs, costs=costs, failures=failures)
 
 
 def steps_of(training: Training, cost: StepOf) -> int:
-    """Return the steps of a run: as many as fit the time, a multiple of `PARTS`, at least that."""
+    """Return the steps of a run: as many as fit the time, a multiple of `EVALUATIONS`, at least that."""
     steps = training.steps if training.seconds is None else math.floor(training.seconds / cost.seconds)
-    return max(steps // PARTS, 1) * PARTS
+    return max(steps // EVALUATIONS, 1) * EVALUATIONS
 
 
 def _measured_step(job: tuple[Training, str]) -> StepOf:
     """Measure a training step of a model."""
     training, name = job
-    recipe = training.recipe(name, 0, PARTS)
+    recipe = training.recipe(name, 0, EVALUATIONS)
     model = build_model({**recipe["model"], "vocab_size": 256})
     config: TrainConfig = replace(from_dict(TrainConfig, recipe["train"], "train"), init="")
     cost = step_cost(model, config, timed=TIMED_STEPS)
     return StepOf(seconds=cost.fastest, peak=cost.peak + weight_bytes(model))
 
 
-def train_all(
-    plan: Plan, training: Training, workers: Workers, say: Say
-) -> tuple[dict[str, list[Any]], dict[str, str]]:
+def train_all(plan: Plan, workers: Workers, say: Say) -> tuple[dict[str, list[Any]], dict[str, str]]:
     """Train all runs and measure those that were not stopped; a second call resumes.
 
     Returns:
@@ -241,11 +274,11 @@ def train_all(
     """
     failures = dict(plan.failures)
     left = list(plan.jobs)
-    if any(job.recipe["train"]["init"] == RELATIVE for job in left) and not workers.is_over:
-        say(f"the start {RELATIVE} is trained at its first use, in about 20 minutes")
+    if any(job.recipe["train"]["init"] == RELATIVE for job in left) and not is_ready(RELATIVE):
+        say(f"training the start {RELATIVE} first, which takes about 20 minutes once")
         # otherwise all workers but one would wait for it
         start_folder(RELATIVE)
-    if training.stops and len(training.models) > 1:
+    if plan.training.stop_hopeless and len(plan.training.models) > 1:
         left = _first_halves(left, failures, workers, say)
     records: dict[str, list[Any]] = {}
 
@@ -258,9 +291,12 @@ def train_all(
         bits = sum(done.value["nats"]) / sum(done.value["units"]) / math.log(2)
         say(f"{job.label}: {bits:.4f} bits per byte after {job.steps:,} steps")
 
-    for job, done in zip(left, run_jobs(_trained_and_measured, left, workers, report), strict=True):
+    ended = run_jobs(_trained_and_measured, left, workers, report)
+    if any(not done.failure for done in ended):
+        say("measuring how fast the models read, one after another")
+    for job, done in zip(left, ended, strict=True):
         if not done.failure:
-            records.setdefault(job.name, []).append(done.value)
+            records.setdefault(job.name, []).append(add_speed(done.value, job.held_out, job.file))
     return records, failures
 
 
@@ -273,68 +309,82 @@ def _first_halves(jobs: Sequence[Job], failures: dict[str, str], workers: Worker
         if done.failure:
             failures[job.label] = done.failure
             say(f"{job.label}: {done.failure}")
-        else:
+        elif not job.is_trained:
             say(f"{job.label}: {done.value[-1][1]:.3f} bits per byte at half of its steps")
 
     ended = run_jobs(_half_curve, halves, workers, report)
-    curves = {job.label: done.value for job, done in zip(halves, ended, strict=True) if not done.failure}
-    for label, why in hopeless(curves).items():
-        failures[label] = why
-        say(f"{label}: {why}")
+    curves: dict[str, list[Curve]] = {}
+    for job, done in zip(halves, ended, strict=True):
+        # the clock may have ended a run before
+        if not done.failure and done.value[-1][0] == job.until:
+            curves.setdefault(job.name, []).append(done.value)
+    trained = {job.name for job in jobs if job.is_trained}
+    for name, why in hopeless(curves).items():
+        if name not in trained:
+            failures |= {job.label: why for job in jobs if job.name == name}
+            say(f"{name}: {why}")
     return [job for job in jobs if job.label not in failures]
 
 
-def hopeless(curves: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, str]:
-    """Return the runs that are stopped at half of their steps, with the reason.
+def hopeless(curves: Mapping[str, Sequence[Curve]]) -> dict[str, str]:
+    """Return the models that are stopped at half of their steps, with the reason.
 
-    The loss of a run is extrapolated from what it fell in the second quarter of its steps: in the second half it falls
-    by at most `OPTIMISM` times that. Where even this stays more than `EQUAL` above the loss that the best run has
-    already, it is stopped.
+    The loss of a model, the mean over its seeds, is extrapolated from what it fell in the second quarter of its steps:
+    in the second half it falls by at most `OPTIMISM` times that. Where even this stays more than `EQUAL` above the loss
+    that the best model has already, it is stopped.
 
     Args:
-        curves: (step, held-out bits per byte) of every run up to half of its steps.
+        curves: by model, the curve of every seed up to half of its steps.
     """
-    if not curves:
+    quarters = {name: _mean_at(seeds, 0.5) for name, seeds in curves.items()}
+    now = {name: _mean_at(seeds, 1.0) for name, seeds in curves.items()}
+    now = {name: bits for name, bits in now.items() if math.isfinite(bits)}
+    if not now:
         return {}
-    leader = min(curves, key=lambda label: curves[label][-1][1])
-    best = curves[leader][-1][1]
+    leader = min(now, key=lambda name: now[name])
+    best = now[leader]
     reasons = {}
-    for label, curve in curves.items():
-        half, now = curve[-1]
-        quarter = min(curve, key=lambda point: abs(point[0] - half / 2))[1]
-        lowest = now - OPTIMISM * max(quarter - now, 0.0)
-        if label != leader and lowest > best + EQUAL:
-            reasons[label] = (
-                f"stopped at half of its steps with {now:.3f} bits per byte: at best {lowest:.3f} at the end, and "
+    for name in curves:
+        bits = now.get(name, math.inf)
+        lowest = bits - OPTIMISM * max(quarters[name] - bits, 0.0) if name in now else bits
+        if lowest > best + EQUAL:
+            reasons[name] = (
+                f"stopped at half of its steps with {bits:.3f} bits per byte: at best {lowest:.3f} at the end, and "
                 f"{leader} has {best:.3f} already"
             )
     return reasons
 
 
-def train_or_resume(
-    recipe: Mapping[str, Any], folder: Path, *, progress: str = "none", until: int | None = None
-) -> None:
+def _mean_at(curves: Sequence[Curve], share: float) -> float:
+    """Return the mean over curves of the loss at a share of their steps, by the nearest measurement."""
+    values = [min(curve, key=lambda point: abs(point[0] - share * curve[-1][0]))[1] for curve in curves]
+    return sum(values) / len(values)
+
+
+def train_or_resume(recipe: Mapping[str, Any], folder: Path, *, until: int | None = None) -> None:
     """Run a recipe in a folder, from its last checkpoint if there is one; a finished run is left as it is.
 
     Args:
-        recipe, folder, progress, until: as in `longspan.train.run`.
+        recipe, folder, until: as in `longspan.train.run`.
 
     Raises:
         KeyboardInterrupt: the run was interrupted.
     """
-    if (folder / "model").is_dir():
+    summary = read_summaries(folder)
+    if summary and summary[0].state == "finished":
         return
     resume = any((folder / "checkpoints").glob("step-*"))
-    result = run(recipe, folder, resume=resume, progress=progress, until=until)
-    if result.interrupted and (until is None or result.step < until):
+    result = run(recipe, folder, resume=resume, progress="none", until=until)
+    evaluated = any("validation" in line and line["step"] == until for line in read_log(folder / "log.jsonl"))
+    if result.interrupted and not evaluated:
         raise KeyboardInterrupt
 
 
-def _half_curve(job: Job) -> list[tuple[int, float]]:
-    """Train a run up to a step, and return (step, held-out bits per byte) up to there."""
+def _half_curve(job: Job) -> Curve:
+    """Train a run up to a step, and return its curve up to there."""
     assert job.until is not None, "the first half ends at a step"
     curve = _curve(job)
-    if not curve or curve[-1][0] < job.until:
+    if not job.is_trained and (not curve or curve[-1][0] < job.until):
         train_or_resume(job.recipe, job.folder, until=job.until)
         curve = _curve(job)
     if not curve:
@@ -342,7 +392,7 @@ def _half_curve(job: Job) -> list[tuple[int, float]]:
     return curve
 
 
-def _curve(job: Job) -> list[tuple[int, float]]:
+def _curve(job: Job) -> Curve:
     """Return (step, held-out bits per byte) of the log of a run up to the step at which the job stops."""
     last = job.steps if job.until is None else job.until
     return [
@@ -356,8 +406,3 @@ def _trained_and_measured(job: Job) -> dict[str, Any]:
     """Train a run to its end and measure it; a measured run is read from its file."""
     train_or_resume(job.recipe, job.folder)
     return measure_run(job.folder, job.held_out, job.file)
-
-
-def is_not_begun(failure: str) -> bool:
-    """Return whether a run has no record because its turn came too late."""
-    return failure == NOT_BEGUN

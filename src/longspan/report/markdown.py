@@ -45,5 +45,10 @@ def table_lines(table: Table) -> str:
     columns = list(table.columns)
     marks = ["---:" if index in table.right else "---" for index in range(len(columns))]
     rows = [columns, marks, *table.rows]
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return "\n".join([table.caption, "", *lines] if table.caption else lines)
+
+
+def _cell(text: str) -> str:
+    """Return the text of a cell on one line, without what would end the cell."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -79,10 +79,20 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longspan"
 
 
+def is_ready(name: str) -> bool:
+    """Return whether a start is there; False: it is trained when it is first used."""
+    return name not in TRAINED or (_cached(name) / "model").is_dir()
+
+
+def _cached(name: str) -> Path:
+    """Return the folder in the cache of a start that is trained when it is first used."""
+    recipe = find_recipe(f"start/{name}")
+    return cache_folder() / "starts" / f"{name}-{__version__.replace('.', '-')}-{recipe_hash(read_toml(recipe))}"
+
+
 def _trained(name: str) -> Path:
     """Return the folder of a start that is trained when it is first used, and then stays in the cache."""
-    recipe = find_recipe(f"start/{name}")
-    folder = cache_folder() / "starts" / f"{name}-{__version__.replace('.', '-')}-{recipe_hash(read_toml(recipe))}"
+    recipe, folder = find_recipe(f"start/{name}"), _cached(name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with waiting_for_others(folder.with_suffix(".lock")):

@@ -29,7 +29,7 @@ from longspan.errors import LongspanError
 Job = TypeVar("Job")
 
 
-NOT_BEGUN = "not begun, as the time of --minutes was over"
+NOT_BEGUN = "not begun, as the time was over"
 """`Done.failure` of a job whose turn came too late"""
 
 
@@ -95,11 +95,16 @@ def _attempt(work: Callable[[Job], Any], job: Job) -> Done:
     try:
         return Done(work(job))
     except LongspanError as error:
-        return Done(failure=str(error))
+        return Done(failure=_one_line(str(error)))
     except Exception as error:
-        return Done(failure=f"{type(error).__name__}: {error}")
+        return Done(failure=_one_line(f"{type(error).__name__}: {error}"))
     finally:
         torch.set_num_threads(threads)
+
+
+def _one_line(text: str) -> str:
+    """Return a message without line breaks; those of torch have several lines."""
+    return " ".join(text.split())
 
 
 def _in_workers(work: Callable[[Job], Any], jobs: Sequence[Job], workers: Workers) -> Generator[tuple[int, Done]]:
