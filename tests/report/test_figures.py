@@ -144,3 +144,11 @@ def test_the_background_of_a_figure_is_that_of_the_page(theme: Theme) -> None:
     with Image.open(io.BytesIO(to_png(draw(theme)))) as image:
         corner = image.convert("RGB").getpixel((0, 0))
     assert corner == tuple(bytes.fromhex(theme.ground[1:]))
+
+
+def test_labels_of_a_logarithmic_axis_have_no_exponents() -> None:
+    figure = line_figure([Series(x=[1, 2], y=[2e5, 2e6])], xlabel="x", ylabel="y", yscale="log")
+    to_png(figure)
+    minor = {label.get_text() for label in figure.axes[0].get_yticklabels(minor=True)}
+    assert "300,000" in minor
+    assert not any("10^" in text or "e" in text for text in minor)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import Formatter, FuncFormatter
+from matplotlib.ticker import Formatter, FuncFormatter, LogFormatter
 from PIL import Image
 
 from longspan.report.page import Picture
@@ -139,6 +139,8 @@ def line_figure(
         # on a logarithmic axis every label has its own decimals: 0.1 next to 1,000, not 1,000.0
         own_decimals = FuncFormatter(lambda value, _: f"{value:,.10g}")
         axes.yaxis.set_major_formatter(PlainNumbers() if yscale == "linear" else own_decimals)
+        if yscale == "log":
+            axes.yaxis.set_minor_formatter(PlainMinorNumbers())
         axes.grid(visible=False, axis="x")
         _legend(figure, axes, series, theme)
     return figure
@@ -245,6 +247,14 @@ class PlainNumbers(Formatter):
         """Format all tick labels of an axis with as few decimals (at most 6) as show every value exactly."""
         decimals = next((d for d in range(7) if all(abs(round(v, d) - v) < 1e-9 * max(1, abs(v)) for v in values)), 6)
         return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
+
+
+class PlainMinorNumbers(LogFormatter):
+    """Formats the tick labels between powers of ten, which matplotlib shows on a short axis, without exponents."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        """Format one tick label; empty where matplotlib shows none."""
+        return f"{value:,.10g}" if super().__call__(value, pos) else ""
 
 
 def _draw(axes: Axes, series: Series, color: str, front: int) -> None:
