@@ -133,8 +133,8 @@ def line_figure(
             axes.xaxis.set_major_formatter(PlainNumbers())
         else:
             names = list(xticks.values()) if isinstance(xticks, Mapping) else PlainNumbers().format_ticks(xticks)
-            tilt: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-            tilt = tilt if _are_crowded(names, theme) else {}
+            crowded = _are_crowded(names, theme)
+            tilt: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
             axes.set_xticks(list(xticks), names, **tilt)
         # on a logarithmic axis every label has its own decimals: 0.1 next to 1,000, not 1,000.0
         own_decimals = FuncFormatter(lambda value, _: f"{value:,.10g}")
@@ -296,11 +296,10 @@ def _mark(axes: Axes, mark: Mark, theme: Theme) -> None:
 
 def to_png(figure: Figure) -> bytes:
     """Render a figure as PNG bytes, without a date, so that equal figures give equal files."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    file = io.BytesIO()
+    pixels, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(pixels, format="rgba")
+    image = Image.frombytes("RGBA", figure.canvas.get_width_height(), pixels.getvalue()).convert("RGB")
     # a palette makes the file a third as large; dithering would change the background, which is that of the page
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text under headings.
+    """Rows of text under headings; the first cell of a row names it.
 
     Attributes:
         columns: headings; if all are empty, there is no heading row.
@@ -15,7 +15,6 @@ class Table:
         right: indices of right-aligned columns, such as numbers.
         caption: text above the table.
         state: per row "pass", "fail", "note" or "", which colors its last cell; None: no row is colored.
-        named: whether the first cell of a row names the row; screen readers say it before the other cells.
     """
 
     columns: Sequence[str]
@@ -23,7 +22,6 @@ class Table:
     right: Sequence[int] = ()
     caption: str = ""
     state: Sequence[str] | None = None
-    named: bool = True
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -244,8 +244,8 @@ def _about_layers(data: dict[str, Any]) -> list[Block]:
         for layer in data["layers"]
     ]
     columns = ("layer", "reads", "tells")[: 3 if told else 2]
-    rows = [row[: len(columns)] for row in rows]
-    blocks: list[Block] = [Text(_WEIGHTS), Table(columns=columns, rows=rows)]
+    cells = [row[: len(columns)] for row in rows]
+    blocks: list[Block] = [Text(_WEIGHTS), Table(columns=columns, rows=cells)]
     if told:
         blocks.append(Table(columns=("number", "what it is"), rows=list(told.items())))
     constants = [
