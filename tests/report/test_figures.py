@@ -1,5 +1,6 @@
 """Figures: pictures without a display, the same bytes for the same numbers, readable tick labels."""
 
+import io
 import struct
 from typing import Any
 
@@ -7,6 +8,7 @@ import matplotlib
 import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from PIL import Image
 
 from longspan.experiments.figures import matrix_figure
 from longspan.report import DARK, LIGHT, Theme
@@ -115,3 +117,38 @@ def test_a_pattern_colors_keys_that_are_read_unread_and_hidden_in_whole_pixels()
 def test_points_are_not_joined() -> None:
     line = line_figure([Series(x=[1, 2], y=[3, 4], kind="points")], xlabel="x", ylabel="y").axes[0].lines[0]
     assert (line.get_linestyle(), line.get_marker()) == ("None", "o")
+
+
+def test_a_figure_for_a_phone_is_narrow_with_letters_of_the_same_size() -> None:
+    drawn = picture("name", lambda theme: draw(theme, xticks=[2048 * 2**step for step in range(9)]), alt="lines")
+    wide, narrow = (struct.unpack(">II", image[16:24]) for image in (drawn.light, drawn.narrow_light))
+    assert wide[0] > 1000
+    assert narrow[0] < 560, "drawn over 340 pixels of a phone, letters of 9 points have more than 11 pixels"
+    assert drawn.narrow_light != drawn.narrow_dark
+    ticks = draw(LIGHT.narrow(), xticks=[2048 * 2**step for step in range(9)]).axes[0].get_xticklabels()
+    assert {label.get_rotation() for label in ticks} == {40.0}, "they do not fit side by side"
+    assert {label.get_rotation() for label in draw(LIGHT.narrow(), xticks=[1, 2]).axes[0].get_xticklabels()} == {0.0}
+
+
+def test_a_narrow_pattern_has_half_the_columns() -> None:
+    panels = [Panel("t", [[1.0]])] * 4
+    lefts = [
+        len({axes.get_position().x0 for axes in pattern_figure(panels, theme=theme).axes})
+        for theme in (LIGHT, LIGHT.narrow())
+    ]
+    assert lefts == [4, 2]
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
+def test_the_background_of_a_figure_is_that_of_the_page(theme: Theme) -> None:
+    with Image.open(io.BytesIO(to_png(draw(theme)))) as image:
+        corner = image.convert("RGB").getpixel((0, 0))
+    assert corner == tuple(bytes.fromhex(theme.ground[1:]))
+
+
+def test_labels_of_a_logarithmic_axis_have_no_exponents() -> None:
+    figure = line_figure([Series(x=[1, 2], y=[2e5, 2e6])], xlabel="x", ylabel="y", yscale="log")
+    to_png(figure)
+    minor = {label.get_text() for label in figure.axes[0].get_yticklabels(minor=True)}
+    assert "300,000" in minor
+    assert not any("10^" in text or "e" in text for text in minor)

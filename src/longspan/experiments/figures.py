@@ -34,7 +34,7 @@ def heat_figure(
         theme: colors.
     """
     with matplotlib.rc_context(theme.settings()):
-        figure = Figure(figsize=(6.6, 1.4 + 0.34 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(theme.width, 1.4 + 0.34 * len(rows)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         colors = LinearSegmentedColormap.from_list("shares", [theme.ground, theme.colors[0]])
@@ -43,14 +43,22 @@ def heat_figure(
         axes.set_xticks(range(len(columns)), list(columns))
         if not numbers:
             for label in axes.get_xticklabels():
-                label.set(rotation=60, ha="right", fontsize=7.5)
+                label.set(rotation=60, ha="right", fontsize=min(7.5, 65 * (theme.width - 0.6) / len(columns)))
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(visible=False)
         for row, line in enumerate(values if numbers else ()):
             for column, value in enumerate(line):
                 color = theme.ground if value > 0.6 else theme.ink
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=color)
+                axes.text(
+                    column,
+                    row,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7 if theme.is_narrow else 8.5,
+                    color=color,
+                )
     return figure
 
 
@@ -73,6 +81,8 @@ def matrix_figure(
         below: a caption under all panels.
         theme: colors.
     """
+    if theme.is_narrow:
+        columns = 1
     lines = -(-len(panels) // columns)
     with matplotlib.rc_context(theme.settings()):
         figure = Figure(figsize=(3.3 * columns, 3.45 * lines), layout="constrained")

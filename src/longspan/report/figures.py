@@ -4,6 +4,7 @@ The only module of the library that imports matplotlib, so tables and pages with
 """
 
 import io
+import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import Formatter, FuncFormatter
+from matplotlib.ticker import Formatter, FuncFormatter, LogFormatter
+from PIL import Image
 
 from longspan.report.page import Picture
 from longspan.report.style import DARK, LIGHT, PIXELS_PER_INCH, Theme
@@ -33,8 +35,11 @@ __all__ = [
     "to_png",
 ]
 
-# tick labels with more letters than this in total do not fit side by side and are rotated
-LETTERS_IN_A_LINE = 90
+# letters of tick labels that fit an inch of an axis, and the inches beside it for the labels of the y axis
+LETTERS_PER_INCH = 13
+INCHES_BESIDE_AXIS = 0.6
+# a legend with longer labels has one column in a narrow figure
+LETTERS_OF_HALF_A_NARROW_LINE = 15
 # a legend with more series than this would hide the lines, so it is placed below the axes
 LABELS_INSIDE = 4
 
@@ -83,7 +88,7 @@ def line_figure(
     ylim: tuple[float | None, float | None] = (None, None),
     xticks: Sequence[float] | Mapping[float, str] | None = None,
     theme: Theme = LIGHT,
-    size: tuple[float, float] = (6.6, 3.5),
+    height: float = 3.5,
 ) -> Figure:
     """Draw lines over a common x axis.
 
@@ -97,14 +102,14 @@ def line_figure(
         yscale: scale of the y axis.
         ylim: limits of the y axis; None: chosen from the data.
         xticks: positions of the ticks, or a mapping from positions to labels; None: chosen by matplotlib.
-        theme: colors.
-        size: width and height in inches.
+        theme: colors and width.
+        height: in inches, without a legend below the axes.
 
     Returns:
         The figure with its canvas; `to_png` renders it.
     """
     with matplotlib.rc_context(theme.settings()):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(theme.width, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         if xscale == "log2":
@@ -120,31 +125,50 @@ def line_figure(
             _mark(axes, mark, theme)
         # set last, because marks may widen the axis and must stay visible
         axes.set_ylim(*ylim)
-        axes.set_xlabel(xlabel)
-        axes.set_title(ylabel, fontsize=9.5, fontweight="normal", color=theme.faint)
+        axes.set_xlabel(_wrapped(xlabel, theme))
+        axes.set_title(_wrapped(ylabel, theme), fontsize=9.5, fontweight="normal", color=theme.faint)
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-        if xticks is not None:
-            axes.set_xticks(list(xticks))
-        if isinstance(xticks, Mapping):
-            crowded = sum(len(text) for text in xticks.values()) > LETTERS_IN_A_LINE
-            tilt: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-            axes.set_xticklabels(list(xticks.values()), **tilt)
-        else:
+            figure.suptitle(_wrapped(title, theme), x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        if xticks is None:
             axes.xaxis.set_major_formatter(PlainNumbers())
+        else:
+            names = list(xticks.values()) if isinstance(xticks, Mapping) else PlainNumbers().format_ticks(xticks)
+            crowded = _are_crowded(names, theme)
+            tilt: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+            axes.set_xticks(list(xticks), names, **tilt)
         # on a logarithmic axis every label has its own decimals: 0.1 next to 1,000, not 1,000.0
         own_decimals = FuncFormatter(lambda value, _: f"{value:,.10g}")
         axes.yaxis.set_major_formatter(PlainNumbers() if yscale == "linear" else own_decimals)
+        if yscale == "log":
+            axes.yaxis.set_minor_formatter(PlainMinorNumbers())
         axes.grid(visible=False, axis="x")
-        labels = sum(bool(line.label) for line in series)
-        # matplotlib's search for a free place for the legend ignores the whiskers of points
-        if labels > LABELS_INSIDE or (labels > 1 and any(line.kind == "points" for line in series)):
-            lines = -(-labels // 2)
-            figure.set_size_inches(size[0], size[1] + 0.22 * lines)
-            figure.legend(loc="outside lower left", ncols=2)
-        elif labels:
-            axes.legend(loc="best").set_zorder(20)
+        _legend(figure, axes, series, theme)
     return figure
+
+
+def _are_crowded(names: Sequence[str], theme: Theme) -> bool:
+    """Whether labels of ticks at equal distances would touch each other."""
+    room = LETTERS_PER_INCH * (theme.width - INCHES_BESIDE_AXIS) / max(len(names) - 1, 1)
+    return any((len(left) + len(right)) / 2 + 1 > room for left, right in itertools.pairwise(names))
+
+
+def _wrapped(text: str, theme: Theme) -> str:
+    """Return a label of an axis or a figure in lines that fit its width."""
+    # an inch has room for 12 letters of a title, the largest
+    return textwrap.fill(text, int(12 * theme.width))
+
+
+def _legend(figure: Figure, axes: Axes, series: Sequence[Series], theme: Theme) -> None:
+    """Add a legend inside the axes, or below where it would hide the lines."""
+    labels = [line.label for line in series if line.label]
+    # matplotlib's search for a free place for the legend ignores the whiskers of points
+    has_points = any(line.kind == "points" for line in series)
+    if len(labels) > LABELS_INSIDE or (len(labels) > 1 and (has_points or theme.is_narrow)):
+        columns = 1 if theme.is_narrow and max(map(len, labels)) > LETTERS_OF_HALF_A_NARROW_LINE else 2
+        figure.set_size_inches(theme.width, figure.get_figheight() + 0.22 * -(-len(labels) // columns))
+        figure.legend(loc="outside lower left", ncols=columns)
+    elif labels:
+        axes.legend(loc="best").set_zorder(20)
 
 
 @dataclass(frozen=True)
@@ -162,12 +186,14 @@ def pattern_figure(panels: Sequence[Panel], *, bidirectional: bool = False, them
         panels: square matrices with the weight of each key in the output of each query, zero if it is not read. A key
             that is read has at least a third of the full color, which the largest weight of its row has.
         bidirectional: tint later keys like other unread ones; False leaves them blank, as no query can read them.
-        theme: colors.
+        theme: colors and width.
     """
     # cells are a whole number of pixels, otherwise fine patterns show aliasing
     longest = max(len(panel.values) for panel in panels)
     columns = 2 if longest > 72 or len(panels) < 3 else 4
-    cell = max(1, (1280 // columns - 60) // longest)
+    if theme.is_narrow:
+        columns //= 2
+    cell = max(1, (int(194 * theme.width) // columns - 60) // longest)
     side, left, bottom = cell * longest, 44, 46
     # a character is at most 11 pixels wide, a line 22 high
     titles = [
@@ -223,6 +249,14 @@ class PlainNumbers(Formatter):
         return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
 
 
+class PlainMinorNumbers(LogFormatter):
+    """Formats the tick labels between powers of ten, which matplotlib shows on a short axis, without exponents."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        """Format one tick label; empty where matplotlib shows none."""
+        return f"{value:,.10g}" if super().__call__(value, pos) else ""
+
+
 def _draw(axes: Axes, series: Series, color: str, front: int) -> None:
     """Draw a series and its intervals; series with a larger `front` are drawn over others."""
     faint = series.kind == "faint"
@@ -262,13 +296,16 @@ def _mark(axes: Axes, mark: Mark, theme: Theme) -> None:
 
 def to_png(figure: Figure) -> bytes:
     """Render a figure as PNG bytes, without a date, so that equal figures give equal files."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
+    pixels, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(pixels, format="rgba")
+    image = Image.frombytes("RGBA", figure.canvas.get_width_height(), pixels.getvalue()).convert("RGB")
+    # a palette makes the file a third as large; dithering would change the background, which is that of the page
+    image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
 def picture(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str = "") -> Picture:
-    """Render a figure in the light and the dark theme.
+    """Render a figure in the light and the dark theme, wide and narrow.
 
     Args:
         name: file name without extension.
@@ -276,7 +313,18 @@ def picture(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: st
         alt: description for screen readers.
         caption: text below the figure.
     """
-    return Picture(name=name, light=to_png(draw(LIGHT)), dark=to_png(draw(DARK)), alt=alt, caption=caption)
+    light, dark, narrow_light, narrow_dark = (
+        to_png(draw(theme)) for theme in (LIGHT, DARK, LIGHT.narrow(), DARK.narrow())
+    )
+    return Picture(
+        name=name,
+        light=light,
+        dark=dark,
+        narrow_light=narrow_light,
+        narrow_dark=narrow_dark,
+        alt=alt,
+        caption=caption,
+    )
 
 
 def interval_series(
@@ -293,5 +341,5 @@ def interval_series(
 def picture_of(
     figure: Callable[..., Figure], name: str, *arguments: Any, alt: str, caption: str = "", **axes: Any
 ) -> Picture:
-    """Draw a figure in the light and the dark theme: `figure(*arguments, theme=..., **axes)` for each."""
+    """Draw a figure in every theme and width: `figure(*arguments, theme=..., **axes)` for each."""
     return picture(name, lambda theme: figure(*arguments, theme=theme, **axes), alt=alt, caption=caption)

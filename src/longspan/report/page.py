@@ -5,6 +5,8 @@ Only a page with a `TokenText` has a script, which is embedded, too.
 
 import base64
 import functools
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,8 @@ class Picture:
         dark: PNG bytes for a dark page.
         alt: description for screen readers.
         caption: text below the figure.
+        narrow_light: PNG bytes for a light page on a phone; empty: the same as on any other page.
+        narrow_dark: PNG bytes for a dark page on a phone.
     """
 
     name: str
@@ -78,6 +82,8 @@ class Picture:
     dark: bytes
     alt: str
     caption: str = ""
+    narrow_light: bytes = b""
+    narrow_dark: bytes = b""
     kind: ClassVar[str] = "picture"
 
 
@@ -92,6 +98,10 @@ class Section:
     blocks: Sequence[Block]
 
 
+SECTIONS_WITHOUT_CONTENTS = 4
+"""The number of sections up to which a page has no table of contents."""
+
+
 def page(title: str, sections: Sequence[Section], *, lead: str = "", footer: str = "") -> str:
     """Render a page as one HTML document with all pictures embedded.
 
@@ -104,7 +114,30 @@ def page(title: str, sections: Sequence[Section], *, lead: str = "", footer: str
     template = _environment().get_template("page.html.j2")
     has_tokens = any(isinstance(block, TokenText) for section in sections for block in section.blocks)
     content: dict[str, Any] = {"lead": lead, "sections": sections, "footer": footer, "has_tokens": has_tokens}
+    content["has_contents"] = len(sections) > SECTIONS_WITHOUT_CONTENTS
+    content["anchors"] = _unique([_anchor(section) for section in sections], "-")
+    tables = [_label(block, section) for section in sections for block in section.blocks if isinstance(block, Table)]
+    content["next_label"] = iter(_unique(tables, " ")).__next__
     return template.render(title=title, version=__version__, **content)
+
+
+def _anchor(section: Section) -> str:
+    """Return an id from the words of the title of a section."""
+    return "section-" + re.sub(r"\W+", "-", section.title.lower()).strip("-")
+
+
+def _label(table: Table, section: Section) -> str:
+    """Return a name of a table: the first sentence of its caption, or the title of its section."""
+    return re.split(r"[.:;] ", table.caption)[0].rstrip(".") or section.title
+
+
+def _unique(texts: Sequence[str], separator: str) -> list[str]:
+    """Return the texts, those that occur again with a number: `Loss`, `Loss 2`."""
+    unique: list[str] = []
+    for text in texts:
+        numbered = (f"{text}{separator}{number}" for number in itertools.count(2))
+        unique.append(next(name for name in itertools.chain([text], numbered) if name not in unique))
+    return unique
 
 
 def write_report(

@@ -1,14 +1,18 @@
 """Style of figures: a light and a dark theme, with colors that color-blind readers can tell apart."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PIXELS_PER_INCH = 160
+WIDTH = 6.6
+"""Width of a figure in inches."""
+NARROW_WIDTH = 3.4
+"""Width of a figure for phones, on which letters of the same size stay readable."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colors of a figure.
+    """Colors and width of a figure.
 
     Attributes:
         name: "light" or "dark".
@@ -17,6 +21,7 @@ class Theme:
         faint: tick labels and axis labels.
         grid: grid lines and axes.
         colors: of the series, in order.
+        width: of the figure in inches.
     """
 
     name: str
@@ -25,6 +30,16 @@ class Theme:
     faint: str
     grid: str
     colors: tuple[str, ...]
+    width: float = WIDTH
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the figure is for a phone."""
+        return self.width < WIDTH
+
+    def narrow(self) -> "Theme":
+        """Return the theme of the same figure for a phone."""
+        return replace(self, width=NARROW_WIDTH)
 
     def settings(self) -> Any:
         """Return the matplotlib settings of this theme, a dict for `rc_context`."""

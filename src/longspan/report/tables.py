@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text under headings.
+    """Rows of text under headings; the first cell of a row names it.
 
     Attributes:
         columns: headings; if all are empty, there is no heading row.

@@ -243,7 +243,9 @@ def _about_layers(data: dict[str, Any]) -> list[Block]:
         (layer["label"], layer["note"] or "attention weights", ", ".join(item["name"] for item in _told(layer)))
         for layer in data["layers"]
     ]
-    blocks: list[Block] = [Text(_WEIGHTS), Table(columns=("layer", "reads", "tells"), rows=rows)]
+    columns = ("layer", "reads", "tells")[: 3 if told else 2]
+    cells = [row[: len(columns)] for row in rows]
+    blocks: list[Block] = [Text(_WEIGHTS), Table(columns=columns, rows=cells)]
     if told:
         blocks.append(Table(columns=("number", "what it is"), rows=list(told.items())))
     constants = [
