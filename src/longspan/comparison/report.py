@@ -14,7 +14,6 @@ from longspan.comparison.measure import COST_LENGTHS
 from longspan.comparison.results import FLAT, Compared
 from longspan.files import write_text
 from longspan.report import Block, Code, Picture, Section, Table, Text, si_bytes, write_report
-from longspan.report.markdown import markdown
 from longspan.train import Interval, recurrence
 
 COLUMNS = (
@@ -46,7 +45,6 @@ def write(folder: Path, compared: Compared, advice: Advice, setting: Setting) ->
         CheckpointError: a file could not be written.
     """
     sections = sections_of(compared, advice, setting)
-    write_text(folder / "report.md", markdown(setting.title, sections, lead=setting.lead))
     write_text(folder / "runs.csv", runs_csv(compared))
     return write_report(folder, setting.title, sections, plain(compared, advice, setting), lead=setting.lead)
 

@@ -149,7 +149,9 @@ def write_report(
     lead: str = "",
     footer: str = "",
 ) -> Path:
-    """Write `report.html`, `report.json` (the numbers) and every picture as `figures/NAME.png`, each file atomically.
+    """Write `report.html`, the same as `report.md`, the numbers as `report.json`, and every picture as `figures/NAME.png`.
+
+    Every file is written atomically.
 
     Args:
         folder: to write to; created if it does not exist.
@@ -172,6 +174,10 @@ def write_report(
                 path = folder / "figures" / f"{block.name}.png"
                 write_atomically(path, functools.partial(Path.write_bytes, data=block.light))
     write_json(folder / "report.json", {"title": title, "version": __version__, **data})
+    # it knows the kinds of blocks, which are defined here
+    from longspan.report.markdown import markdown
+
+    write_text(folder / "report.md", markdown(title, sections, lead=lead))
     html = page(title, sections, lead=lead, footer=footer)
     return write_text(folder / "report.html", html)
 
