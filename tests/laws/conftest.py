@@ -1,11 +1,11 @@
-"""How many examples the laws draw: a dozen for each of fifty forms in `make test`, many in `make test-long`."""
+"""How many examples the laws draw: eight for each of fifty forms in `make test`, many in `make test-long`."""
 
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
-settings.register_profile("laws", settings.get_profile("longspan"), max_examples=12)
+settings.register_profile("laws", settings.get_profile("longspan"), max_examples=8)
 settings.register_profile("many", settings.get_profile("longspan"), max_examples=60)
 
 

@@ -73,7 +73,7 @@ def test_relative(length: int, shape: dict[str, int], train: bool) -> None:
     assert close(measured, HEADS * DIM * (4 * content + 2 * position))
 
 
-@pytest.mark.parametrize("length", [1, 100, 1000, 1700])
+@pytest.mark.parametrize("length", [1, 100, 1000])
 @pytest.mark.parametrize("shape", [{}, {"causal": False}, {"window": 100}, {"window": 512, "causal": False}])
 @pytest.mark.parametrize("train", [True, False])
 def test_entmax(length: int, shape: dict[str, Any], train: bool) -> None:

@@ -80,7 +80,7 @@ def test_a_thousand_tokens() -> None:
     agree(heads(0, 700, 63, batch=1), window=100, scale=0.7)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     length=st.integers(1, 150),
     memory=st.sampled_from([0, 0, 1, 40, 130]),
@@ -154,8 +154,8 @@ def test_alpha_gradient_against_another_implementation(alpha: float) -> None:
 @pytest.mark.parametrize("where", [ops, reference])
 @pytest.mark.parametrize("alpha", [1.02, 1.3, 1.5, 1.8, 1.95])
 def test_gradients_equal_finite_differences(where: Any, alpha: float) -> None:
-    z = draw(3, 4, 9).requires_grad_()
-    a = torch.full((4, 1), alpha, dtype=FP64, requires_grad=True)
+    z = draw(3, 2, 9).requires_grad_()
+    a = torch.full((2, 1), alpha, dtype=FP64, requires_grad=True)
     assert torch.autograd.gradcheck(where.entmax, (z, a))
 
 
@@ -269,8 +269,12 @@ def families(keys: int) -> dict[str, Tensor]:
     return scores
 
 
-@pytest.mark.parametrize("keys", [2, 17, 300, 5000])
-@pytest.mark.parametrize("alpha", [1.01, 1.06, 1.1, 1.21, 1.29, 1.3, 1.47, 1.5, 1.53, 1.6, 1.75, 1.76, 1.9, 1.99, 2.0])
+STEEP = [1.01, 1.06, 1.1, 1.21, 1.29, 1.3, 1.47, 1.5, 1.53, 1.6, 1.75, 1.76, 1.9, 1.99, 2.0]
+# only near 2 does a longer row miss its threshold with more steps than 2,000 keys do
+ROWS = [(alpha, keys) for keys in (2, 17, 300, 2000) for alpha in STEEP] + [(1.9, 5000), (1.99, 5000)]
+
+
+@pytest.mark.parametrize(("alpha", "keys"), ROWS)
 def test_the_fixed_number_of_steps_is_enough(alpha: float, keys: int) -> None:
     names, rows = list(families(keys)), 16 if keys <= 300 else 4
     z = torch.stack([family[:rows] for family in families(keys).values()])

@@ -41,18 +41,26 @@ def test_attention_equals_its_definition(kind: str, causal: bool) -> None:
         torch.testing.assert_close(actual, expected, atol=1e-8, rtol=1e-7)
 
 
+@pytest.fixture(scope="module")
+def projections() -> list[Tensor]:
+    """2,000 draws, which take longer than the features that the tests compute with them."""
+    random = generator(1)
+    return [ops.orthogonal_projection(32, 16, generator=random) for _ in range(2000)]
+
+
 @pytest.mark.parametrize("direction", ["positive", "negative", "random"])
 @pytest.mark.parametrize("kind", ["positive", "hyperbolic", "bounded"])
-def test_unbiased_within_four_standard_errors_of_2000_draws(kind: str, direction: str) -> None:
+def test_unbiased_within_four_standard_errors_of_2000_draws(
+    projections: list[Tensor], kind: str, direction: str
+) -> None:
     """Raw QR without the signs fails for all-positive and all-negative directions."""
-    dim, count = 16, 32
+    dim = 16
     unit = {"positive": torch.ones(dim), "negative": -torch.ones(dim), "random": draw(5, dim).float()}[
         direction
     ].double()
     x = 0.7 * unit / unit.norm()
-    random, products = generator(1), []
-    for _ in range(2000):
-        projection = ops.orthogonal_projection(count, dim, generator=random)
+    products = []
+    for projection in projections:
         phi, scale = ops.favor_features(x.view(1, 1, 1, -1), projection, kind=kind, bound=-0.02)
         assert scale is not None
         products.append(float((phi.square().sum(-1) * torch.exp(2 * scale)).squeeze()))

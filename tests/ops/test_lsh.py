@@ -87,7 +87,7 @@ def test_a_thousand_tokens(causal: bool, shared: bool) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize(("rounds", "buckets", "size"), SIZES[:3])
+@pytest.mark.parametrize(("rounds", "buckets", "size"), [(1, 2, 3), (2, 4, 5), (3, 8, 20)])
 @pytest.mark.parametrize(("length", "kv_heads"), [(1, 4), (2, 2), (70, 2)])
 def test_rings(length: int, kv_heads: int, rounds: int, buckets: int, size: int, shared: bool) -> None:
     q, k, v = inputs(length, 0, kv_heads=kv_heads)

@@ -73,25 +73,25 @@ def agree(name: str, call: tuple[dict[str, Any], dict[str, Any]]) -> None:
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(call=calls("full_attention"))
 def test_full(call: tuple[dict[str, Any], dict[str, Any]]) -> None:
     agree("full_attention", call)
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(call=calls("window_attention"))
 def test_window(call: tuple[dict[str, Any], dict[str, Any]]) -> None:
     agree("window_attention", call)
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(call=calls("relative_attention"))
 def test_relative(call: tuple[dict[str, Any], dict[str, Any]]) -> None:
     agree("relative_attention", call)
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(call=calls("sparse_attention"))
 def test_sparse(call: tuple[dict[str, Any], dict[str, Any]]) -> None:
     agree("sparse_attention", call)

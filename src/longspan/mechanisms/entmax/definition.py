@@ -25,16 +25,15 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
     seen = scores > -math.inf
     z = torch.where(seen, scores, 0.0)
 
-    def weights(t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights p at threshold t, and p ** (2 - alpha), which is -dp/dt."""
+    def weights(t: Tensor) -> Tensor:
+        """Return the weights p at threshold t."""
         x = z - t
         inside = seen & (1 + a * x > 0)
         y = torch.where(inside, a * x, 0.0)
         divisor = torch.where(a > 0, a, 1.0)
         # at a = 0 the second term is zero, but has the right derivative by a
         log = torch.where(a > 0, torch.log1p(y) / divisor, x - a * x.square() / 2)
-        p = torch.where(inside, torch.where(inside, log, 0.0).exp(), 0.0)
-        return p, torch.where(inside, p / (1 + y), 0.0)
+        return torch.where(inside, torch.where(inside, log, 0.0).exp(), 0.0)
 
     with torch.no_grad():
         low = torch.where(seen, z, -math.inf).amax(dim, keepdim=True)
@@ -42,12 +41,13 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
         high = low + math.log(scores.shape[dim]) + 1
         for _ in range(60):
             middle = (low + high) / 2
-            above = weights(middle)[0].sum(dim, keepdim=True) >= 1
+            above = weights(middle).sum(dim, keepdim=True) >= 1
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    p, slope = weights(low)
+    p = weights(low)
+    slope = torch.where(p > 0, p / (1 + a * (z - low)), 0.0)  # p ** (2 - alpha), which is -dp/dt
     total = slope.detach().sum(dim, keepdim=True)
     t = low + (p.sum(dim, keepdim=True) - 1) / torch.where(total > 0, total, 1.0)
-    return weights(t)[0]
+    return weights(t)
 
 
 def entmax_attention(
