@@ -149,7 +149,7 @@ def write_report(
     lead: str = "",
     footer: str = "",
 ) -> Path:
-    """Write `report.html`, the same as `report.md`, the numbers as `report.json`, and every picture as `figures/NAME.png`.
+    """Write `report.html`, the same as `report.md`, the numbers as `report.json`, every picture as `figures/NAME.png`.
 
     Every file is written atomically.
 
