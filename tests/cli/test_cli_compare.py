@@ -69,6 +69,8 @@ def test_models_are_trained_and_json_is_printed(longspan: Command, folder: Path,
         (("--data", "code", "--budget", "5"), "--budget '5': expected a time such as"),
         (("--data", "code", "--budget", "5min", "--steps", "8"), "--budget and --steps: give one of them"),
         (("nowhere", "--budget", "5min"), "--budget: is for models that are trained"),
+        (("nowhere", "--spread", "ray"), "--spread: is for models that are trained"),
+        (("--data", "code", "--spread", "rya"), "--spread rya: no such executor; did you mean 'ray'?"),
         (("nowhere",), "no run of text among nowhere"),
     ],
 )

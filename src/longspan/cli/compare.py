@@ -1,8 +1,11 @@
 """`longspan compare`: which of several models to take for a text, and what it costs."""
 
+import contextlib
 import json
+import math
 import os
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -92,8 +95,23 @@ class CompareOptions:
     ] = ""
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs per model.")] = 1
     jobs: Annotated[
-        int, typer.Option("--jobs", min=0, help="Runs at a time, of one thread each. 0: one per CPU core.")
+        int,
+        typer.Option(
+            "--jobs",
+            min=0,
+            help="Runs at a time, of one thread each. 0: one per CPU core (of Ray's cluster; with Slurm, all).",
+        ),
     ] = 0
+    spread: Annotated[
+        str,
+        typer.Option(
+            "--spread",
+            metavar="ray|slurm",
+            help="Train on a cluster: by Ray (at RAY_ADDRESS, else on this machine), or as Slurm jobs (options from "
+            "SBATCH_PARTITION and the like). The folder must be on a file system that all machines share.",
+            show_default="processes of this machine",
+        ),
+    ] = ""
     all_runs: Annotated[
         bool, typer.Option("--all-runs", help="Finish runs that cannot become the best any more, too.")
     ] = False
@@ -124,6 +142,9 @@ def compare(options: CompareOptions) -> int:
     Without RUN, every recipe lm/NAME of --mixers is trained for --budget with the sizes of the start. At half of its
     steps a run is stopped if even twice the fall of its last quarter would leave it 0.02 bits above the loss that the
     best run has already.
+
+    With --spread (pip install 'longspan[ray]' or 'longspan[slurm]') every run takes one core of some machine. If its
+    worker is killed, it resumes on another one from its last checkpoint, twice at most.
 
     Examples:
       longspan compare --data book.txt --mixers window,infini,gated_delta --budget 5min
@@ -156,7 +177,7 @@ def _existing(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple
     from longspan.comparison.measure import add_speed
     from longspan.comparison.report import Setting
 
-    for name in ("mixers", "budget", "steps", "total", "init", "seeds", "jobs", "all_runs", "set_"):
+    for name in ("mixers", "budget", "steps", "total", "init", "seeds", "jobs", "spread", "all_runs", "set_"):
         if getattr(options, name) != getattr(CompareOptions, name):
             option = f"--{name.strip('_').replace('_', '-')}"
             raise ConfigError(f"{option}: is for models that are trained; leave it out, or leave out the runs")
@@ -219,14 +240,16 @@ def _trained(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[
 
     began = time.monotonic()
     names = chosen(options.mixers, families())
-    workers = _workers(options, began)
+    workers = _workers(options, began, len(names) * options.seeds)
     training = _training(options, names, workers)
-    plan = make_plan(training, out, held_out, say)
-    if not plan.jobs:
-        raise LongspanError(f"no model can be trained: {next(iter(plan.failures.values()))}")
-    for line in _plan_lines(plan, workers):
-        say(line)
-    records, failures = train_all(plan, workers, say)
+    # Ray prints on standard output which workers died
+    with contextlib.redirect_stdout(sys.stderr):
+        plan = make_plan(training, out, held_out, say)
+        if not plan.jobs:
+            raise LongspanError(f"no model can be trained: {next(iter(plan.failures.values()))}")
+        for line in _plan_lines(plan, workers):
+            say(line)
+        records, failures = train_all(plan, workers, say)
     if not records:
         raise LongspanError(f"every run failed: {next(iter(failures.values()))}")
     compared = Compared(records, failures)
@@ -234,14 +257,15 @@ def _trained(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[
     return compared, _setting(options, compared, plan, workers), untried
 
 
-def _workers(options: CompareOptions, began: float) -> "Workers":
-    """Return how many runs are trained at a time, and until when one may begin."""
+def _workers(options: CompareOptions, began: float, runs: int) -> "Workers":
+    """Return how many of the runs are trained at a time, until when one may begin, and where."""
+    from longspan.train.clusters import open_executor
     from longspan.train.workers import Workers
 
-    count = options.jobs or os.cpu_count() or 1
-    if not options.total:
-        return Workers(count=count)
-    return Workers(count=count, until=began + (1 - RESERVED) * seconds("--total", options.total))
+    executor = open_executor(options.spread, Path(options.output, "slurm")) if options.spread else None
+    count = options.jobs or ((os.cpu_count() or 1) if executor is None else executor.slots or runs)
+    until = began + (1 - RESERVED) * seconds("--total", options.total) if options.total else math.inf
+    return Workers(count, until, executor)
 
 
 def _training(options: CompareOptions, names: list[str], workers: "Workers") -> "Training":
@@ -356,7 +380,7 @@ def _setting(options: CompareOptions, compared: "Compared", plan: "Plan", worker
     return Setting(
         title=f"Which model for {options.data}?",
         lead=f"{len(compared.runs)} of {len(training.models)} models, {_text_of(compared)}.",
-        how=[*how, _machine(workers.count)],
+        how=[*how, _machine(workers.count, options.spread)],
         commands=[_command(_training_arguments(options), options)],
         peaks={name: cost.peak for name, cost in plan.costs.items()},
     )
@@ -365,7 +389,7 @@ def _setting(options: CompareOptions, compared: "Compared", plan: "Plan", worker
 def _training_arguments(options: CompareOptions) -> list[str]:
     """Return the arguments of a command that trains the same models in the same way."""
     arguments = ["--data", options.data, "--mixers", options.mixers]
-    for name in ("pattern", "budget", "steps", "total", "init", "seeds", "jobs"):
+    for name in ("pattern", "budget", "steps", "total", "init", "seeds", "jobs", "spread"):
         value = getattr(options, name)
         if value != getattr(CompareOptions, name):
             arguments += [f"--{name}", str(value)]
@@ -381,7 +405,7 @@ def _text_of(compared: "Compared") -> str:
     return f"read on {sum(record['bytes']):,} held-out bytes of {count:,} document{'s' if count > 1 else ''}"
 
 
-def _machine(jobs: int) -> str:
+def _machine(jobs: int, spread: str = "") -> str:
     """Describe the machine and the versions."""
     import platform
 
@@ -390,6 +414,8 @@ def _machine(jobs: int) -> str:
     from longspan.version import __version__
 
     at_once = f"; {jobs} runs at a time, so times are longer than those of one alone" if jobs > 1 else ""
+    if spread:
+        at_once = f"; runs were spread by {spread.capitalize()}, and times are those of the machines that they ran on"
     return (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
         f"{torch.__version__}, longspan {__version__}{at_once}."
