@@ -106,8 +106,7 @@ class RayExecutor:
     def __init__(self) -> None:
         self._ray = _package("ray", "ray")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = os.environ.get("RAY_ADDRESS", "")
-        _check_address(address)
+        _check_address(os.environ.get("RAY_ADDRESS", ""))
         try:
             # Ray's own handler of SIGTERM would end the command without its exit status
             with handling([signal.SIGTERM], signal.getsignal(signal.SIGTERM)):
@@ -115,9 +114,7 @@ class RayExecutor:
                     ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"--spread ray: no cluster at {address or 'this machine'}: {_first_line(error)}"
-            ) from None
+            raise ConfigError(f"--spread ray: cannot start: {_first_line(error)}") from None
         self.slots = max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
         # a process per call; see the module's docstring for retries
         self._remote = self._ray.remote(num_cpus=1, max_calls=1, max_retries=0)(_call)
