@@ -93,7 +93,9 @@ def test_what_is_finished_is_judged_where_the_claim_is_interrupted(
     assert stopped.note.startswith(
         "Interrupted. Not measured yet: 1 softmax + window_linear, recurrent memory; the same command continues."
     )
-    assert stopped.verdict == "undecided"
+    # what the untrained model of a test measures may meet the other criteria, but what is missing decides none
+    assert "With softmax in at most a third of the layers, at least 75%: undecided, no variant" in stopped.note
+    assert stopped.verdict != "holds"
 
     def without_window_linear(variant: Variant, setting: Any) -> dict[str, Any]:
         if variant.folder == "window_linear":

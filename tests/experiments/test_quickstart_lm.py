@@ -52,7 +52,7 @@ def test_the_quickstart_draws_its_page(finished: tuple[Path, int]) -> None:
     names = {path.name for path in (out / "figures").iterdir()}
     assert names == {"bits-per-byte.png", "resident-memory.png", "speed.png", "memory-length.png", "training.png"}
     html = (out / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 2 * len(names)
+    assert html.count("data:image/png;base64,") == 4 * len(names), "light and dark, for a laptop and for a phone"
     assert "http" not in without_pixels(html).replace("http-equiv", "")
     assert f"longspan eval {out / 'run'}" in html
 
