@@ -104,12 +104,13 @@ def test_what_is_not_settled_is_named() -> None:
 def test_a_rising_curve_a_cut_run_and_an_unlearned_text_are_named() -> None:
     rising, cut = record(BITS + 4), record(BITS + 4.1)
     rising["training"]["curve"] = [[step, 0, 0.0, 2 + step / 80] for step in range(10, 81, 10)]
-    cut["training"]["steps"] = 40
+    cut["training"] |= {"steps": 40, "tokens": 4000}
     compared = Compared({"a": [rising], "b": [cut]})
     assert compared.trend("a") == "rising"
     limits = " ".join(advise(compared).limits)
     assert "loss of a rose" in limits
     assert "ended b before" in limits
+    assert "a read 2.0 times as much as b" in limits
     assert "No model has learned the text" in limits
 
 

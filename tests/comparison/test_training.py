@@ -84,8 +84,8 @@ def test_models_that_cannot_win_are_stopped() -> None:
     }
     reasons = hopeless(curves)
     assert set(reasons) == {"flat", "rises", "broken"}
-    assert "best has 1.400 already" in reasons["flat"]
-    assert "at best 1.500" in reasons["flat"]
+    assert "best had 1.400 at that time" in reasons["flat"]
+    assert "estimated 1.500 or more at the end" in reasons["flat"]
     assert hopeless({}) == {}
     assert hopeless({"only": [[(10, 1.0)]]}) == {}
 

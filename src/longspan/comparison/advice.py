@@ -9,6 +9,9 @@ from longspan.comparison.results import EQUAL, Compared, Record
 from longspan.report import number, si_bytes
 from longspan.train import Interval
 
+UNEQUAL = 1.2
+"""ratio of the tokens of two trainings from which on the advice mentions it"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
@@ -115,14 +118,26 @@ def _limits(compared: Compared, untried: Sequence[str]) -> list[str]:
             f"May be as good as {best}, by these differences: {gaps}. More held-out text (--documents, --reach) would "
             "tell."
         )
+    tokens = {name: compared.mean(name, "training.tokens") for name in compared.names}
+    if max(tokens.values()) > UNEQUAL * min(tokens.values()):
+        most, least = max(tokens, key=lambda name: tokens[name]), min(tokens, key=lambda name: tokens[name])
+        ratio = tokens[most] / max(tokens[least], 1)
+        lines.append(
+            f"The models had different amounts of training text: {most} read {ratio:.1f} times as much as {least}. "
+            "With equal text (--steps) the order may differ."
+        )
     falling = [name for name in compared.names if compared.trend(name) == "still falling"]
     if falling:
         lines.append(
-            f"The loss of {_and(falling)} still fell when training ended, so more training may change the order."
+            f"The loss of {_and(falling)} still fell from 65 % to 90 % of the steps, so more training may change the "
+            "order."
         )
     rising = [name for name in compared.names if compared.trend(name) == "rising"]
     if rising:
-        lines.append(f"The held-out loss of {_and(rising)} rose at the end: train it on more text, or shorter.")
+        lines.append(
+            f"The held-out loss of {_and(rising)} rose from 65 % to 90 % of the steps: more training text, or fewer "
+            "steps, may help."
+        )
     cut = [name for name in compared.names if any(map(_is_cut, compared.runs[name]))]
     if cut:
         lines.append(f"The clock or an interrupt ended {_and(cut)} before the planned steps.")

@@ -349,8 +349,8 @@ def hopeless(curves: Mapping[str, Sequence[Curve]]) -> dict[str, str]:
         lowest = bits - OPTIMISM * max(quarters[name] - bits, 0.0) if name in now else bits
         if lowest > best + EQUAL:
             reasons[name] = (
-                f"stopped at half of its steps with {bits:.3f} bits per byte: at best {lowest:.3f} at the end, and "
-                f"{leader} has {best:.3f} already"
+                f"stopped at half of its steps with {bits:.3f} bits per byte, estimated {lowest:.3f} or more at the "
+                f"end; {leader} had {best:.3f} at that time, on the text of the evaluations during training"
             )
     return reasons
 
