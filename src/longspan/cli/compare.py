@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +43,9 @@ class CompareOptions:
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]...", help="Runs that exist; without any, --mixers are trained.", show_default=False
+            metavar="[RUN]...",
+            help="Existing runs. Without any, --mixers are trained.",
+            show_default=False,
         ),
     ] = None
     data: Annotated[
@@ -133,11 +135,11 @@ class CompareOptions:
 
 @verb(CompareOptions)
 def compare(options: CompareOptions) -> int:
-    """Train models on a text from a common start, or take runs that exist, and say which one to take.
+    """Train models on a text from a common start, or take existing runs, and recommend one of them.
 
     All models read the same held-out text. The report has a recommendation, losses with intervals, by position and by
     the distance of a repeated context, time, memory, FLOPs and the size of states: DIR/report.html, report.md,
-    report.json and runs.csv. Stopped at any moment, the same command goes on.
+    report.json and runs.csv. If it is interrupted, the same command resumes it.
 
     Without RUN, every recipe lm/NAME of --mixers is trained for --budget with the sizes of the start. At half of its
     steps a run is stopped if even twice the fall of its last quarter would leave it 0.02 bits above the loss that the
@@ -168,7 +170,7 @@ def compare(options: CompareOptions) -> int:
 
 
 def _existing(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[Compared, Setting]":
-    """Measure runs that exist; folders that are no runs of text are named and left out.
+    """Measure existing runs; folders without a text run are reported and skipped.
 
     Raises:
         ConfigError: none of the folders is a run, or options of trainings are given.
@@ -203,13 +205,13 @@ def _existing(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple
         title=f"Comparison of {len(runs)} runs",
         lead=f"{', '.join(runs)} on {what}: {_text_of(compared)}.",
         how=[*_differences_of(compared), _machine(1)],
-        commands=[_command([*folders, *(["--data", options.data] if options.data else [])], options)],
+        commands=[_command(options)],
     )
     return compared, setting
 
 
 def _was_trained_on(folder: str, source: str) -> bool:
-    """Return whether a run was trained on a text; False where the folder is no run."""
+    """Return whether a run was trained on a text; False if the folder does not contain a run."""
     from longspan.train.opening import recipe_table
 
     sources = recipe_table(folder, "task").get("source", "")
@@ -272,7 +274,7 @@ def _training(options: CompareOptions, names: list[str], workers: "Workers") -> 
     """Return how the runs are trained.
 
     Raises:
-        ConfigError: `--data` is missing, `--budget` and `--steps` are both given, or there is no such start.
+        ConfigError: `--data` is missing, `--budget` and `--steps` are both given, or the start does not exist.
     """
     from longspan.comparison.training import Training
     from longspan.train.starts import start_model
@@ -347,10 +349,10 @@ def _plan_lines(plan: "Plan", workers: "Workers") -> list[str]:
 
 def _setting(options: CompareOptions, compared: "Compared", plan: "Plan", workers: "Workers") -> "Setting":
     """Describe how models were trained."""
-    from longspan.comparison.advice import duration
     from longspan.comparison.report import Setting
     from longspan.comparison.results import EQUAL
     from longspan.comparison.training import RELATIVE, RELATIVE_OF
+    from longspan.train.planning import duration
 
     training, model = plan.training, plan.jobs[0].recipe["model"]
     starts = dict.fromkeys(one.recipe["train"]["init"] for one in plan.jobs)
@@ -381,21 +383,9 @@ def _setting(options: CompareOptions, compared: "Compared", plan: "Plan", worker
         title=f"Which model for {options.data}?",
         lead=f"{len(compared.runs)} of {len(training.models)} models, {_text_of(compared)}.",
         how=[*how, _machine(workers.count, options.spread)],
-        commands=[_command(_training_arguments(options), options)],
+        commands=[_command(options)],
         peaks={name: cost.peak for name, cost in plan.costs.items()},
     )
-
-
-def _training_arguments(options: CompareOptions) -> list[str]:
-    """Return the arguments of a command that trains the same models in the same way."""
-    arguments = ["--data", options.data, "--mixers", options.mixers]
-    for name in ("pattern", "budget", "steps", "total", "init", "seeds", "jobs", "spread"):
-        value = getattr(options, name)
-        if value != getattr(CompareOptions, name):
-            arguments += [f"--{name}", str(value)]
-    for change in options.set_ or ():
-        arguments += ["--set", change]
-    return [*arguments, *(["--all-runs"] if options.all_runs else [])]
 
 
 def _text_of(compared: "Compared") -> str:
@@ -422,11 +412,19 @@ def _machine(jobs: int, spread: str = "") -> str:
     )
 
 
-def _command(arguments: Sequence[str], options: CompareOptions) -> str:
-    """Return the command line of this comparison."""
-    sizes = ["--documents", str(options.documents)] if options.documents != CompareOptions.documents else []
-    sizes += ["--reach", str(options.reach)] if options.reach != CompareOptions.reach else []
-    return shlex.join(["longspan", "compare", *arguments, *sizes, "-o", options.output])
+def _command(options: CompareOptions) -> str:
+    """Return the command line of this comparison: the options that differ from their defaults."""
+    arguments = list(options.runs or [])
+    for field in fields(options):
+        value, name = getattr(options, field.name), field.name.strip("_").replace("_", "-")
+        if field.name in ("runs", "output", "as_json") or value == field.default:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{name}")
+        else:
+            for given in value if isinstance(value, list) else [value]:
+                arguments += [f"--{name}", str(given)]
+    return shlex.join(["longspan", "compare", *arguments, "-o", options.output])
 
 
 def short_names(folders: Sequence[str]) -> dict[str, str]:

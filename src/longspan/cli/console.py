@@ -112,15 +112,17 @@ def say(text: str) -> None:
 
 
 def interval(values: Sequence[float], digits: int = 4) -> str:
-    """Format a (value, low, high) triple as `1.2345 [1.2300, 1.2400]`, or only the value if `low` is NaN."""
-    # adding zero makes a rounded -0.0 positive
-    value, low, high = (f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "−") for number in values)
-    return value if math.isnan(values[1]) else f"{value} [{low}, {high}]"
+    """Format an interval; see `longspan.report.tables.interval`."""
+    from longspan.report import tables
+
+    return tables.interval(values, digits)
 
 
 def plain_interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Return a (value, low, high) triple as a dict for JSON, with None instead of NaN."""
-    return {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), values, strict=True)}
+    """Return an interval for JSON; see `longspan.report.tables.plain_interval`."""
+    from longspan.report import tables
+
+    return tables.plain_interval(values)
 
 
 def harmless(text: str) -> str:

@@ -30,11 +30,11 @@ def field_meanings(config: type[Any]) -> dict[str, str]:
     meanings: dict[str, str] = {}
     for base in reversed(config.__mro__[:-1]):
         if dataclasses.is_dataclass(base):
-            meanings |= attributes(base.__doc__ or "") | _strings_below(base)
+            meanings |= _attributes(base.__doc__ or "") | _strings_below(base)
     return meanings
 
 
-def attributes(docstring: str) -> dict[str, str]:
+def _attributes(docstring: str) -> dict[str, str]:
     """Parse the section `Attributes:` of a docstring: the description of each field, by name."""
     meanings: dict[str, str] = {}
     key, indent = "", None

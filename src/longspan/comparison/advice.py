@@ -1,13 +1,13 @@
 """The recommendation of a comparison in sentences: what to take, why, what it costs, and what limits the answer."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longspan.comparison.measure import COST_LENGTHS
 from longspan.comparison.results import EQUAL, Compared, Record
-from longspan.report import number, si_bytes
-from longspan.train import Interval
+from longspan.report import si_bytes
+from longspan.report.tables import interval, signed
+from longspan.train.planning import duration
 
 UNEQUAL = 1.2
 """ratio of the tokens of two trainings from which on the advice mentions it"""
@@ -53,7 +53,7 @@ def choose(compared: Compared) -> str:
 def _why(compared: Compared, take: str) -> str:
     """Say why a model is taken."""
     bits, count = compared.bits(take), len(compared.runs)
-    loss = f"{with_interval(bits)} bits per byte"
+    loss = f"{interval(bits, 3)} bits per byte"
     if count == 1:
         return f"{take} is the only model: {loss}."
     if take == compared.best:
@@ -71,7 +71,7 @@ def _why(compared: Compared, take: str) -> str:
     why = f"; {', and '.join(reasons)}" if reasons else ""
     return (
         f"Take {take}: its loss, {loss}, is as good within {EQUAL} bits as the lowest, that of {best} "
-        f"({signed(gap)} bits){why}."
+        f"({signed(gap, 3)} bits){why}."
     )
 
 
@@ -98,7 +98,7 @@ def _alternatives(compared: Compared, take: str) -> list[str]:
         if far is not None and far[1].high < -EQUAL:
             return [
                 f"If far context matters to you, take {name}: on bytes whose last 16 bytes occurred {far[0]:,} or more "
-                f"bytes before, its loss is {signed(far[1])} bits from that of {take}."
+                f"bytes before, its loss is {signed(far[1], 3)} bits from that of {take}."
             ]
     return []
 
@@ -113,7 +113,7 @@ def _limits(compared: Compared, untried: Sequence[str]) -> list[str]:
             f"{compared.record(best)['byte_entropy']:.3f} bits per byte."
         )
     if compared.unsettled:
-        gaps = ", ".join(f"{name} {signed(compared.difference(name, best))}" for name in compared.unsettled)
+        gaps = ", ".join(f"{name} {signed(compared.difference(name, best), 3)}" for name in compared.unsettled)
         lines.append(
             f"May be as good as {best}, by these differences: {gaps}. More held-out text (--documents, --reach) would "
             "tell."
@@ -162,25 +162,6 @@ def _is_cut(record: Record) -> bool:
     """Return whether a run ended before its planned steps."""
     planned = record["training"]["planned"]
     return planned is not None and record["training"]["steps"] < planned
-
-
-def with_interval(interval: Interval, digits: int = 3) -> str:
-    """Format a value with its 95 % interval, "1.392 [1.380, 1.404]"; the value alone without one."""
-    value = number(interval.value, digits)
-    if math.isnan(interval.low):
-        return value
-    return f"{value} [{number(interval.low, digits)}, {number(interval.high, digits)}]"
-
-
-def signed(interval: Interval, digits: int = 3) -> str:
-    """Format a difference with its sign and its 95 % interval, "+0.012 [+0.004, +0.020]"."""
-    value, low, high = (f"{x:+.{digits}f}".replace("-", "−") for x in interval)
-    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as "45 s" or "5.2 min"."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
 def state_text(state: dict[str, int] | None) -> str:

@@ -16,7 +16,7 @@ from longspan.cost import footprint
 from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.files import data_digest, read_object, write_json
 from longspan.tasks import TextTask
-from longspan.tasks.base import Array, Document, Documents, evenly, heads
+from longspan.tasks.base import Array, Document, Documents, Head, evenly, heads
 from longspan.tasks.shards import stamps
 from longspan.tasks.sources import source_files
 from longspan.tasks.text import TextConfig
@@ -91,11 +91,14 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
         CheckpointError: the folder is not a run of text, or is damaged.
         ConfigError: the tokenizer of the run does not give back the text that it reads.
         DataError: the text cannot be read, or is empty.
-        DivergedError: the model predicts something that is no number.
+        DivergedError: the loss is not finite.
     """
     folder = Path(folder)
     recipe = stored_recipe(folder)
-    key = data_digest([_weights(folder), asdict(held_out), _stamps(recipe, held_out), __version__])
+    source, pattern = held_out.source, held_out.pattern
+    if not source:
+        source, pattern = recipe["task"].get("source", ""), recipe["task"].get("pattern")
+    key = data_digest([_weights(folder), asdict(held_out), text_stamps(source, pattern), __version__])
     if file.is_file() and (saved := read_object(file)).get("key") == key:
         return saved
     opened = open_for_reading(folder, held_out)
@@ -103,7 +106,7 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
     losses = place_nats(opened.model, cut.documents, window, chunk=opened.chunk, batch=opened.batch)
     nats = [_with_share(loss, share) for loss, share in zip(losses, cut.shares, strict=True)]
     if not all(np.isfinite(loss).all() for loss in nats):
-        raise DivergedError(f"{folder}: its loss on the held-out text is not a number somewhere")
+        raise DivergedError(f"{folder}: its loss on the held-out text is not a number")
     lengths = [int(size.sum()) for size in cut.sizes]
     record = {
         "key": key,
@@ -223,7 +226,7 @@ def cut_text(task: TextTask, held_out: HeldOut, run: str) -> Cut:
             whole = int(size[count - 1])
             size = size[:count].copy()
             size[-1] -= int(ends[count - 1]) - held_out.reach
-            item = heads(Documents([item], [""], ""), count)[0]
+            item = Head(item, count)
             shares.append(float(size[-1] / whole))
         else:
             shares.append(1.0)
@@ -231,9 +234,7 @@ def cut_text(task: TextTask, held_out: HeldOut, run: str) -> Cut:
         sizes.append(size)
     if not sum(int(size.sum()) for size in sizes):
         raise DataError("the held-out text is empty; give another one")
-    fingerprint = f"{documents.fingerprint}:{held_out.documents}:{held_out.reach}"
-    texts = _texts(items, sizes, task.tokenizer, run)
-    return Cut(Documents(items, documents.names, fingerprint), sizes, shares, texts)
+    return Cut(Documents(items, documents.names), sizes, shares, _texts(items, sizes, task.tokenizer, run))
 
 
 def _texts(items: Sequence[Document], sizes: Sequence[Array], tokenizer: Tokenizer, run: str) -> list[Array]:
@@ -263,14 +264,15 @@ def _weights(folder: Path) -> Any:
     return [str(folder.resolve()), sorted((path.name, path.stat().st_mtime_ns) for path in saved)]
 
 
-def _stamps(recipe: Mapping[str, Any], held_out: HeldOut) -> Any:
-    """Return sizes and times of the files of a held-out text, to notice that they have changed."""
-    task = recipe["task"]
-    source, pattern = held_out.source, held_out.pattern
-    if not source:
-        source, pattern = task.get("source", ""), task.get("pattern", pattern)
+def text_stamps(source: str | Sequence[str], pattern: str | None = None) -> Any:
+    """Return sizes and times of the files of a text, to notice that they have changed; None if they cannot be listed.
+
+    Args:
+        source: as in `TextConfig`.
+        pattern: glob of the files to read in a folder; None: the default.
+    """
     try:
-        return stamps(source_files(source, pattern=pattern) or [])
+        return stamps(source_files(source, pattern=pattern or TextConfig.pattern) or [])
     except (DataError, OSError):
         # reading the text gives the reason
         return None

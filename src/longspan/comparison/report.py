@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.comparison.advice import Advice, duration, signed, with_interval
+from longspan.comparison.advice import Advice
 from longspan.comparison.measure import COST_LENGTHS
 from longspan.comparison.results import FLAT, Compared
 from longspan.files import write_text
 from longspan.report import Block, Code, Picture, Section, Table, Text, si_bytes, write_report
+from longspan.report.tables import interval, plain_interval, signed
 from longspan.train import Interval, recurrence
+from longspan.train.planning import duration
 
 COLUMNS = (
     *("run", "model", "seed", "mechanism", "bits_per_byte", "steps", "tokens", "training_seconds", "training_memory"),
@@ -84,23 +86,22 @@ def failure_tables(compared: Compared) -> list[Table]:
 def loss_table(compared: Compared) -> Table:
     """Return the table of losses: with intervals, relative to the best, on far context, and whether curves are flat."""
     rows = []
-    best = compared.best
+    best, distance = compared.best, None
     for name in compared.names:
         far = compared.far_difference(name, best) if name != best else None
+        # the same for all, as they read the same text
+        distance = distance if far is None else far[0]
         seeds = compared.by_seed(name)
         rows.append(
             (
                 name,
-                with_interval(compared.bits(name), 4),
-                "" if name == best else signed(compared.difference(name, best), 4),
-                "" if far is None else signed(far[1]),
+                interval(compared.bits(name)),
+                "" if name == best else signed(compared.difference(name, best)),
+                "" if far is None else signed(far[1], 3),
                 _curve_text(compared, name),
                 "1" if len(seeds) == 1 else f"{len(seeds)}, {min(seeds):.4f} to {max(seeds):.4f}",
             )
         )
-    distance = next(
-        (far[0] for name in compared.names[1:] if (far := compared.far_difference(name, best)) is not None), None
-    )
     far_column = "far context" if distance is None else f"context {distance:,}+ bytes back"
     caption = (
         f"Held-out loss, the lowest first; differences are to {best}. Far context: only bytes whose last "
@@ -200,7 +201,7 @@ def _lines(compared: Compared, values: Callable[[str], Sequence[Interval]], x: S
 
     lines = []
     for index, name in enumerate(compared.names):
-        y = [interval.value for interval in values(name)]
+        y = [measured.value for measured in values(name)]
         if y and not all(map(math.isnan, y)):
             lines.append(Series(x=x, y=y, label=name, kind="marked", color=index))
     return lines
@@ -224,11 +225,7 @@ def _range_pictures(compared: Compared) -> list[Picture]:
             caption="A model that uses what it has read gets better with the position.",
         )
     ]
-    last = [*recurrence.DISTANCES[1:], None]
-    labels = [
-        f"{low:,} and more" if high is None else f"{low:,} to {high - 1:,}"
-        for low, high in zip(recurrence.DISTANCES, last, strict=True)
-    ]
+    labels = recurrence.distance_labels()
     lines = _lines(compared, lambda name: compared.by_range(name, "distances"), range(len(labels)))
     if lines:
         drawn.append(
@@ -285,7 +282,7 @@ def _intervals_text(compared: Compared) -> str:
     count = len(record["units"])
     what = "whole documents" if compared.blocks == "documents" else "equal parts of the text, as it has few documents"
     if count < 2:
-        return "There are no intervals: the text is too short to be cut into parts."
+        return "No intervals: the text is too short to be split into parts."
     return (
         f"Brackets are 95 % bootstrap intervals that resample {count} {what}, {sum(record['bytes']):,} bytes in all; "
         "those of differences are paired."
@@ -330,8 +327,8 @@ def plain(compared: Compared, advice: Advice, setting: Setting) -> dict[str, Any
         "limits": list(advice.limits),
         "models": {
             name: {
-                "bits_per_byte": _plain(compared.bits(name)),
-                "difference": _plain(compared.difference(name, compared.best)),
+                "bits_per_byte": plain_interval(compared.bits(name)),
+                "difference": plain_interval(compared.difference(name, compared.best)),
                 "as_good_as_the_best": name in compared.as_good,
                 "fall": compared.fall(name),
                 "step_bytes": setting.peaks.get(name),
@@ -342,8 +339,3 @@ def plain(compared: Compared, advice: Advice, setting: Setting) -> dict[str, Any
         "failures": dict(compared.failures),
         "commands": list(setting.commands),
     }
-
-
-def _plain(interval: Interval) -> dict[str, float | None]:
-    """Return an interval for JSON, with None for NaN."""
-    return {key: None if math.isnan(value) else value for key, value in interval._asdict().items()}

@@ -13,12 +13,15 @@ from longspan.tasks.base import Array
 from longspan.train import Interval, bootstrap, paired_bootstrap
 
 EQUAL = 0.02
-"""bits per byte: a model is as good as the best if the upper end of the interval of their difference is at most this"""
+"""bits per byte: a model is as good as the best if the upper end of the interval of their difference is at most this.
+Models that the papers call equal differ by 0.01 to 0.02 in their own tables."""
+CONSTANT = 0.9
+"""share of a run at the full learning rate; the rest is a linear decay"""
 FLAT = 0.01
 """bits per byte: a curve is flat if it falls or rises by less than this over the last quarter of the steps before the
 rate decays"""
-LAST_QUARTER = (0.65, 0.9)
-"""shares of the steps: the last quarter before the learning rate of a comparison decays"""
+LAST_QUARTER = (0.65, CONSTANT)
+"""shares of the steps of a run: its last quarter before the learning rate decays"""
 FAR_BYTES = 1_000
 """bytes that a range of distances must have for a statement about far context"""
 Record = Mapping[str, Any]
@@ -80,7 +83,7 @@ class Compared:
 
     def by_seed(self, name: str) -> list[float]:
         """Return the bits per byte of every seed of a model."""
-        return [sum(record["nats"]) / sum(record["units"]) / math.log(2) for record in self.runs[name]]
+        return [bits_per_byte(record) for record in self.runs[name]]
 
     def difference(self, name: str, base: str) -> Interval:
         """Return bits per byte of a model minus those of another, with an interval paired by block."""
@@ -115,10 +118,7 @@ class Compared:
             curve, steps = record["training"]["curve"], record["training"]["steps"]
             if len(curve) < 4:
                 return None
-            first, last = np.interp(
-                [share * steps for share in LAST_QUARTER], [point[0] for point in curve], [point[3] for point in curve]
-            )
-            falls.append(float(first - last))
+            falls.append(fall([(point[0], point[3]) for point in curve], steps))
         return float(np.mean(falls))
 
     def trend(self, name: str) -> Trend:
@@ -135,23 +135,14 @@ class Compared:
 
         A range without a byte is NaN.
         """
-        record = self.record(name)[kind]
-        nats = np.mean([one[kind]["nats"] for one in self.runs[name]], axis=0)
-        units = (
-            np.array(record["units"]) if "units" in record else np.broadcast_to(np.diff(record["edges"]), nats.shape)
-        )
-        empty = Interval(math.nan, math.nan, math.nan)
-        return [
-            bootstrap(losses[counts > 0], counts[counts > 0]) if counts.any() else empty
-            for losses, counts in zip(nats.T, units.T, strict=True)
-        ]
+        return by_range(self.runs[name], kind)
 
     def far_difference(self, name: str, base: str) -> tuple[int, Interval] | None:
         """Return the loss of a model minus that of another on bytes that only distant context makes easy.
 
         Returns:
-            The distance from which on bytes count, the largest one with at least `FAR_BYTES`, and the difference in
-            bits per byte, paired by document; None if there is no such distance or only one document has such bytes.
+            The smallest distance of the bytes that count (the largest one from which on there are `FAR_BYTES` of them),
+            and the difference in bits per byte, paired by document. None if too few bytes recur, or in one document.
         """
         edges = self.record(name)["distances"]["edges"]
         units = np.array(self.record(name)["distances"]["units"])
@@ -165,6 +156,38 @@ class Compared:
                 some = counts > 0
                 return edges[column], paired_bootstrap(ours[some], theirs[some], counts[some])
         return None
+
+
+def bits_per_byte(record: Record) -> float:
+    """Return the held-out bits per byte of the record of a run."""
+    return float(sum(record["nats"]) / sum(record["units"]) / math.log(2))
+
+
+def fall(curve: Sequence[tuple[float, float]], steps: float) -> float:
+    """Return the bits per byte by which a curve falls over `LAST_QUARTER`, interpolated between measurements.
+
+    Args:
+        curve: (step, held-out bits per byte), by step.
+        steps: of the run.
+    """
+    measured, bits = zip(*curve, strict=True)
+    first, last = np.interp([share * steps for share in LAST_QUARTER], measured, bits)
+    return float(first - last)
+
+
+def by_range(records: Sequence[Record], kind: str) -> list[Interval]:
+    """Return bits per byte by ranges of `positions` or `distances`, the mean over seeds, with intervals over documents.
+
+    A range in which no document has a byte is NaN.
+    """
+    ranges = records[0][kind]
+    nats = np.mean([record[kind]["nats"] for record in records], axis=0)
+    units = np.array(ranges["units"]) if "units" in ranges else np.broadcast_to(np.diff(ranges["edges"]), nats.shape)
+    empty = Interval(math.nan, math.nan, math.nan)
+    return [
+        bootstrap(losses[counts > 0], counts[counts > 0]) if counts.any() else empty
+        for losses, counts in zip(nats.T, units.T, strict=True)
+    ]
 
 
 def _high(difference: Interval) -> float:

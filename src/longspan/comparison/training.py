@@ -4,8 +4,8 @@ OUT/plan.json             measured seconds and memory of a step, and the steps o
 OUT/runs/NAME-SEED/       the runs, as `longspan train` writes them
 OUT/measured/NAME-SEED.json
 
-Every run goes on from its last checkpoint, and what is trained or measured is not repeated. Equal time becomes a number
-of steps before training begins, so that a comparison which was stopped ends with the numbers of one that was not.
+Every run resumes from its last checkpoint, and nothing is trained or measured twice. Equal time becomes a number of
+steps before training begins, so an interrupted comparison ends with the same numbers as an uninterrupted one.
 """
 
 import math
@@ -14,17 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longspan.comparison.measure import HeldOut, add_speed, measure_run
-from longspan.comparison.results import EQUAL
+from longspan.comparison.measure import HeldOut, add_speed, measure_run, text_stamps
+from longspan.comparison.results import CONSTANT, EQUAL, bits_per_byte
 from longspan.config import from_dict, override, read_toml
 from longspan.errors import ConfigError, LongspanError
 from longspan.files import data_digest, read_object, write_json
 from longspan.models import build_model
-from longspan.tasks.shards import stamps
-from longspan.tasks.sources import source_files
 from longspan.train import TrainConfig, find_recipe, read_log, run
 from longspan.train.run_summary import read_summaries
-from longspan.train.starts import SHIPPED, is_ready, start_folder, start_model
+from longspan.train.starts import SHIPPED, architecture, is_ready, of_size, start_folder, start_model
 from longspan.train.training_memory import step_cost, weight_bytes
 from longspan.train.workers import ONE_WORKER, Done, Workers, run_jobs
 
@@ -86,24 +84,21 @@ class Training:
             LongspanError: there is no such recipe, or an override does not fit it.
         """
         recipe = read_toml(find_recipe(f"lm/{name}.toml"))
-        own = {key: recipe["model"][key] for key in ("mixers", "memory", "positions") if key in recipe["model"]}
+        made_of = architecture(recipe["model"])
         init = self.init
-        if init in SHIPPED and own.get("positions") == "none":
+        if init in SHIPPED and made_of.get("positions") == "none":
             if init != RELATIVE_OF:
                 raise ConfigError(
                     f"has relative positions, for which there is a start of {RELATIVE_OF} only; compare it with "
                     f"--init {RELATIVE_OF} or --init none"
                 )
             init = RELATIVE
-        # those of `relative` are the same, and it may not be trained yet
-        sizes = dict(start_model(self.init) if self.init else recipe["model"])
-        # what the start is made of is replaced as a whole
-        for key in ("mixers", "memory", *(["positions"] if "positions" in own else [])):
-            sizes.pop(key, None)
+        # the sizes of `relative` are those of the start that it continues, and it may not be trained yet
+        sizes = start_model(self.init) if self.init else recipe["model"]
         carries = recipe["train"].get("carry", True)
         part = max(steps // EVALUATIONS, 1)
         table: dict[str, Any] = {
-            "model": {key: value for key, value in {**sizes, **own}.items() if key != "vocab_size"},
+            "model": of_size(sizes, made_of),
             "task": dict(self.task),
             "train": {
                 "init": init,
@@ -113,7 +108,7 @@ class Training:
                 **({"minutes": 2 * self.seconds / 60} if self.seconds is not None else {}),
                 "lr": 3e-4 if init else recipe["train"].get("lr", 1e-3),
                 "warmup": min(50, part),
-                "constant": 0.9,
+                "constant": CONSTANT,
                 "min_lr_ratio": 0.0,
                 "sampling": "lanes" if carries else "pieces",
                 "lanes": self.lanes if carries else 1,
@@ -133,12 +128,7 @@ class Training:
     def key(self) -> str:
         """Return a digest of what the runs depend on, besides the models, their number and their time."""
         free = dict.fromkeys(("models", "seeds", "seconds", "is_share", "stop_hopeless"))
-        return data_digest([{**asdict(self), **free}, stamps_of(self.task)])
-
-
-def stamps_of(task: Mapping[str, Any]) -> Any:
-    """Return sizes and times of the files of a text, to notice that they have changed."""
-    return stamps(source_files(task["source"], pattern=task.get("pattern", "*.txt")) or [])
+        return data_digest([{**asdict(self), **free}, text_stamps(self.task["source"], self.task.get("pattern"))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,8 +278,7 @@ def train_all(plan: Plan, workers: Workers, say: Say) -> tuple[dict[str, list[An
             failures[job.label] = done.failure
             say(f"{job.label}: {done.failure}")
             return
-        bits = sum(done.value["nats"]) / sum(done.value["units"]) / math.log(2)
-        say(f"{job.label}: {bits:.4f} bits per byte after {job.steps:,} steps")
+        say(f"{job.label}: {bits_per_byte(done.value):.4f} bits per byte after {job.steps:,} steps")
 
     ended = run_jobs(_trained_and_measured, left, workers, report)
     if any(not done.failure for done in ended):
@@ -361,11 +350,13 @@ def _mean_at(curves: Sequence[Curve], share: float) -> float:
     return sum(values) / len(values)
 
 
-def train_or_resume(recipe: Mapping[str, Any], folder: Path, *, until: int | None = None) -> None:
+def train_or_resume(
+    recipe: Mapping[str, Any], folder: Path, *, progress: str = "none", until: int | None = None
+) -> None:
     """Run a recipe in a folder, from its last checkpoint if there is one; a finished run is left as it is.
 
     Args:
-        recipe, folder, until: as in `longspan.train.run`.
+        recipe, folder, progress, until: as in `longspan.train.run`.
 
     Raises:
         KeyboardInterrupt: the run was interrupted.
@@ -374,7 +365,7 @@ def train_or_resume(recipe: Mapping[str, Any], folder: Path, *, until: int | Non
     if summary and summary[0].state == "finished":
         return
     resume = any((folder / "checkpoints").glob("step-*"))
-    result = run(recipe, folder, resume=resume, progress="none", until=until)
+    result = run(recipe, folder, resume=resume, progress=progress, until=until)
     evaluated = any("validation" in line and line["step"] == until for line in read_log(folder / "log.jsonl"))
     if result.interrupted and not evaluated:
         raise KeyboardInterrupt

@@ -4,7 +4,8 @@ Independent of models and runs: numbers and texts go in, files come out. Figures
 which imports matplotlib; this package itself does not.
 """
 
-from longspan.report.page import Block, Code, Passage, Picture, Quote, Section, Text, page, write_report
+from longspan.report.blocks import Block, Code, Passage, Picture, Quote, Section, Text
+from longspan.report.page import page, write_report
 from longspan.report.style import DARK, LIGHT, Theme
 from longspan.report.tables import Table, number, si_bytes
 from longspan.report.token_text import TokenSeries, TokenText, change_series, loss_series

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, FuncFormatter, LogFormatter
 from PIL import Image
 
-from longspan.report.page import Picture
+from longspan.report.blocks import Picture
 from longspan.report.style import DARK, LIGHT, PIXELS_PER_INCH, Theme
 
 __all__ = [

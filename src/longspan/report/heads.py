@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longspan.report.page import Picture
+from longspan.report.blocks import Picture
 from longspan.report.tables import Table
 
 

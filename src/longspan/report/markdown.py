@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from longspan.report.page import Block, Code, Passage, Picture, Quote, Section, Text
+from longspan.report.blocks import Block, Code, Passage, Picture, Quote, Section, Text
 from longspan.report.tables import Table
 from longspan.report.token_text import TokenText
 

@@ -8,94 +8,18 @@ import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from longspan.files import write_atomically, write_json, write_text
+from longspan.report.blocks import Picture, Section
+from longspan.report.markdown import markdown
 from longspan.report.tables import Table
 from longspan.report.token_text import TokenText
 from longspan.version import __version__
 
 if TYPE_CHECKING:
     import jinja2
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-    kind: ClassVar[str] = "text"
-
-
-@dataclass(frozen=True)
-class Code:
-    """Commands or code, shown in a monospaced font."""
-
-    text: str
-    kind: ClassVar[str] = "code"
-
-
-@dataclass(frozen=True)
-class Quote:
-    """A prompt and the text that a model generated from it.
-
-    Attributes:
-        given: the prompt.
-        written: the generated text.
-    """
-
-    given: str
-    written: str
-    kind: ClassVar[str] = "quote"
-
-
-@dataclass(frozen=True)
-class Passage:
-    """Text with some of its pieces marked.
-
-    Attributes:
-        pieces: the text in order, each piece with whether it is marked.
-    """
-
-    pieces: Sequence[tuple[str, bool]]
-    kind: ClassVar[str] = "passage"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A figure in the light and the dark theme.
-
-    Attributes:
-        name: file name without extension.
-        light: PNG bytes for a light page.
-        dark: PNG bytes for a dark page.
-        alt: description for screen readers.
-        caption: text below the figure.
-        narrow_light: PNG bytes for a light page on a phone; empty: the same as on any other page.
-        narrow_dark: PNG bytes for a dark page on a phone.
-    """
-
-    name: str
-    light: bytes
-    dark: bytes
-    alt: str
-    caption: str = ""
-    narrow_light: bytes = b""
-    narrow_dark: bytes = b""
-    kind: ClassVar[str] = "picture"
-
-
-Block: TypeAlias = Text | Code | Quote | Passage | Picture | Table | TokenText
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and the blocks below it."""
-
-    title: str
-    blocks: Sequence[Block]
 
 
 SECTIONS_WITHOUT_CONTENTS = 4
@@ -174,9 +98,6 @@ def write_report(
                 path = folder / "figures" / f"{block.name}.png"
                 write_atomically(path, functools.partial(Path.write_bytes, data=block.light))
     write_json(folder / "report.json", {"title": title, "version": __version__, **data})
-    # it knows the kinds of blocks, which are defined here
-    from longspan.report.markdown import markdown
-
     write_text(folder / "report.md", markdown(title, sections, lead=lead))
     html = page(title, sections, lead=lead, footer=footer)
     return write_text(folder / "report.html", html)

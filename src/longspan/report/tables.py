@@ -36,3 +36,21 @@ def si_bytes(count: float) -> str:
         return f"{count:,.0f} B"
     power = min(int(math.log2(abs(count))) // 10, 3)
     return f"{count / 1024**power:,.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
+
+
+def interval(values: Sequence[float], digits: int = 4) -> str:
+    """Format a (value, low, high) triple as `1.2345 [1.2300, 1.2400]`, or only the value if `low` is NaN."""
+    # adding zero makes a rounded -0.0 positive
+    value, low, high = (f"{round(bound, digits) + 0.0:.{digits}f}".replace("-", "−") for bound in values)
+    return value if math.isnan(values[1]) else f"{value} [{low}, {high}]"
+
+
+def signed(difference: Sequence[float], digits: int = 4) -> str:
+    """Format a (value, low, high) triple with signs: `+0.0123 [+0.0040, +0.0200]`; only the value if `low` is NaN."""
+    value, low, high = (f"{bound:+.{digits}f}".replace("-", "−") for bound in difference)
+    return value if math.isnan(difference[1]) else f"{value} [{low}, {high}]"
+
+
+def plain_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Return a (value, low, high) triple as a dict for JSON, with None instead of NaN."""
+    return {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), values, strict=True)}

@@ -56,6 +56,15 @@ def by_distance(nats: Array, ago: Array) -> tuple[Array, Array]:
     return sums, np.bincount(ranges[recurs], minlength=len(DISTANCES))
 
 
+def distance_labels() -> list[str]:
+    """Return the ranges of `DISTANCES` in words: "1 to 255", ..., "16,384 and more"."""
+    last = [*DISTANCES[1:], None]
+    return [
+        f"{low:,} and more" if high is None else f"{low:,} to {high - 1:,}"
+        for low, high in zip(DISTANCES, last, strict=True)
+    ]
+
+
 def position_edges(reach: int) -> list[int]:
     """Return the ends of ranges of positions from 0 to `reach`: 64, 128, 256, ..., the last cut at `reach`."""
     edges = [0, min(FIRST_POSITIONS, reach)]

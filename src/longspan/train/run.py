@@ -26,11 +26,12 @@ from longspan.files import write_json
 from longspan.models import build_model, resolve_model
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders, pretrained, transfer_store
+from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import TrainConfig
 from longspan.train.copy_curriculum import CopyCurriculumConfig
 from longspan.train.curriculum import CurriculumConfig
 from longspan.train.distributed import Group, join_group
-from longspan.train.init import SUMMARY, start_from
+from longspan.train.init import SUMMARY, WarmStart, start_from
 from longspan.train.lock import Start, reserved
 from longspan.train.memory_curriculum import MemoryCurriculumConfig
 from longspan.train.opening import TABLES, newest_sound, stored_recipe
@@ -207,14 +208,7 @@ def _train(
         until: see `run`.
         track: name of a tracker, or None.
     """
-    if group.main and pretrained.is_pretrained(resolved):
-        pretrained.write_tokenizer(resolved["model"], folder)
-    task = tasks.build(resolved["task"])
-    if group.main:
-        task.prepare(folder)
-    group.barrier()
-    if not group.main:
-        task.prepare(folder, main=False)
+    task = _prepared_task(resolved, folder, group)
     known = resolved["model"].setdefault("vocab_size", task.vocab_size)
     if known < task.vocab_size:
         raise ConfigError(
@@ -225,13 +219,7 @@ def _train(
     checkpoint = newest_sound(folder / "checkpoints", display) if resume else None
     if resume and checkpoint is None:
         display.message(f"{folder}: there is no checkpoint to resume from; training starts at step 0")
-    torch.manual_seed(config.seed)
-    model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
-    warm_start = None
-    if config.init and checkpoint is None:
-        model.to(DTYPES[config.dtype])
-        warm_start = start_from(model, config.init, task, group)
-    group.share_parameters(model.to(group.device, DTYPES[config.dtype]))
+    model, warm_start = _initial_model(resolved, config, task, checkpoint, group)
     trainer = Trainer(model, task, config, folder, group=group, display=display)
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -272,6 +260,35 @@ def _train(
         display.message(f"stopped at step {result.step}, saved in {folder}; resume the run to continue")
     group.barrier()
     return result
+
+
+def _prepared_task(resolved: dict[str, Any], folder: Path, group: Group) -> Any:
+    """Build the task; the main process writes its files to the folder first."""
+    if group.main and pretrained.is_pretrained(resolved):
+        pretrained.write_tokenizer(resolved["model"], folder)
+    task = tasks.build(resolved["task"])
+    if group.main:
+        task.prepare(folder)
+    group.barrier()
+    if not group.main:
+        task.prepare(folder, main=False)
+    return task
+
+
+def _initial_model(
+    resolved: dict[str, Any], config: Any, task: Any, checkpoint: Checkpoint | None, group: Group
+) -> tuple[Any, WarmStart | None]:
+    """Return the model of the checkpoint or a new one, on the device of the group, and what a new one took from
+    `train.init`; None without one.
+    """
+    torch.manual_seed(config.seed)
+    model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
+    warm_start = None
+    if config.init and checkpoint is None:
+        model.to(DTYPES[config.dtype])
+        warm_start = start_from(model, config.init, task, group)
+    group.share_parameters(model.to(group.device, DTYPES[config.dtype]))
+    return model, warm_start
 
 
 def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,22 @@ def start_model(start: str) -> dict[str, Any]:
         table: dict[str, Any] = read_object(folder / "recipe.json")["model"]
         return table
     return read_object(folder / "config.json")
+
+
+def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `[model]` table that say what a model is made of, not how large it is."""
+    return {name: model[name] for name in ("mixers", "memory", "positions") if name in model}
+
+
+def of_size(model: Mapping[str, Any], made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `[model]` table of another architecture with the sizes of a model.
+
+    Args:
+        model: table with the sizes; its positions stay unless `made_of` has some.
+        made_of: mixers, memory, positions and other fields that replace those of the model.
+    """
+    sizes = {name: value for name, value in model.items() if name not in ("mixers", "memory", "vocab_size")}
+    return {**sizes, **made_of}
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:

@@ -85,7 +85,7 @@ class LayerView:
     retrievals: list[TokenRetrieval] = field(default_factory=list)
 
 
-class _Columns(NamedTuple):
+class _TokenColumns(NamedTuple):
     """Which columns of a call of a core are which tokens of the text.
 
     Attributes:
@@ -114,31 +114,31 @@ class _LayerNumbers:
         self.diagnostics: dict[str, TokenDiagnostic] = {}
         self.retrievals: dict[str, TokenRetrieval] = {}
 
-    def weigh(self, call: CoreCall, place: _Columns) -> None:
+    def weigh(self, call: CoreCall, tokens_at: _TokenColumns) -> None:
         """Enter the weights of one call."""
         assert self.core is not None
-        own, columns = self._own(place)
+        own, columns = self._own(tokens_at)
         weights = token_weights(self.core, call)[0]
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32)).mean(0)[columns]
         if self.weights is None:
             self.weights = weights.new_zeros(len(self.span), len(self.span))
         self.weights[own, own] = weights[:, columns]
         self.read[own] = True
-        if place.front:
-            self.outside[own] = weights[:, : place.front].sum(-1).cpu().double().numpy()
+        if tokens_at.front:
+            self.outside[own] = weights[:, : tokens_at.front].sum(-1).cpu().double().numpy()
 
-    def tell(self, told: Explanation, place: _Columns) -> None:
+    def tell(self, told: Explanation, tokens_at: _TokenColumns) -> None:
         """Enter what the mechanism tells about one call."""
-        own, columns = self._own(place)
+        own, columns = self._own(tokens_at)
         if isinstance(told, Retrieval):
             empty = Strongest(positions=np.full((len(self.span), TOP), -1), weights=np.zeros((len(self.span), TOP)))
             known = self.retrievals.setdefault(
                 told.name, TokenRetrieval(name=told.name, caption=told.caption, strongest=empty)
             )
             positions = told.positions[0, :, columns].cpu().numpy()
-            in_text = positions - place.offset - place.front + place.first
+            in_text = positions - tokens_at.offset - tokens_at.front + tokens_at.first
             # memory tokens have no position in the text
-            is_text = (positions >= 0) & (in_text >= (place.first if place.front else 0))
+            is_text = (positions >= 0) & (in_text >= (tokens_at.first if tokens_at.front else 0))
             merged = _merged(np.where(is_text, in_text, -1), told.weights[0, :, columns].cpu().numpy())
             known.strongest.positions[own], known.strongest.weights[own] = merged.positions, merged.weights
             return
@@ -154,11 +154,11 @@ class _LayerNumbers:
         new = TokenDiagnostic(name=told.name, caption=told.caption, values=values, per=told.per, discrete=told.discrete)
         return self.diagnostics.setdefault(told.name, new)
 
-    def _own(self, place: _Columns) -> tuple[slice, slice]:
+    def _own(self, tokens_at: _TokenColumns) -> tuple[slice, slice]:
         """Return the tokens of the span that a call reads, by index in the span, and their columns in the call."""
-        begin, end = max(place.first, self.span.start), min(place.first + place.length, self.span.stop)
+        begin, end = max(tokens_at.first, self.span.start), min(tokens_at.first + tokens_at.length, self.span.stop)
         own = slice(begin - self.span.start, end - self.span.start)
-        return own, slice(begin - place.first + place.front, end - place.first + place.front)
+        return own, slice(begin - tokens_at.first + tokens_at.front, end - tokens_at.first + tokens_at.front)
 
     def view(self, of_model: list[TokenDiagnostic]) -> LayerView:
         """Return the view of the layer, with diagnostics of the model added to those of its mechanism."""
@@ -204,13 +204,13 @@ class LayerWatch:
         for done, layer in enumerate(self._layers, 1):
             assert layer.core is not None
             calls = model_call.calls[id(layer.core)]
-            for call, place in zip(calls, self._places(model_call, calls), strict=True):
-                if place.first + place.length <= self.span.start:
+            for call, tokens_at in zip(calls, self._token_columns(model_call, calls), strict=True):
+                if tokens_at.first + tokens_at.length <= self.span.start:
                     continue
                 if has_token_weights(layer.core):
-                    layer.weigh(call, place)
+                    layer.weigh(call, tokens_at)
                 for told in explanations(layer.core, call):
-                    layer.tell(told, place)
+                    layer.tell(told, tokens_at)
             if self.progress is not None:
                 self.progress(done, len(self._layers))
         if isinstance(self.model, RecurrentMemory):
@@ -218,22 +218,25 @@ class LayerWatch:
 
     def _tell_segments(self, model: RecurrentMemory, model_call: ModelCall) -> None:
         """Enter what the segments of a recurrent memory write, at each of their tokens."""
-        place = _Columns(0, model_call.first, model_call.last - model_call.first, model_call.first)
+        first = model_call.first
+        tokens_at = _TokenColumns(front=0, first=first, length=model_call.last - first, offset=first)
         for told in model.explain(model_call.traces, model_call.before):
-            by_token = told.values.repeat_interleave(model.config.segment_length, -1)[..., : place.length]
-            self._of_model.tell(replace(told, values=by_token), place)
+            by_token = told.values.repeat_interleave(model.config.segment_length, -1)[..., : tokens_at.length]
+            self._of_model.tell(replace(told, values=by_token), tokens_at)
 
-    def _places(self, model_call: ModelCall, calls: list[CoreCall]) -> list[_Columns]:
+    def _token_columns(self, model_call: ModelCall, calls: list[CoreCall]) -> list[_TokenColumns]:
         """Return which columns of the calls of a core are the text.
 
         A recurrent memory calls its cores once per segment, with memory tokens before and after the text.
         """
         first, last, offsets = model_call.first, model_call.last, [int(call.rows.offsets[0]) for call in calls]
         if not isinstance(self.model, RecurrentMemory):
-            return [_Columns(0, first, last - first, offset) for offset in offsets]
+            return [_TokenColumns(front=0, first=first, length=last - first, offset=offset) for offset in offsets]
         size, cell, causal = self.model.config.segment_length, self.model.cell, self.model.adapter.causal
         return [
-            _Columns(cell.widths(causal, start // size)[0], start, min(size, last - start), offset)
+            _TokenColumns(
+                front=cell.widths(causal, start // size)[0], first=start, length=min(size, last - start), offset=offset
+            )
             for start, offset in zip(range(first, last, size), offsets, strict=True)
         ]
 

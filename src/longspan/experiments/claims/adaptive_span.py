@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from longspan.cost import scaling
-from longspan.experiments.claims.base import Claim, Figure, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Say
 from longspan.experiments.claims.continued import (
     Comparison,
     Criterion,
@@ -33,6 +33,7 @@ from longspan.experiments.claims.growth import time_alternately
 from longspan.experiments.claims.heads import by_layer, numbers
 from longspan.experiments.claims.tries import Cause
 from longspan.report.heads import Heads, head_figure
+from longspan.report.tables import signed
 
 FIXED, ADAPTIVE, SHORT = "fixed", "adaptive", "fixed, short"
 RAMP = 32

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from longspan.experiments.claims import rmt
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.continued import Criterion, criteria_text, grade
 from longspan.experiments.claims.runs import measure_once, trained_seconds
 from longspan.experiments.claims.transfer.plan import ORIGINAL, Variant
@@ -26,6 +26,7 @@ from longspan.experiments.claims.transfer.plan import PLANS as TRANSFER_PLANS
 from longspan.experiments.claims.transfer.plan import Plan as TransferPlan
 from longspan.experiments.claims.transfer.reading import is_trained, open_variant, save_original
 from longspan.report import Table
+from longspan.report.tables import signed
 from longspan.stream import StreamSession
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import PLACES, MemoryConfig

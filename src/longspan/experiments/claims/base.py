@@ -8,7 +8,6 @@ from typing import Any, Literal
 from longspan.config import nearest
 from longspan.errors import ConfigError
 from longspan.report import Picture, Table
-from longspan.train import Interval
 from longspan.train.workers import ONE_WORKER, Workers
 
 Size = Literal["tiny", "small", "full"]
@@ -132,8 +131,3 @@ class Claim:
             raise ConfigError(
                 f"--minutes {minutes:g}: {self.name} has no separate runs; leave --minutes out, and stop it with Ctrl-C"
             )
-
-
-def signed(interval: Interval) -> str:
-    """Format a difference with its interval as text, with explicit signs and four digits."""
-    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]".replace("-", "−")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from longspan import mixers, tasks
-from longspan.experiments.claims.base import Claim, Figure, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Say
 from longspan.experiments.claims.bp_forms import DENSE, LABELS, PERSIST, RECOMPUTED, compare_forms
 from longspan.experiments.claims.contest import bit_figures as form_figures
 from longspan.experiments.claims.contest import difference
@@ -33,6 +33,7 @@ from longspan.experiments.claims.continued import (
 from longspan.experiments.claims.continued.plan import floor_and_ceiling
 from longspan.experiments.claims.growth import growth_picture, power
 from longspan.mechanisms.bp.definition import spans
+from longspan.report.tables import signed
 from longspan.tasks.base import evenly, heads
 from longspan.train import TrainConfig
 from longspan.train.starts import start_model

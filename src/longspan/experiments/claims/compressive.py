@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from longspan.experiments.claims.base import Claim, Figure, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Say
 from longspan.experiments.claims.continued import (
     Comparison,
     Criterion,
@@ -25,6 +25,7 @@ from longspan.experiments.claims.continued import (
 )
 from longspan.report import Picture
 from longspan.report.figures import Mark, interval_series, line_figure, picture_of
+from longspan.report.tables import signed
 from longspan.train import Interval
 from longspan.train import lm_evaluation as lm
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.experiments.claims.base import Figure, Say, signed
+from longspan.experiments.claims.base import Figure, Say
 from longspan.experiments.claims.continued.plan import run_folder
 from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
 from longspan.files import read_json
+from longspan.report.tables import signed
 from longspan.tasks.base import evenly, heads
 from longspan.train import Interval, evaluate_text, load_run
 from longspan.train.evaluate import Evaluation

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from longspan.errors import UnsupportedError
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict, graded, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict, graded
 from longspan.experiments.claims.protein_curve import (
     Reach,
     beyond,
@@ -52,6 +52,7 @@ from longspan.experiments.claims.similarity import (
 from longspan.experiments.figures import matrix_figure
 from longspan.report import Picture
 from longspan.report.figures import Panel, picture_of
+from longspan.report.tables import signed
 from longspan.tasks import ProteinTask
 from longspan.tasks.base import Array
 from longspan.tasks.protein import AMINO_ACIDS, ProteinDocument

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.cost.scaling import fit
-from longspan.experiments.claims.base import Figure, signed
+from longspan.experiments.claims.base import Figure
 from longspan.experiments.claims.protein_runs import CONSTANT, TrainedRun
 from longspan.report import Picture, Table
 from longspan.report.figures import Mark, interval_series, line_figure, picture_of
+from longspan.report.tables import signed
 from longspan.tasks.base import Array
 from longspan.train import Evaluation, Interval
 

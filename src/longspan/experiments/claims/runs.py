@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from longspan.comparison import training
 from longspan.config import override, read_toml
 from longspan.files import read_json, write_json
-from longspan.train import find_recipe, read_log, run
+from longspan.train import find_recipe, read_log
 
 
 def read_recipe(name: str, *assignments: str, **train: Any) -> dict[str, Any]:
@@ -28,13 +29,8 @@ def train_or_resume(recipe: Mapping[str, Any], folder: Path, *, progress: str | 
 
     `progress` is that of `longspan.train.run`; None: live on a terminal, else none.
     """
-    if (folder / "model").is_dir():
-        return
-    resume = any((folder / "checkpoints").glob("step-*"))
     # a terminal shows the progress of trainings of minutes; a log gets the lines of the claim alone
-    progress = progress or ("live" if sys.stderr.isatty() else "none")
-    if run(recipe, folder, resume=resume, progress=progress).interrupted:
-        raise KeyboardInterrupt
+    training.train_or_resume(recipe, folder, progress=progress or ("live" if sys.stderr.isatty() else "none"))
 
 
 def measure_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan import mixers, ops, reference, tasks
-from longspan.experiments.claims.base import Claim, Figure, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Say
 from longspan.experiments.claims.contest import INTERVALS, Contest, bit_figures, contest, difference
 from longspan.experiments.claims.continued import (
     CEILING,
@@ -37,6 +37,7 @@ from longspan.experiments.claims.growth import Step, growth_picture, peak_bytes,
 from longspan.experiments.claims.runs import measure_once, read_recipe
 from longspan.experiments.claims.tries import Cause
 from longspan.report import Picture
+from longspan.report.tables import signed
 from longspan.tasks.base import evenly
 from longspan.train.starts import start_model
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from longspan.experiments.claims.base import Claim, Figure, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Say
 from longspan.experiments.claims.continued import (
     Comparison,
     Criterion,
@@ -34,7 +34,7 @@ from longspan.experiments.claims.tries import Try, tries_table
 from longspan.models import build_model, describe_model, load_weights
 from longspan.report import Picture, Table
 from longspan.report.figures import Mark, Series, line_figure, picture_of
-from longspan.report.tables import number
+from longspan.report.tables import number, signed
 from longspan.stream import StreamSession
 from longspan.train import evaluate_text
 from longspan.train.evaluate import Evaluation

@@ -5,9 +5,9 @@ everything else is shared: training in worker processes, curves, shares of the w
 attention, losses by position and by distance, tables and figures.
 """
 
+from longspan.comparison.results import EQUAL
 from longspan.experiments.claims.continued.comparison import Comparison, Judgment, measure_with
 from longspan.experiments.claims.continued.criteria import (
-    EQUAL,
     Criterion,
     ahead,
     as_good,

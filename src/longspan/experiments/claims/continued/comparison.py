@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from longspan.comparison.results import bits_per_byte
 from longspan.config import nearest
 from longspan.errors import ConfigError, LongspanError
 from longspan.experiments.claims.base import Figure, Outcome, Say, Verdict
 from longspan.experiments.claims.continued import report
 from longspan.experiments.claims.continued.plan import CEILING, EARLY, FLOOR, ModelSpec, Plan, floor_and_ceiling
 from longspan.experiments.claims.continued.remedies import Look, Remedy, looks_at, remedies_table
-from longspan.experiments.claims.continued.results import Pair, Results, bits_per_byte, needs_seeds, without_run
+from longspan.experiments.claims.continued.results import Pair, Results, needs_seeds, without_run
 from longspan.experiments.claims.continued.single_run import Job, is_record_of, train_and_measure
 from longspan.experiments.claims.continued.trained import TrainedRuns
 from longspan.files import write_json

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from longspan.experiments.claims.base import Verdict, signed
+from longspan.comparison.results import EQUAL
+from longspan.experiments.claims.base import Verdict
 from longspan.experiments.claims.continued.results import Results
+from longspan.report.tables import signed
 from longspan.train import Interval
 
-EQUAL = 0.02
-"""bits per byte: a model is as good as another if the upper end of the interval of their difference is at most this.
-Models that the papers call equal differ by 0.01 to 0.02 in their own tables."""
 LEAD = 0.1
 """bits per byte: a larger lead over a model that sees at least as much shows that this one has not learned to use it.
 Then it proves nothing. This rule can only weaken a verdict."""

@@ -6,12 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from longspan.experiments.claims.continued.plan import CONSTANT
-
-FLAT = 0.01
-"""bits per byte: a run is flat if its held-out loss falls by less than this over `LAST_QUARTER`"""
-LAST_QUARTER = (0.65, CONSTANT)
-"""shares of the steps of a run: its last quarter before the learning rate decays"""
+from longspan.comparison.results import CONSTANT, FLAT, fall
 
 
 class Point(NamedTuple):
@@ -40,8 +35,7 @@ class Curve:
 
         The loss at both ends of the quarter is interpolated between the two nearest measurements.
         """
-        first, last = (self.at("step", share * self.last.step) for share in LAST_QUARTER)
-        return first - last
+        return fall([(point.step, point.bits) for point in self.points], self.last.step)
 
     @property
     def is_flat(self) -> bool:

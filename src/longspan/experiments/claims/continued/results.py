@@ -1,6 +1,5 @@
 """What a comparison measured, and the statistics that verdicts rest on: intervals, flatness, shares, more seeds."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from longspan.experiments.claims.continued.curves import FLAT, Curve, equal_seconds
+from longspan.comparison.results import FLAT, by_range
+from longspan.experiments.claims.continued.curves import Curve, equal_seconds
 from longspan.experiments.claims.continued.plan import CEILING, FLOOR, Plan
 from longspan.tasks.base import Array
 from longspan.train import Interval, bootstrap, paired_bootstrap, share_bootstrap
@@ -132,16 +132,7 @@ class Results:
 
         A range in which no document has a byte is NaN.
         """
-        record = self.runs[name][0][kind]
-        nats = np.mean([run[kind]["nats"] for run in self.runs[name]], axis=0)
-        units = (
-            np.array(record["units"]) if "units" in record else np.broadcast_to(np.diff(record["edges"]), nats.shape)
-        )
-        columns = zip(nats.T, units.T, strict=True)
-        empty = Interval(float("nan"), float("nan"), float("nan"))
-        return [
-            bootstrap(losses[counts > 0], counts[counts > 0]) if counts.any() else empty for losses, counts in columns
-        ]
+        return by_range(self.runs[name], kind)
 
     def record(self) -> dict[str, Any]:
         """Return all numbers as plain data."""
@@ -152,11 +143,6 @@ class Results:
 def without_run(failure: str) -> str:
     """Say of a model why it has no run: it failed, or its turn came after the time was over."""
     return failure if failure == NOT_BEGUN else f"failed: {failure}"
-
-
-def bits_per_byte(run: Mapping[str, Any]) -> float:
-    """Return the held-out bits per byte of the record of a run."""
-    return float(sum(run["nats"]) / sum(run["units"]) / math.log(2))
 
 
 def needs_seeds(bits: Mapping[str, float], pairs: Iterable[Pair]) -> list[str]:

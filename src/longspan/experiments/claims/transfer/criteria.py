@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from longspan.experiments.claims.base import signed
 from longspan.experiments.claims.continued.criteria import Criterion
 from longspan.experiments.claims.transfer.plan import ORIGINAL, Variant
 from longspan.experiments.claims.transfer.reading import NO_MEMORY
 from longspan.experiments.claims.transfer.results import WINDOW, Results
 from longspan.experiments.claims.transfer.texts import KINDS, Kind
+from longspan.report.tables import signed
 from longspan.train import Interval
 
 SINKS = 0.12

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longspan.experiments.claims.base import Figure, Outcome, signed
+from longspan.experiments.claims.base import Figure, Outcome
 from longspan.experiments.claims.continued.criteria import criteria_text, grade
 from longspan.experiments.claims.transfer.criteria import criteria, share_text
 from longspan.experiments.claims.transfer.plan import ORIGINAL, Plan, Variant
@@ -12,6 +12,7 @@ from longspan.experiments.claims.transfer.results import WINDOW, Range, Results
 from longspan.experiments.claims.transfer.texts import KINDS, Kind
 from longspan.report import Picture, Table, number, si_bytes
 from longspan.report.figures import Mark, Series, line_figure, picture_of
+from longspan.report.tables import signed
 from longspan.train import Interval
 
 _INTERVALS = "95 % intervals by bootstrap over documents, paired"
