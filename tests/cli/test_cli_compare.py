@@ -73,7 +73,7 @@ def test_models_are_trained_and_json_is_printed(longspan: Command, folder: Path,
         (("nowhere", "--budget", "5min"), "--budget: is for models that are trained"),
         (("nowhere", "--spread", "ray"), "--spread: is for models that are trained"),
         (("--data", "code", "--spread", "rya"), "--spread rya: no such executor; did you mean 'ray'?"),
-        (("nowhere",), "no run of text among nowhere"),
+        (("nowhere",), "no run to compare among nowhere"),
     ],
 )
 def test_wrong_options_print_one_line(

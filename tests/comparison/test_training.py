@@ -117,7 +117,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, *, done: bo
 # calls of `run`: the first halves of two models, then their second halves
 @pytest.mark.parametrize(
     ("name", "call", "done"),
-    [("run", 2, False), ("run", 2, True), ("run", 3, True), ("measure_run", 1, False), ("add_speed", 2, True)],
+    [("run", 2, False), ("run", 2, True), ("run", 3, True), ("measure", 1, False), ("with_speed", 2, True)],
 )
 def test_a_killed_comparison_ends_with_the_same_numbers(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Any, name: str, call: int, done: bool

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli.comparison_notes import differences_of, machine, plan_lines, setting_of, text_of
 from longspan.cli.console import console, print_table, say
 from longspan.cli.options import verb
 from longspan.cli.outputs import check_output_folder
@@ -21,10 +22,11 @@ from longspan.cli.plan import chosen, seconds
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError
 
 if TYPE_CHECKING:
-    from longspan.comparison import Compared, HeldOut
+    from longspan.comparison import Compared
     from longspan.comparison.advice import Advice
+    from longspan.comparison.reading import Reading
     from longspan.comparison.report import Setting
-    from longspan.comparison.training import Plan, Training
+    from longspan.comparison.training import Training
     from longspan.train.workers import Workers
 
 DEFAULT_MIXERS = "window,window_linear,gated_delta,infini,associative,full"
@@ -52,9 +54,10 @@ class CompareOptions:
         str,
         typer.Option(
             "--data",
-            metavar="FILE|DIR|speeches|code",
-            help="Text to train on, of which a part is held out; with RUNs, the text that all of them read, instead of "
-            "the held-out text of their own.",
+            metavar="FILE|DIR|speeches|code|TASK",
+            help="Text to train on, of which a part is held out, or a task with scored answers: associate, copy, "
+            "passkey, needle, memorize, detect, reasoning. With RUNs, the text that all of them read, instead of the "
+            "held-out text of their own.",
             show_default=False,
         ),
     ] = ""
@@ -124,9 +127,18 @@ class CompareOptions:
         ),
     ] = None
     documents: Annotated[
-        int, typer.Option("--documents", min=0, help="Held-out documents to read, evenly spaced. 0: all.")
-    ] = 24
-    reach: Annotated[int, typer.Option("--reach", min=0, help="Bytes to read of each. 0: all.")] = 65_536
+        int | None,
+        typer.Option(
+            "--documents",
+            min=0,
+            help="Held-out documents to read, evenly spaced, or samples of a task at each length. 0: all documents.",
+            show_default="24; 128 samples",
+        ),
+    ] = None
+    reach: Annotated[
+        int,
+        typer.Option("--reach", min=0, help="Bytes to read of each, or the most tokens of a sample. 0: no limit."),
+    ] = 65_536
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="DIR", help="Folder of the runs and of the report.")
     ] = "compared"
@@ -135,11 +147,14 @@ class CompareOptions:
 
 @verb(CompareOptions)
 def compare(options: CompareOptions) -> int:
-    """Train models on a text from a common start, or take existing runs, and recommend one of them.
+    """Train models on a text or a task from a common start, or take existing runs, and recommend one of them.
 
     All models read the same held-out text. The report has a recommendation, losses with intervals, by position and by
     the distance of a repeated context, time, memory, FLOPs and the size of states: DIR/report.html, report.md,
     report.json and runs.csv. If it is interrupted, the same command resumes it.
+
+    Of a task, the report has the accuracy at 1, 2, 4 and 8 times the length of the training samples. Its models begin
+    with random weights and are small, because a task needs many steps; none is stopped early.
 
     Without RUN, every recipe lm/NAME of --mixers is trained for --budget with the sizes of the start. At half of its
     steps a run is stopped if even twice the fall of its last quarter would leave it 0.02 bits above the loss that the
@@ -151,60 +166,79 @@ def compare(options: CompareOptions) -> int:
     Examples:
       longspan compare --data book.txt --mixers window,infini,gated_delta --budget 5min
       longspan compare runs/first runs/larger --data book.txt -o out/compared
+      longspan compare --data copy --set task.word=31 --mixers full,gated_delta
     """
-    from longspan.comparison import HeldOut
     from longspan.comparison.advice import advise
     from longspan.comparison.report import write
 
     out = Path(check_output_folder(options.output, "--output"))
-    held_out = HeldOut(pattern=options.pattern, documents=options.documents, reach=options.reach)
     if options.runs:
-        compared, setting = _existing(options, out, held_out)
+        compared, setting = _existing(options, out)
         untried: list[str] = []
     else:
-        compared, setting, untried = _trained(options, out, held_out)
+        compared, setting, untried = _trained(options, out)
     advice = advise(compared, untried)
     path = write(out, compared, advice, setting)
     _show(compared, advice, setting, path, options)
     return 0
 
 
-def _existing(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[Compared, Setting]":
-    """Measure existing runs; folders without a text run are reported and skipped.
+def _reading(options: CompareOptions, *, is_task: bool) -> "Reading":
+    """Return what the models are compared on."""
+    from longspan.comparison.answers import Samples
+    from longspan.comparison.measure import HeldOut
+
+    if not is_task:
+        documents = HeldOut.documents if options.documents is None else options.documents
+        return HeldOut(pattern=options.pattern, documents=documents, reach=options.reach)
+    if options.documents == 0:
+        raise ConfigError("--documents 0: a task has no end of samples; give their number at each length")
+    return Samples(count=options.documents or Samples.count, reach=options.reach)
+
+
+def _existing(options: CompareOptions, out: Path) -> "tuple[Compared, Setting]":
+    """Measure existing runs; folders without a run of the same kind as the first are reported and skipped.
 
     Raises:
         ConfigError: none of the folders is a run, or options of trainings are given.
     """
-    from longspan.comparison import Compared, measure_run
-    from longspan.comparison.measure import add_speed
+    from longspan.comparison.answers import is_recall
+    from longspan.comparison.measure import HeldOut
+    from longspan.comparison.reading import compared_of, measure, with_speed
     from longspan.comparison.report import Setting
+    from longspan.train.opening import recipe_table
 
     for name in ("mixers", "budget", "steps", "total", "init", "seeds", "jobs", "spread", "all_runs", "set_"):
         if getattr(options, name) != getattr(CompareOptions, name):
             option = f"--{name.strip('_').replace('_', '-')}"
             raise ConfigError(f"{option}: is for models that are trained; leave it out, or leave out the runs")
     folders = list({Path(folder).resolve(): folder for folder in options.runs or []}.values())
-    if options.data:
+    answers = not options.data and any(is_recall(recipe_table(folder, "task")) for folder in folders)
+    reading = _reading(options, is_task=answers)
+    if options.data and isinstance(reading, HeldOut):
         source = CORPORA.get(options.data, options.data)
-        held_out = replace(held_out, source=(source,), split=any(_was_trained_on(run, source) for run in folders))
+        reading = replace(reading, source=(source,), split=any(_was_trained_on(run, source) for run in folders))
     runs, failures = {}, {}
     for folder, name in short_names(folders).items():
         say(f"reading with {name}")
         file = out / "measured" / f"{name.replace('/', '-')}.json"
         try:
-            runs[name] = [add_speed(measure_run(folder, held_out, file), held_out, file)]
+            runs[name] = [with_speed(measure(folder, reading, file), reading, file)]
         except LongspanError as error:
             failures[name] = str(error)
             say(f"left out: {error}")
     if not runs:
-        raise ConfigError(f"no run of text among {', '.join(folders)}: {next(iter(failures.values()))}")
-    compared = Compared(runs, failures)
-    part = ", of which only the part is read that a training on it holds out" if held_out.split else ""
-    what = f"{options.data}{part}" if options.data else "their own held-out text"
+        raise ConfigError(f"no run to compare among {', '.join(folders)}: {next(iter(failures.values()))}")
+    compared = compared_of(runs, failures, reading)
+    own = "samples of their task" if answers else "their own held-out text"
+    part = ""
+    if isinstance(reading, HeldOut) and reading.split:
+        part = ", of which only the part is read that a training on it holds out"
+    what = f"{options.data}{part}" if options.data else own
     setting = Setting(
         title=f"Comparison of {len(runs)} runs",
-        lead=f"{', '.join(runs)} on {what}: {_text_of(compared)}.",
-        how=[*_differences_of(compared), _machine(1)],
+        lead=f"{', '.join(runs)} on {what}: {text_of(compared)}.",
+        how=[*differences_of(compared), machine()],
         commands=[_command(options)],
     )
     return compared, setting
@@ -219,24 +253,14 @@ def _was_trained_on(folder: str, source: str) -> bool:
     return any(name == source or Path(name).resolve() == Path(source).resolve() for name in names)
 
 
-def _differences_of(compared: "Compared") -> list[str]:
-    """Name what differs between the trainings of runs, beside the models: then their order is that of runs."""
-    names = {"text": "texts", "init": "starts", "seconds": "times", "tokens": "numbers of tokens"}
-    trainings = [compared.record(name)["training"] for name in compared.names]
-    different = [words for key, words in names.items() if len({str(training[key]) for training in trainings}) > 1]
-    if not different or len(trainings) < 2:
-        return []
-    return [f"The runs were trained with different {', '.join(different)}, so this is an order of runs, not of models."]
-
-
-def _trained(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[Compared, Setting, list[str]]":
+def _trained(options: CompareOptions, out: Path) -> "tuple[Compared, Setting, list[str]]":
     """Train and measure models; return them, how they were trained, and the names of recipes that were not.
 
     Raises:
         ConfigError: an option is wrong.
         LongspanError: every run failed.
     """
-    from longspan.comparison import Compared
+    from longspan.comparison.reading import compared_of
     from longspan.comparison.training import make_plan, train_all
     from longspan.train.planning import families
 
@@ -244,19 +268,21 @@ def _trained(options: CompareOptions, out: Path, held_out: "HeldOut") -> "tuple[
     names = chosen(options.mixers, families())
     workers = _workers(options, began, len(names) * options.seeds)
     training = _training(options, names, workers)
+    reading = _reading(options, is_task=not training.is_text)
     # Ray prints on standard output which workers died
     with contextlib.redirect_stdout(sys.stderr):
-        plan = make_plan(training, out, held_out, say)
+        plan = make_plan(training, out, reading, say)
         if not plan.jobs:
             raise LongspanError(f"no model can be trained: {next(iter(plan.failures.values()))}")
-        for line in _plan_lines(plan, workers):
+        for line in plan_lines(plan, workers):
             say(line)
         records, failures = train_all(plan, workers, say)
     if not records:
         raise LongspanError(f"every run failed: {next(iter(failures.values()))}")
-    compared = Compared(records, failures)
+    compared = compared_of(records, failures, reading)
     untried = [name for name in families() if name not in names]
-    return compared, _setting(options, compared, plan, workers), untried
+    setting = setting_of(compared, plan, workers, data=options.data, command=_command(options))
+    return compared, setting, untried
 
 
 def _workers(options: CompareOptions, began: float, runs: int) -> "Workers":
@@ -287,10 +313,7 @@ def _training(options: CompareOptions, names: list[str], workers: "Workers") -> 
     if budget is not None and options.total:
         rounds = -(-len(names) * options.seeds // workers.count)
         budget = min(budget, (1 - RESERVED) * seconds("--total", options.total) / rounds)
-    source = CORPORA.get(options.data, options.data)
-    if source == options.data and not Path(source).exists():
-        raise DataError(f"--data {source}: no such file or folder; give one, or speeches or code")
-    task = {"name": "text", "source": source, "pattern": options.pattern}
+    task = _task(options)
     if options.init not in ("", "none"):
         try:
             start_model(options.init)
@@ -299,7 +322,7 @@ def _training(options: CompareOptions, names: list[str], workers: "Workers") -> 
     return Training(
         models=tuple(names),
         task=task,
-        init="" if options.init == "none" else options.init or _better_start(task),
+        init=_start(options, task),
         seconds=budget,
         is_share=bool(options.total) and not options.steps,
         steps=options.steps,
@@ -307,6 +330,31 @@ def _training(options: CompareOptions, names: list[str], workers: "Workers") -> 
         stop_hopeless=not options.all_runs,
         changes=tuple(options.set_ or ()),
     )
+
+
+def _task(options: CompareOptions) -> dict[str, Any]:
+    """Return the `[task]` table of `--data`; a file with the name of a text or task is given as ./NAME.
+
+    Raises:
+        DataError: there is no such file or folder, nor a task or text of that name.
+    """
+    from longspan.comparison.answers import TASKS
+
+    if options.data in TASKS:
+        return dict(TASKS[options.data])
+    source = CORPORA.get(options.data, options.data)
+    if source == options.data and not Path(source).exists():
+        raise DataError(
+            f"--data {source}: no such file or folder; give one, or speeches, code or a task: {', '.join(TASKS)}"
+        )
+    return {"name": "text", "source": source, "pattern": options.pattern}
+
+
+def _start(options: CompareOptions, task: dict[str, Any]) -> str:
+    """Return `train.init` of all runs; empty: random weights."""
+    if options.init == "none" or (not options.init and task["name"] != "text"):
+        return ""
+    return options.init or _better_start(task)
 
 
 def _better_start(task: dict[str, Any]) -> str:
@@ -325,91 +373,6 @@ def _better_start(task: dict[str, Any]) -> str:
     best = min(bits, key=lambda name: bits[name])
     say(f"start: {best} ({', '.join(f'{name} has {value:.3f} bits per byte' for name, value in bits.items())})")
     return best
-
-
-def _plan_lines(plan: "Plan", workers: "Workers") -> list[str]:
-    """Say what will be trained, before it begins."""
-    from longspan.cli.console import clock
-
-    lines, training = [], plan.training
-    for job in plan.jobs:
-        if job.seed:
-            continue
-        cost = plan.costs[job.name]
-        lines.append(
-            f"  {job.name}: {job.steps:,} steps of {training.length:,} bytes, {clock(job.steps * cost.seconds)}, "
-            f"from {job.recipe['train']['init'] or 'random weights'}"
-        )
-    total = plan.seconds / min(workers.count, len(plan.jobs))
-    seeds = f" with {training.seeds} seeds" if training.seeds > 1 else ""
-    head = f"{len(plan.jobs)} runs{seeds}, {workers.count} at a time: about {clock(total)} of training, then evaluation"
-    failed = [f"  {name}: left out: {why}" for name, why in plan.failures.items()]
-    return [head, *lines, *failed]
-
-
-def _setting(options: CompareOptions, compared: "Compared", plan: "Plan", workers: "Workers") -> "Setting":
-    """Describe how models were trained."""
-    from longspan.comparison.report import Setting
-    from longspan.comparison.results import EQUAL
-    from longspan.comparison.training import RELATIVE, RELATIVE_OF
-    from longspan.train.planning import duration
-
-    training, model = plan.training, plan.jobs[0].recipe["model"]
-    starts = dict.fromkeys(one.recipe["train"]["init"] for one in plan.jobs)
-    begin = f"continued from the start {training.init}" if training.init else "from random weights"
-    how = [
-        f"Models of {model['num_layers']} layers of {model['dim']}, {begin}, were trained on {options.data}, of which "
-        "every tenth document is held out (or the last tenth, if there is one document).",
-        (
-            f"Every run had about {duration(training.seconds)} of training on one thread, as many steps as this time "
-            "allows by steps measured before."
-            if training.seconds is not None
-            else f"Every run had {plan.jobs[0].steps:,} steps."
-        )
-        + f" A step reads {training.length:,} bytes: one piece, or {training.lanes} documents side by side if the "
-        "state is carried. The learning rate is constant and falls to zero in the last tenth.",
-    ]
-    if RELATIVE in starts:
-        how.append(
-            f"Models with relative positions continue from the start {RELATIVE}, which is the start {RELATIVE_OF} "
-            "after further training with them; from rotary positions they would lose several bits first."
-        )
-    if training.stop_hopeless:
-        how.append(
-            "A model was stopped at half of its steps if twice the fall of its last quarter would leave its loss "
-            f"{EQUAL} bits above that of the best one at that time."
-        )
-    return Setting(
-        title=f"Which model for {options.data}?",
-        lead=f"{len(compared.runs)} of {len(training.models)} models, {_text_of(compared)}.",
-        how=[*how, _machine(workers.count, options.spread)],
-        commands=[_command(options)],
-        peaks={name: cost.peak for name, cost in plan.costs.items()},
-    )
-
-
-def _text_of(compared: "Compared") -> str:
-    """Describe the held-out text."""
-    record = compared.record(compared.best)
-    count = len(record["names"])
-    return f"read on {sum(record['bytes']):,} held-out bytes of {count:,} document{'s' if count > 1 else ''}"
-
-
-def _machine(jobs: int, spread: str = "") -> str:
-    """Describe the machine and the versions."""
-    import platform
-
-    import torch
-
-    from longspan.version import __version__
-
-    at_once = f"; {jobs} runs at a time, so times are longer than those of one alone" if jobs > 1 else ""
-    if spread:
-        at_once = f"; runs were spread by {spread.capitalize()}, and times are those of the machines that they ran on"
-    return (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch "
-        f"{torch.__version__}, longspan {__version__}{at_once}."
-    )
 
 
 def _command(options: CompareOptions) -> str:

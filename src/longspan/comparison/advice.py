@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from longspan.comparison import answers_report
+from longspan.comparison.answers import ComparedAnswers
 from longspan.comparison.measure import COST_LENGTHS
 from longspan.comparison.results import EQUAL, Compared, Record
 from longspan.report import si_bytes
@@ -52,6 +54,9 @@ def choose(compared: Compared) -> str:
 
 def _why(compared: Compared, take: str) -> str:
     """Say why a model is taken."""
+    if isinstance(compared, ComparedAnswers):
+        why = answers_report.why(compared, take)
+        return why if take == compared.best else f"{why}{_because(compared, take)}."
     bits, count = compared.bits(take), len(compared.runs)
     loss = f"{interval(bits, 3)} bits per byte"
     if count == 1:
@@ -60,19 +65,22 @@ def _why(compared: Compared, take: str) -> str:
         rest = [name for name in compared.as_good if name != take]
         also = f" {_and(rest)} {'is' if len(rest) == 1 else 'are'} as good within {EQUAL} bits." if rest else ""
         return f"Take {take}: it has the lowest loss of {count} models, {loss}.{also}"
-    best = compared.best
-    gap = compared.difference(take, best)
-    reasons = []
+    gap = compared.difference(take, compared.best)
+    return (
+        f"Take {take}: its loss, {loss}, is as good within {EQUAL} bits as the lowest, that of {compared.best} "
+        f"({signed(gap, 3)} bits){_because(compared, take)}."
+    )
+
+
+def _because(compared: Compared, take: str) -> str:
+    """Say what a model that is as good as the best has instead, in half a sentence."""
+    best, reasons = compared.best, []
     if not compared.record(best)["bounded"]:
         reasons.append(f"its state has one size at any length, while that of {best} grows")
     ratio = compared.mean(take, "bytes_per_second") / max(compared.mean(best, "bytes_per_second"), 1e-9)
     if ratio > 1.05:
         reasons.append(f"it reads {ratio:.1f} times as fast")
-    why = f"; {', and '.join(reasons)}" if reasons else ""
-    return (
-        f"Take {take}: its loss, {loss}, is as good within {EQUAL} bits as the lowest, that of {best} "
-        f"({signed(gap, 3)} bits){why}."
-    )
+    return f"; {', and '.join(reasons)}" if reasons else ""
 
 
 def _cost(compared: Compared, take: str) -> str:
@@ -105,19 +113,7 @@ def _alternatives(compared: Compared, take: str) -> list[str]:
 
 def _limits(compared: Compared, untried: Sequence[str]) -> list[str]:
     """Say what the answer does not cover."""
-    best = compared.best
-    lines = []
-    if compared.bits(best).value > compared.record(best)["byte_entropy"]:
-        lines.append(
-            f"No model has learned the text: knowing only how frequent every byte is gives "
-            f"{compared.record(best)['byte_entropy']:.3f} bits per byte."
-        )
-    if compared.unsettled:
-        gaps = ", ".join(f"{name} {signed(compared.difference(name, best), 3)}" for name in compared.unsettled)
-        lines.append(
-            f"May be as good as {best}, by these differences: {gaps}. More held-out text (--documents, --reach) would "
-            "tell."
-        )
+    lines = answers_report.limits(compared) if isinstance(compared, ComparedAnswers) else _loss_limits(compared)
     tokens = {name: compared.mean(name, "training.tokens") for name in compared.names}
     if max(tokens.values()) > UNEQUAL * min(tokens.values()):
         most, least = max(tokens, key=lambda name: tokens[name]), min(tokens, key=lambda name: tokens[name])
@@ -144,17 +140,43 @@ def _limits(compared: Compared, untried: Sequence[str]) -> list[str]:
     once = [name for name, records in compared.runs.items() if len(records) == 1]
     if len(compared.runs) > 1 and once:
         who = "Every model" if len(once) == len(compared.runs) else _and(once)
-        lines.append(f"{who} was trained once; another seed changes losses by about 0.01 bits.")
+        changes = (
+            "may learn the task or not"
+            if isinstance(compared, ComparedAnswers)
+            else "changes losses by about 0.01 bits"
+        )
+        lines.append(f"{who} was trained once; another seed {changes}.")
     if compared.failures:
         lines.append(f"Stopped early or failed, with the reasons below: {', '.join(compared.failures)}.")
     if untried:
         lines.append(f"Not tried: {', '.join(untried)}.")
     sizes = sorted(compared.record(name)["parameters"] / 1e6 for name in compared.names)
     size = f"{sizes[0]:.1f}" if f"{sizes[0]:.1f}" == f"{sizes[-1]:.1f}" else f"{sizes[0]:.1f} to {sizes[-1]:.1f}"
-    lines.append(
-        f"All of this is about models of {size} M parameters and about texts of up to "
-        f"{max(compared.record(best)['bytes']):,} bytes."
-    )
+    lines.append(f"All of this is about models of {size} M parameters and about texts of up to {_reach(compared)}.")
+    return lines
+
+
+def _reach(compared: Compared) -> str:
+    """Say how long the longest text is that all models read."""
+    if isinstance(compared, ComparedAnswers):
+        return f"{compared.lengths[-1]:,} tokens"
+    return f"{max(compared.record(compared.best)['bytes']):,} bytes"
+
+
+def _loss_limits(compared: Compared) -> list[str]:
+    """Say what the losses do not settle."""
+    best, lines = compared.best, []
+    if compared.bits(best).value > compared.record(best)["byte_entropy"]:
+        lines.append(
+            f"No model has learned the text: knowing only how frequent every byte is gives "
+            f"{compared.record(best)['byte_entropy']:.3f} bits per byte."
+        )
+    if compared.unsettled:
+        gaps = ", ".join(f"{name} {signed(compared.difference(name, best), 3)}" for name in compared.unsettled)
+        lines.append(
+            f"May be as good as {best}, by these differences: {gaps}. More held-out text (--documents, --reach) would "
+            "tell."
+        )
     return lines
 
 

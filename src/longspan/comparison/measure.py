@@ -4,13 +4,14 @@ All sums are by byte, so runs with different tokenizers can be compared.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from longspan import tasks
 from longspan.config import from_dict
 from longspan.cost import footprint
 from longspan.errors import CheckpointError, ConfigError, DataError
@@ -85,7 +86,7 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
         only how frequent every byte is in this text), `names` and `bytes` of the documents, `blocks` and their `nats`
         and `units`, `positions` and `distances` (see `_places`), `reading` (how the text was read), `bytes_per_second`
         of reading (None: see `add_speed`), `parameters`, `flops` of a further token, `bytes_per_token`, `state` (bytes
-        by tokens; None: does not stream), `carries`, `bounded`, `mechanism`, `training` (see `_training`).
+        by tokens; None: does not stream), `carries`, `bounded`, `mechanism`, `training` (see `training_of`).
 
     Raises:
         CheckpointError: the folder is not a run of text, or is damaged.
@@ -98,7 +99,7 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
     source, pattern = held_out.source, held_out.pattern
     if not source:
         source, pattern = recipe["task"].get("source", ""), recipe["task"].get("pattern")
-    key = data_digest([_weights(folder), asdict(held_out), text_stamps(source, pattern), __version__])
+    key = data_digest([weights_of(folder), asdict(held_out), text_stamps(source, pattern), __version__])
     if file.is_file() and (saved := read_object(file)).get("key") == key:
         return saved
     opened = open_for_reading(folder, held_out)
@@ -124,10 +125,10 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
         ),
         "bytes_per_second": None,
         "carries": window is None,
-        **_costs(opened.model),
+        **costs_of(opened.model),
         "bytes_per_token": sum(lengths) / max(sum(len(size) for size in cut.sizes), 1),
         "mechanism": read_summaries(folder)[0].mechanism,
-        "training": _training(folder, recipe),
+        "training": training_of(folder, recipe),
     }
     write_json(file, record)
     return record
@@ -181,14 +182,20 @@ def add_speed(record: dict[str, Any], held_out: HeldOut, file: Path) -> dict[str
     count = TIMED_TOKENS if window is None else max(TIMED_TOKENS, 2 * window.context)
     documents = heads(cut.documents, count, batch)
     read = sum(int(size[:count].sum()) for size in cut.sizes[:batch])
+    seconds = fastest(lambda: place_nats(model, documents, window, chunk=chunk, batch=batch))
+    record = {**record, "bytes_per_second": read / seconds}
+    write_json(file, record)
+    return record
+
+
+def fastest(read: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of a few readings, which other processes disturb least."""
     seconds = []
     for _ in range(TIMES):
         started = time.perf_counter()
-        place_nats(model, documents, window, chunk=chunk, batch=batch)
+        read()
         seconds.append(time.perf_counter() - started)
-    record = {**record, "bytes_per_second": read / max(min(seconds), 1e-9)}
-    write_json(file, record)
-    return record
+    return max(min(seconds), 1e-9)
 
 
 def _byte_entropy(texts: Sequence[Array]) -> float:
@@ -255,7 +262,7 @@ def _texts(items: Sequence[Document], sizes: Sequence[Array], tokenizer: Tokeniz
     return texts
 
 
-def _weights(folder: Path) -> Any:
+def weights_of(folder: Path) -> Any:
     """Return what tells the weights of a run from those of another: digests of its model, or its checkpoints."""
     digests = folder / "model" / "digests.json"
     if digests.is_file():
@@ -361,7 +368,7 @@ def _per_byte(nats: Array, sizes: Array) -> Array:
     return shares
 
 
-def _costs(model: Any) -> dict[str, Any]:
+def costs_of(model: Any) -> dict[str, Any]:
     """Return parameters, FLOPs of a further token after the shortest of `COST_LENGTHS`, and bytes of the state."""
     state = {str(length): model.state_nbytes(1, length) for length in COST_LENGTHS} if model.traits.streams else None
     return {
@@ -372,27 +379,29 @@ def _costs(model: Any) -> dict[str, Any]:
     }
 
 
-def _training(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def training_of(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the log of a run says: `steps`, `tokens`, `seconds`, `memory` (largest resident bytes), `curve`.
 
-    The curve has (step, tokens, seconds, bits per byte) of every evaluation on held-out documents. Further `planned`
-    steps (None: only the clock ends the run), `text` (its source), `init` and `seed`.
+    The curve has (step, tokens, seconds, bits per byte, or what else the task counts) of every evaluation on held-out
+    documents. Further `planned` steps (None: only the clock ends the run), `text` (its source, or the name of a task
+    that is no text), `init` and `seed`.
     """
     lines = read_log(folder / "log.jsonl")
-    train = recipe["train"]
+    train, task = recipe["train"], recipe["task"]
     last = lines[-1] if lines else {}
+    bits = f"bits_per_{tasks.build(task).unit}"
     return {
         "steps": last.get("step", 0),
         "planned": train.get("steps"),
         "tokens": last.get("tokens", 0),
         "seconds": last.get("seconds", 0.0),
         "memory": max((line["memory"] for line in lines if "memory" in line), default=0),
-        "text": recipe["task"].get("source", ""),
+        "text": task.get("source", "" if task.get("name", "text") == "text" else task["name"]),
         "init": train.get("init", ""),
         "seed": train.get("seed", 0),
         "curve": [
-            [line["step"], line["tokens"], line["seconds"], line["validation"]["bits_per_byte"]]
+            [line["step"], line["tokens"], line["seconds"], line["validation"][bits]]
             for line in lines
-            if "bits_per_byte" in line.get("validation", {})
+            if bits in line.get("validation", {})
         ],
     }

@@ -14,7 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longspan.comparison.measure import HeldOut, add_speed, measure_run, text_stamps
+from longspan import tasks
+from longspan.comparison.answers import task_length
+from longspan.comparison.measure import text_stamps
+from longspan.comparison.reading import Reading, measure, with_speed
 from longspan.comparison.results import CONSTANT, EQUAL, bits_per_byte
 from longspan.config import from_dict, override, read_toml
 from longspan.errors import ConfigError, LongspanError
@@ -34,6 +37,8 @@ EVALUATIONS = 8
 EARLY_TOKENS = 32_768
 """held-out tokens of an evaluation during training: seconds, of runs of minutes"""
 TIMED_STEPS = 8
+TASK_SIZES = {"dim": 64, "num_layers": 2, "num_heads": 2, "ffn_dim": 128}
+"""sizes of models of a task: answers are learned late, so many steps are worth more than width"""
 OPTIMISM = 2
 """the held-out loss of the second half of a run is expected to fall by at most so many times what it fell in the second
 quarter; every halving of the remaining error takes longer than the one before, so 1 is usual"""
@@ -48,7 +53,7 @@ class Training:
     models: tuple[str, ...]
     """names of recipes `lm/NAME`"""
     task: Mapping[str, Any]
-    """`[task]` of all runs, a text read as bytes"""
+    """`[task]` of all runs: a text read as bytes, or a task whose answers are scored (`comparison.answers`)"""
     init: str = ""
     """start of all runs (`train.init`); empty: random weights of the recipes' sizes"""
     seconds: float | None = None
@@ -60,7 +65,8 @@ class Training:
     seeds: int = 1
     """runs per model"""
     length: int = 4096
-    """bytes per step: one piece for models without a carried state, else `lanes` rows"""
+    """tokens per step (bytes, of a text): one piece for models without a carried state, else `lanes` rows; of a task as
+    many samples as fit, at least one"""
     lanes: int = 8
     """documents that a model with a carried state reads side by side"""
     stop_hopeless: bool = True
@@ -94,8 +100,7 @@ class Training:
                 )
             init = RELATIVE
         # the sizes of `relative` are those of the start that it continues, and it may not be trained yet
-        sizes = start_model(self.init) if self.init else recipe["model"]
-        carries = recipe["train"].get("carry", True)
+        sizes = start_model(self.init) if self.init else recipe["model"] | ({} if self.is_text else TASK_SIZES)
         part = max(steps // EVALUATIONS, 1)
         table: dict[str, Any] = {
             "model": of_size(sizes, made_of),
@@ -110,9 +115,7 @@ class Training:
                 "warmup": min(50, part),
                 "constant": CONSTANT,
                 "min_lr_ratio": 0.0,
-                "sampling": "lanes" if carries else "pieces",
-                "lanes": self.lanes if carries else 1,
-                "segment_length": self.length // self.lanes if carries else self.length,
+                **self._rows(carries=recipe["train"].get("carry", True)),
                 "eval_every": part,
                 "eval_tokens": EARLY_TOKENS,
                 "final_eval_tokens": EARLY_TOKENS,
@@ -123,12 +126,46 @@ class Training:
         }
         for change in self.changes:
             table = override(table, change)
+        if not self.is_text:
+            table = _with_whole_samples(table, self.length)
         return table
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the runs read a text; else they answer the samples of a task."""
+        return bool(self.task.get("name", "text") == "text")
+
+    def _rows(self, *, carries: bool) -> dict[str, Any]:
+        """Return the fields of `[train]` that say how many tokens a step reads, and how.
+
+        Args:
+            carries: whether the model is trained with a carried state.
+        """
+        if not carries or not self.is_text:
+            return {"sampling": "pieces", "lanes": 1, "segment_length": self.length}
+        return {"sampling": "lanes", "lanes": self.lanes, "segment_length": self.length // self.lanes}
 
     def key(self) -> str:
         """Return a digest of what the runs depend on, besides the models, their number and their time."""
         free = dict.fromkeys(("models", "seeds", "seconds", "is_share", "stop_hopeless"))
-        return data_digest([{**asdict(self), **free}, text_stamps(self.task["source"], self.task.get("pattern"))])
+        text = text_stamps(self.task["source"], self.task.get("pattern")) if self.is_text else None
+        return data_digest([{**asdict(self), **free}, text])
+
+
+def _with_whole_samples(recipe: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Let every row read a whole sample of the task, so that gradients reach from an answer to all that it needs.
+
+    Args:
+        recipe: of a task, with all overrides.
+        tokens: of a step, about.
+    """
+    length = task_length(recipe["task"])
+    rows = {"segment_length": length, "lanes": max(tokens // length, 1)}
+    model = recipe["model"]
+    if memory := model.get("memory"):
+        segments = -(-length // memory["segment_length"])
+        model = {**model, "memory": {**memory, "bptt_segments": segments}}
+    return {**recipe, "model": model, "train": {**recipe["train"], **rows}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +178,8 @@ class Job:
     recipe: Mapping[str, Any]
     out: Path
     """folder of the comparison"""
-    held_out: HeldOut
+    reading: Reading
+    """the text that is read, or the samples that are answered, after training"""
     until: int | None = None
     """step at which to stop; None: train to the end, and measure"""
 
@@ -197,7 +235,7 @@ class Plan:
         return sum(job.steps * self.costs[job.name].seconds for job in self.jobs)
 
 
-def make_plan(training: Training, out: Path, held_out: HeldOut, say: Say) -> Plan:
+def make_plan(training: Training, out: Path, reading: Reading, say: Say) -> Plan:
     """Measure a training step of every model, one after another, and return the plan.
 
     What `OUT/plan.json` has is not measured again.
@@ -236,7 +274,7 @@ def make_plan(training: Training, out: Path, held_out: HeldOut, say: Say) -> Pla
             if name in failures:
                 continue
             recipe = training.recipe(name, seed, steps_of(training, costs[name]))
-            jobs.append(Job(name=name, seed=seed, recipe=recipe, out=out, held_out=held_out))
+            jobs.append(Job(name=name, seed=seed, recipe=recipe, out=out, reading=reading))
     return Plan(training=training, jobs=jobs, costs=costs, failures=failures)
 
 
@@ -250,7 +288,9 @@ def _measured_step(job: tuple[Training, str]) -> StepOf:
     """Measure a training step of a model."""
     training, name = job
     recipe = training.recipe(name, 0, EVALUATIONS)
-    model = build_model({**recipe["model"], "vocab_size": 256})
+    # a text is read as bytes
+    vocabulary = 256 if training.is_text else tasks.build(recipe["task"]).vocab_size
+    model = build_model({**recipe["model"], "vocab_size": vocabulary})
     config: TrainConfig = replace(from_dict(TrainConfig, recipe["train"], "train"), init="")
     cost = step_cost(model, config, timed=TIMED_STEPS)
     return StepOf(seconds=cost.fastest, peak=cost.peak + weight_bytes(model))
@@ -268,7 +308,8 @@ def train_all(plan: Plan, workers: Workers, say: Say) -> tuple[dict[str, list[An
         say(f"training the start {RELATIVE} first, which takes about 20 minutes once")
         # otherwise all workers but one would wait for it
         start_folder(RELATIVE)
-    if plan.training.stop_hopeless and len(plan.training.models) > 1:
+    # what a task needs is often learned suddenly, so half of a curve says little about the other half
+    if plan.training.is_text and plan.training.stop_hopeless and len(plan.training.models) > 1:
         left = _first_halves(left, failures, workers, say)
     records: dict[str, list[Any]] = {}
 
@@ -278,14 +319,15 @@ def train_all(plan: Plan, workers: Workers, say: Say) -> tuple[dict[str, list[An
             failures[job.label] = done.failure
             say(f"{job.label}: {done.failure}")
             return
-        say(f"{job.label}: {bits_per_byte(done.value):.4f} bits per byte after {job.steps:,} steps")
+        what = f"{bits_per_byte(done.value):.4f} bits per {'byte' if plan.training.is_text else 'answer token'}"
+        say(f"{job.label}: {what} after {job.steps:,} steps")
 
     ended = run_jobs(_trained_and_measured, left, workers, report)
     if any(not done.failure for done in ended):
         say("measuring how fast the models read, one after another")
     for job, done in zip(left, ended, strict=True):
         if not done.failure:
-            records.setdefault(job.name, []).append(add_speed(done.value, job.held_out, job.file))
+            records.setdefault(job.name, []).append(with_speed(done.value, job.reading, job.file))
     return records, failures
 
 
@@ -396,4 +438,4 @@ def _curve(job: Job) -> Curve:
 def _trained_and_measured(job: Job) -> dict[str, Any]:
     """Train a run to its end and measure it; a measured run is read from its file."""
     train_or_resume(job.recipe, job.folder)
-    return measure_run(job.folder, job.held_out, job.file)
+    return measure(job.folder, job.reading, job.file)

@@ -12,10 +12,10 @@ documents.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -75,6 +75,15 @@ class MemoryConfig:
         if min(shares.values()) < 0 or sum(shares.values()) >= 1:
             values = ", ".join(f"task.{name} = {share}" for name, share in shares.items())
             raise ConfigError(f"{values}: must not be negative, and must sum to less than 1")
+
+    @property
+    def length(self) -> int:
+        """Number of predictions per document, of which the last one is scored."""
+        return self.segments * self.segment_length
+
+    def tested_at(self, times: int) -> Self:
+        """Return the configuration of tests with `times` as many segments."""
+        return replace(self, segments=times * self.segments)
 
 
 class Question(NamedTuple):

@@ -11,9 +11,9 @@ Only predictable tokens are scored: digits of the number, queried values, the se
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -62,6 +62,10 @@ class PasskeyConfig:
         if self.depth is not None and not 0 <= self.depth <= 100:
             raise ConfigError(f"task.depth = {self.depth}: must be a percentage from 0 to 100")
 
+    def tested_at(self, times: int) -> Self:
+        """Return the configuration of tests that are `times` as long: the number occurs once before the question."""
+        return replace(self, length=times * self.length, mentions=0, graded="answer")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AssociateConfig:
@@ -100,6 +104,10 @@ class AssociateConfig:
                 f"task.length = {self.length}: must be at least 2 (pairs + queries) = {2 * (self.pairs + self.queries)}"
             )
 
+    def tested_at(self, times: int) -> Self:
+        """Return the configuration of tests that are `times` as long, by filler between pairs and queries."""
+        return replace(self, length=times * self.length)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CopyConfig:
@@ -125,6 +133,10 @@ class CopyConfig:
     def length(self) -> int:
         """Number of predictions per sample: the tokens of 0 w 0 w without the first."""
         return 2 * self.word + 1
+
+    def tested_at(self, times: int) -> Self:
+        """Return the configuration of tests whose w is `times` as long."""
+        return replace(self, word=times * self.word)
 
 
 class Sample(NamedTuple):

@@ -85,7 +85,7 @@ class MemoryEvaluation:
         }
 
 
-def wilson(right: int, count: int) -> Interval:
+def wilson(right: float, count: int) -> Interval:
     """Return the share `right / count` with its 95 % score interval (Wilson 1927); NaN and [0, 1] for count 0."""
     if not count:
         return Interval(math.nan, 0.0, 1.0)

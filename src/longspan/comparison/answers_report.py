@@ -1,0 +1,111 @@
+"""What the report of a comparison says about a task: accuracy by length, which model to take, and what limits that."""
+
+import math
+
+from longspan.comparison.answers import EQUAL, ComparedAnswers
+from longspan.report import Picture, Table
+from longspan.report.tables import interval, signed
+from longspan.train import Interval
+
+
+def accuracy_table(compared: ComparedAnswers) -> Table:
+    """Return the table of accuracies by length, the best model first."""
+    rows = []
+    for name in compared.names:
+        behind = "" if name == compared.best else _below(compared, name)
+        accuracies = [compared.accuracy(name, length) for length in compared.lengths]
+        rows.append((name, _percent(compared.overall(name)), behind, *map(_short, accuracies)))
+    lengths = [f"{length:,}" for length in compared.lengths]
+    trained = lengths[0]
+    columns = ("model", "mean", "difference", *(f"{length} tokens" for length in lengths))
+    caption = (
+        f"Accuracy: the share of scored tokens that are predicted, in percent. Models were trained on samples of "
+        f"{trained} tokens, the other lengths they have never seen. The mean is that over all lengths, and differences "
+        f"are to {compared.best}, in points. Always giving the most frequent answer is right in "
+        f"{100 * compared.chance:.1f} %."
+    )
+    return Table(columns=columns, rows=rows, right=tuple(range(1, len(columns))), caption=caption)
+
+
+def _percent(accuracy: Interval) -> str:
+    """Return an accuracy in percent with its interval."""
+    return interval([100 * bound for bound in accuracy], 1)
+
+
+def _short(accuracy: Interval | None) -> str:
+    """Return an accuracy in percent, or that the model cannot read samples of this length."""
+    return "not possible" if accuracy is None else f"{100 * accuracy.value:.1f}"
+
+
+def _below(compared: ComparedAnswers, name: str) -> str:
+    """Return by how many points the accuracy of a model differs from that of the best, with an interval."""
+    value, low, high = (-100 * bound for bound in compared.behind(name))
+    return signed((value, high, low), 1)
+
+
+def accuracy_picture(compared: ComparedAnswers) -> Picture:
+    """Draw the accuracy of every model against the length of a sample."""
+    from longspan.report.figures import Mark, Series, line_figure, picture_of
+
+    lines = []
+    for index, name in enumerate(compared.names):
+        accuracies = [compared.accuracy(name, length) for length in compared.lengths]
+        y = [math.nan if accuracy is None else 100 * accuracy.value for accuracy in accuracies]
+        lines.append(Series(x=compared.lengths, y=y, label=name, kind="marked", color=index))
+    return picture_of(
+        line_figure,
+        "accuracy",
+        lines,
+        xlabel="tokens of a sample",
+        ylabel="accuracy, %",
+        marks=[Mark(100 * compared.chance, "the most frequent answer", horizontal=True)],
+        ylim=(0, 103),
+        xscale="log2",
+        xticks=compared.lengths,
+        alt="Accuracy of every model by the length of a sample.",
+        caption=f"The first length is that of training, {compared.lengths[0]:,} tokens.",
+    )
+
+
+def why(compared: ComparedAnswers, take: str) -> str:
+    """Say why a model is taken."""
+    accuracy, count = _percent(compared.overall(take)), len(compared.runs)
+    lengths = f"over samples of {compared.lengths[0]:,} to {compared.lengths[-1]:,} tokens"
+    if count == 1:
+        return f"{take} is the only model: {accuracy} % of answers {lengths}."
+    if take == compared.best:
+        rest = [name for name in compared.as_good if name != take]
+        also = f" As good within {100 * EQUAL:.0f} points: {', '.join(rest)}." if rest else ""
+        return f"Take {take}: it has the highest accuracy of {count} models, {accuracy} % {lengths}.{also}"
+    return (
+        f"Take {take}: its accuracy, {accuracy} % {lengths}, is within {100 * EQUAL:.0f} points of the highest, that "
+        f"of {compared.best} ({_below(compared, take)} points)"
+    )
+
+
+def limits(compared: ComparedAnswers) -> list[str]:
+    """Say what the accuracies do not settle."""
+    lines = []
+    low = [name for name in compared.names if not _has_learned(compared, name)]
+    if len(low) == len(compared.names):
+        lines.append(
+            f"No model has learned the task: none is above the {100 * compared.chance:.1f} % of the most frequent "
+            "answer. Longer training (--budget), an easier task (--set task.FIELD=VALUE) or a smaller model may help."
+        )
+    elif low:
+        lines.append(
+            f"Had not learned the task at its training length by the end of training: {', '.join(low)}. What needs "
+            "many steps is often learned at once, so more training may change this."
+        )
+    if compared.unsettled:
+        lines.append(
+            f"May be as good as {compared.best}: {', '.join(compared.unsettled)}. More samples (--documents) would "
+            "tell."
+        )
+    return lines
+
+
+def _has_learned(compared: ComparedAnswers, name: str) -> bool:
+    """Return whether a model is better than the most frequent answer at its training length, by the interval."""
+    accuracy = compared.accuracy(name, compared.lengths[0])
+    return accuracy is not None and accuracy.low > compared.chance
