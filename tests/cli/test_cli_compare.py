@@ -62,11 +62,31 @@ def test_models_are_trained_and_json_is_printed(longspan: Command, folder: Path,
     assert json.loads(again.out) == report
 
 
+def test_models_are_compared_by_their_answers(longspan: Command, tmp_path: Path) -> None:
+    task = ("--data", "copy", "--set", "task.word=7", "--set", "task.samples=100", "--documents", 8, "--reach", 40)
+    arguments = (*task, "--mixers", "window,linear", "--steps", 8, "--jobs", 1)
+    outcome = longspan("compare", *arguments, *TINY, "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "window: 8 steps of 4,095 tokens" in outcome.err
+    assert "29 tokens" in outcome.out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["models"]["linear"]["accuracy"]) == ["15", "29"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Accuracy" in re.findall(r"<h2[^>]*>([^<]+)", page)
+    # the same runs, as runs that exist
+    runs = [tmp_path / "out" / "runs" / name for name in ("window-0", "linear-0")]
+    again = longspan("compare", *runs, "--documents", 8, "--reach", 40, "--json", "-o", tmp_path / "again")
+    assert again.code == 0, again.err
+    same = json.loads(again.out)["models"]
+    assert same["linear-0"]["accuracy"] == report["models"]["linear"]["accuracy"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "--data is missing"),
         (("--data", "nowhere.txt"), "--data nowhere.txt: no such file or folder"),
+        (("--data", "copy", "--documents", "0"), "--documents 0: a task has no end of samples"),
         (("--data", "code", "--mixers", "windw"), "no recipe lm/windw; did you mean 'window'?"),
         (("--data", "code", "--budget", "5"), "--budget '5': expected a time such as"),
         (("--data", "code", "--budget", "5min", "--steps", "8"), "--budget and --steps: give one of them"),

@@ -413,7 +413,7 @@ def _common(paths: set[tuple[str, ...]]) -> Iterator[str]:
 
 def _show(compared: "Compared", advice: "Advice", setting: "Setting", path: Path, options: CompareOptions) -> None:
     """Print the recommendation and the tables, or all numbers as JSON."""
-    from longspan.comparison.report import cost_table, failure_tables, loss_table, plain
+    from longspan.comparison.report import cost_table, failure_tables, plain, quality_tables
 
     if options.as_json:
         print(json.dumps(plain(compared, advice, setting), indent=2))
@@ -421,7 +421,7 @@ def _show(compared: "Compared", advice: "Advice", setting: "Setting", path: Path
     out = console()
     for line in (*advice.reasons, *advice.limits):
         out.print(line, markup=False, highlight=False)
-    tables = [loss_table(compared), cost_table(compared, setting.peaks)]
+    tables = [*quality_tables(compared), cost_table(compared, setting.peaks)]
     for table in (*tables, *failure_tables(compared)):
         out.print("")
         print_table(table, out)

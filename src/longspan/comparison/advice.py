@@ -93,7 +93,7 @@ def _cost(compared: Compared, take: str) -> str:
             f"it was trained in {duration(training['seconds'])} ({training['steps']:,} steps, {training['tokens']:,} "
             "tokens)"
         )
-    parts.append(f"it reads {compared.mean(take, 'bytes_per_second'):,.0f} bytes per second here")
+    parts.append(f"it reads {compared.mean(take, 'bytes_per_second'):,.0f} {compared.unit}s per second here")
     parts.append(f"a text needs {state_text(record['state'])}")
     parts.append(f"it has {record['parameters']:,} parameters")
     return f"What it costs: {'; '.join(parts)}."

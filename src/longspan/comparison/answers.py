@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -117,7 +117,6 @@ def measure_answers(folder: str | Path, asked: Samples, file: Path) -> dict[str,
         "units": answered.tokens.tolist(),
         "lengths": lengths,
         "chance": _chance(first),
-        "unit": "token",
         "reading": "its state carried through the sample" if model.traits.streams else "the whole sample at once",
         "bytes_per_second": None,
         "carries": bool(model.traits.streams),
@@ -182,6 +181,9 @@ class ComparedAnswers(Compared):
 
     A length that a model cannot read counts as chance.
     """
+
+    unit: ClassVar[str] = "token"
+    loss_unit: ClassVar[str] = "bits per scored token"
 
     @cached_property
     def names(self) -> list[str]:

@@ -1,10 +1,11 @@
 """What the report of a comparison says about a task: accuracy by length, which model to take, and what limits that."""
 
 import math
+from typing import Any
 
 from longspan.comparison.answers import EQUAL, ComparedAnswers
 from longspan.report import Picture, Table
-from longspan.report.tables import interval, signed
+from longspan.report.tables import interval, plain_interval, signed
 from longspan.train import Interval
 
 
@@ -65,6 +66,15 @@ def accuracy_picture(compared: ComparedAnswers) -> Picture:
         alt="Accuracy of every model by the length of a sample.",
         caption=f"The first length is that of training, {compared.lengths[0]:,} tokens.",
     )
+
+
+def plain(compared: ComparedAnswers, name: str) -> dict[str, Any]:
+    """Return the accuracies of a model, 0 to 1, for JSON; None at lengths that it cannot read."""
+    accuracies = {length: compared.accuracy(name, length) for length in compared.lengths}
+    by_length = {
+        str(length): None if accuracy is None else plain_interval(accuracy) for length, accuracy in accuracies.items()
+    }
+    return {"accuracy": by_length, "mean_accuracy": plain_interval(compared.overall(name)), "chance": compared.chance}
 
 
 def why(compared: ComparedAnswers, take: str) -> str:

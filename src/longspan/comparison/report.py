@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longspan.comparison import answers_report
 from longspan.comparison.advice import Advice
+from longspan.comparison.answers import ComparedAnswers
 from longspan.comparison.measure import COST_LENGTHS
 from longspan.comparison.results import FLAT, Compared
 from longspan.files import write_text
@@ -63,9 +65,9 @@ def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Se
         Section(
             "What to take", [*map(Text, advice.reasons), *limits, Text("Look closer at it, and use it:"), Code(look)]
         ),
-        Section("Loss", [loss_table(compared)]),
+        *_quality_sections(compared),
         Section("Cost", [cost_table(compared, setting.peaks), *_quality_picture(compared)]),
-        Section("Where in a text", _range_pictures(compared)),
+        *([] if isinstance(compared, ComparedAnswers) else [Section("Where in a text", _range_pictures(compared))]),
     ]
     if curves := _curve_picture(compared):
         sections.append(Section("Training", curves))
@@ -74,6 +76,22 @@ def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Se
     how = [*setting.how, _intervals_text(compared)]
     blocks: list[Block] = [*map(Text, how), method_table(compared), Code("\n".join(setting.commands))]
     return [*sections, Section("How this was measured", blocks)]
+
+
+def _quality_sections(compared: Compared) -> list[Section]:
+    """Return the section of losses, or of accuracies and losses if the models answered samples of a task."""
+    *accuracy, loss = quality_tables(compared)
+    sections = [Section("Loss", [loss])]
+    if isinstance(compared, ComparedAnswers):
+        return [Section("Accuracy", [*accuracy, answers_report.accuracy_picture(compared)]), *sections]
+    return sections
+
+
+def quality_tables(compared: Compared) -> list[Table]:
+    """Return the tables of accuracies and losses."""
+    if isinstance(compared, ComparedAnswers):
+        return [answers_report.accuracy_table(compared), loss_table(compared)]
+    return [loss_table(compared)]
 
 
 def failure_tables(compared: Compared) -> list[Table]:
@@ -87,6 +105,7 @@ def loss_table(compared: Compared) -> Table:
     """Return the table of losses: with intervals, relative to the best, on far context, and whether curves are flat."""
     rows = []
     best, distance = compared.best, None
+    reads_text = not isinstance(compared, ComparedAnswers)
     for name in compared.names:
         far = compared.far_difference(name, best) if name != best else None
         # the same for all, as they read the same text
@@ -97,18 +116,19 @@ def loss_table(compared: Compared) -> Table:
                 name,
                 interval(compared.bits(name)),
                 "" if name == best else signed(compared.difference(name, best)),
-                "" if far is None else signed(far[1], 3),
+                *(["" if far is None else signed(far[1], 3)] if reads_text else []),
                 _curve_text(compared, name),
                 "1" if len(seeds) == 1 else f"{len(seeds)}, {min(seeds):.4f} to {max(seeds):.4f}",
             )
         )
     far_column = "far context" if distance is None else f"context {distance:,}+ bytes back"
+    of_far = f"Far context: only bytes whose last {recurrence.CONTEXT} bytes occurred that far back or farther. "
     caption = (
-        f"Held-out loss, the lowest first; differences are to {best}. Far context: only bytes whose last "
-        f"{recurrence.CONTEXT} bytes occurred that far back or farther. Training: the change from "
-        f"65 % to 90 % of the steps; flat is a change of less than {FLAT}."
+        f"Held-out loss{', the lowest first' if reads_text else ' at the training length'}; differences are to {best}. "
+        f"{of_far if reads_text else ''}Training: the change from 65 % to 90 % of the steps; flat is a change of less "
+        f"than {FLAT}."
     )
-    columns = ("model", "bits per byte", "difference", far_column, "training", "seeds")
+    columns = ("model", compared.loss_unit, "difference", *([far_column] if reads_text else []), "training", "seeds")
     return Table(columns=columns, rows=rows, caption=caption)
 
 
@@ -137,10 +157,20 @@ def cost_table(compared: Compared, peaks: Mapping[str, int]) -> Table:
                 *(["none"] * 2 if state is None else [si_bytes(state[str(n)]) for n in COST_LENGTHS[::2]]),
             )
         )
+    unit = "B" if compared.unit == "byte" else compared.unit
     memory, of_memory = (["memory"], "; its memory: tensors of one step, with the weights") if peaks else ([], "")
-    columns = ("model", "parameters", "training", *memory, "reads B/s", "MFLOPs/B", "state at 2 k", "at 1 M")
+    columns = (
+        "model",
+        "parameters",
+        "training",
+        *memory,
+        f"reads {unit}/s",
+        f"MFLOPs/{unit}",
+        "state at 2 k",
+        "at 1 M",
+    )
     caption = (
-        f"Costs. Training: its time{of_memory}. Reading: bytes per second, and FLOPs of one more byte after "
+        f"Costs. Training: its time{of_memory}. Reading: {compared.unit}s per second, and FLOPs of one more after "
         f"{COST_LENGTHS[0]:,} tokens. State: of one text after 2,048 and after a million tokens, in fp32, computed."
     )
     return Table(columns=columns, rows=rows, right=tuple(range(1, len(columns))), caption=caption)
@@ -186,8 +216,8 @@ def _quality_picture(compared: Compared) -> list[Picture]:
             line_figure,
             "quality-cost",
             series,
-            xlabel="reading, thousand bytes per second (right is better)",
-            ylabel="bits per byte (lower is better)",
+            xlabel=f"reading, thousand {compared.unit}s per second (right is better)",
+            ylabel=f"{compared.loss_unit} (lower is better)",
             alt="Held-out loss of every model against its speed of reading.",
             caption="Intervals are those of the whole text; models differ by less, because their losses rise and fall "
             "together. The table above has the intervals of differences.",
@@ -267,7 +297,7 @@ def _curve_picture(compared: Compared) -> list[Picture]:
             "curves",
             lines,
             xlabel="training, minutes",
-            ylabel="held-out bits per byte",
+            ylabel=f"held-out {compared.loss_unit}",
             ylim=(None, max(later) + 0.05),
             alt="Held-out loss by training time.",
             caption="Measured during training on a part of the held-out text. Read these lines for their slope at the "
@@ -327,8 +357,9 @@ def plain(compared: Compared, advice: Advice, setting: Setting) -> dict[str, Any
         "limits": list(advice.limits),
         "models": {
             name: {
-                "bits_per_byte": plain_interval(compared.bits(name)),
+                compared.loss_unit.replace(" ", "_"): plain_interval(compared.bits(name)),
                 "difference": plain_interval(compared.difference(name, compared.best)),
+                **(answers_report.plain(compared, name) if isinstance(compared, ComparedAnswers) else {}),
                 "as_good_as_the_best": name in compared.as_good,
                 "fall": compared.fall(name),
                 "step_bytes": setting.peaks.get(name),

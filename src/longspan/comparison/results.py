@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -40,6 +40,10 @@ class Compared:
     """by model, the records of its seeds"""
     failures: Mapping[str, str] = field(default_factory=dict)
     """why a run has no record, by its name; also where another seed of the model has one"""
+
+    unit: ClassVar[str] = "byte"
+    """what the models read and predict"""
+    loss_unit: ClassVar[str] = "bits per byte"
 
     def __post_init__(self) -> None:
         (first, ours), *others = [(name, record) for name, records in self.runs.items() for record in records]
