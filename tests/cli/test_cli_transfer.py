@@ -28,7 +28,7 @@ def test_a_model_is_converted_and_taught(longspan: Command, source: Path, folder
     arguments += ["--steps", 6, "--distill", 2, "--keep-softmax", 1]
     outcome = longspan(*arguments)
     assert outcome.code == 0, outcome.err
-    assert "relative error on held-out text, outputs of layers" in outcome.out
+    assert "Relative error on held-out text, outputs of layers" in outcome.out
     rows = [line.split() for line in outcome.out.splitlines() if line.strip().startswith(("0 ", "1 "))]
     assert [row[0] for row in rows] == ["0", "1"]
     assert sum(row[-2:] == ["softmax", "kept"] for row in rows) == 1

@@ -44,7 +44,7 @@ def print_table(table: "Table", where: Console | None = None) -> None:
     """
     out = where or console()
     options: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    shown = RichTable(**options, title=table.caption or None, title_justify="left")
+    shown = RichTable(**options)
     for index, name in enumerate(table.columns):
         shown.add_column(name, justify="right" if index in table.right else "left", overflow="fold")
     for index, row in enumerate(table.rows):
@@ -61,6 +61,9 @@ def print_table(table: "Table", where: Console | None = None) -> None:
         return
     for column, width in zip(shown.columns, widths, strict=True):
         column.width = width
+    if table.caption:
+        # as wide as the console: as the title of the table it would be as narrow as that
+        out.print(Text(table.caption, style="italic"))
     out.print(shown, soft_wrap=False)
 
 

@@ -1,12 +1,14 @@
 """The HTML report of `longspan eval --task lm -o DIR`."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longspan.cli.lm import CARRIED, Figures, about, plain, tables
-from longspan.report import Picture, Section, Text, write_report
+from longspan.report import Picture, Recommendation, Section, Text, write_report
+from longspan.report.tables import interval, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +47,8 @@ def write_page(figures: Figures, folder: str | Path) -> Path:
         "the last ones.",
     )
     sections = [
-        Section("Summary", [measured.readings, Text(words), measured.how, *map(Text, figures.notes)]),
+        Section("What came out", [conclusion(figures)]),
+        Section("Summary", [measured.readings, Text(words), measured.how]),
         Section("Loss by position in the document", [*along, *measured.by_place]),
     ]
     if (picture := _contexts(figures)) is not None:
@@ -67,6 +70,32 @@ def write_page(figures: Figures, folder: str | Path) -> Path:
     title = f"Language-model evaluation of {figures.options.run}"
     lead = f"{about(figures)}. Brackets are 95 % bootstrap intervals over whole documents."
     return write_report(folder, title, sections, plain(figures), lead=lead)
+
+
+def conclusion(figures: Figures) -> Recommendation:
+    """Return the loss, what it gains over every other way of reading, and what to run next."""
+    first, *others = figures.readings
+    loss = figures.readings[first].figures["bits_per_byte"]
+    reasons = []
+    for other in others:
+        gain = figures.gain[other]
+        if math.isnan(gain.low):
+            how = f"differs by {signed(gain)} bits, without an interval"
+        elif gain.high < 0 or gain.low > 0:
+            how = f"is {'better' if gain.high < 0 else 'worse'} by {signed(gain)} bits"
+        else:
+            how = f"is not told from it: {signed(gain)} bits"
+        reasons.append(f"Relative to {other} it {how}.")
+    limits = list(figures.notes)
+    if math.isnan(loss.low):
+        limits.append("There are too few documents for intervals; give more files.")
+    run = shlex.quote(str(figures.options.run))
+    return Recommendation(
+        answer=f"{figures.options.run} ({first}) has {interval(loss)} bits per byte on this text.",
+        reasons=reasons,
+        limits=limits,
+        commands=[f"longspan show text {run} FILE", f"longspan stream {run} FILE"],
+    )
 
 
 def _bucket_pictures(

@@ -252,9 +252,12 @@ def _plain(candidates: "list[Candidate]", options: PlanOptions) -> dict[str, Any
 
 def _write_page(lines: list[str], tables: "list[Table]", candidates: "list[Candidate]", options: PlanOptions) -> Path:
     """Write the HTML report: the recommendation, then the tables."""
-    from longspan.report import Code, Section, Text, write_report
+    from longspan.report import Recommendation, Section, write_report
 
-    texts = [Code(line.strip()) if line.startswith("  ") else Text(line) for line in lines]
-    sections = [Section("What to take", texts), Section("All recipes", tables)]
+    # commands are indented
+    texts = [line for line in lines if not line.startswith("  ")]
+    commands = [line.strip() for line in lines if line.startswith("  ")]
+    advice = Recommendation(answer=" ".join(texts[:2]), reasons=texts[2:], commands=commands)
+    sections = [Section("What to take", [advice]), Section("All recipes", tables)]
     title = f"A model for texts of {options.length} bytes"
     return write_report(options.output, title, sections, _plain(candidates, options))

@@ -177,29 +177,18 @@ def print_outcome(outcome: Any, output: Path, remedy: str) -> int:
 
 
 def _print_report(report: dict[str, Any], output: Path) -> None:
-    """Print the errors of all layers and the next commands."""
-    from longspan.report import Table
+    """Print the errors of all layers and the next commands, and write the page."""
+    from longspan.cli.transfer_page import error_table, write_page
 
-    softmax = report["softmax_layers"]
     if "costs" in report:
-        print_ranking(report["costs"], softmax)
-    rows = [
-        [
-            str(line["layer"]),
-            f"{line['error_before']:.4g}",
-            f"{line['error_after']:.4g}",
-            "softmax kept" if line["layer"] in softmax else "",
-        ]
-        for line in report["layers"]
-    ]
-    compared = {"heads": "outputs of heads", "outputs": "outputs of layers"}[report["config"]["loss"]]
-    console().print(f"relative error on held-out text, {compared}:")
-    print_table(Table(columns=["layer", "before", "after", ""], rows=rows, right=(0, 1, 2)))
+        print_ranking(report["costs"], report["softmax_layers"])
+    print_table(error_table(report))
     if report["divergence"] is not None:
         before, after = report["divergence"]
         console().print(
             f"divergence of predictions: {before:.3g} nats per token before distillation, {after:.3g} after"
         )
+    console().print(f"report: {write_page(report, output)}", markup=False, highlight=False)
     name = shlex.quote(str(output))
     print_command(f"next: longspan eval {name} FILE | longspan stream {name} FILE | longspan generate {name} -p TEXT")
     print_command(f"train further: longspan train pretrained --set model.source={name}")

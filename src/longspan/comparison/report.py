@@ -15,7 +15,7 @@ from longspan.comparison.answers import ComparedAnswers
 from longspan.comparison.measure import COST_LENGTHS
 from longspan.comparison.results import FLAT, Compared
 from longspan.files import write_text
-from longspan.report import Block, Code, Picture, Section, Table, Text, si_bytes, write_report
+from longspan.report import Block, Code, Picture, Recommendation, Section, Table, Text, si_bytes, write_report
 from longspan.report.tables import interval, plain_interval, signed
 from longspan.train import Interval, recurrence
 from longspan.train.planning import duration
@@ -55,16 +55,8 @@ def write(folder: Path, compared: Compared, advice: Advice, setting: Setting) ->
 
 def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Section]:
     """Return the sections of the page."""
-    record = compared.record(advice.take)
-    run = shlex.quote(record["folder"])
-    look = f"longspan eval {run} --task lm\nlongspan show text {run} FILE"
-    # a model that was measured in windows is not used as it was measured there
-    look += f"\nlongspan stream {run} FILE" if record["carries"] else ""
-    limits = [Text("What limits this answer:"), *map(Text, advice.limits)]
     sections = [
-        Section(
-            "What to take", [*map(Text, advice.reasons), *limits, Text("Look closer at it, and use it:"), Code(look)]
-        ),
+        Section("What to take", [recommendation(compared, advice)]),
         *_quality_sections(compared),
         Section("Cost", [cost_table(compared, setting.peaks), *_quality_picture(compared)]),
         *([] if isinstance(compared, ComparedAnswers) else [Section("Where in a text", _range_pictures(compared))]),
@@ -76,6 +68,19 @@ def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Se
     how = [*setting.how, _intervals_text(compared)]
     blocks: list[Block] = [*map(Text, how), method_table(compared), Code("\n".join(setting.commands))]
     return [*sections, Section("How this was measured", blocks)]
+
+
+def recommendation(compared: Compared, advice: Advice) -> Recommendation:
+    """Return the recommendation as a block, with the commands that look closer at the model and use it."""
+    record = compared.record(advice.take)
+    run = shlex.quote(record["folder"])
+    commands = [f"longspan eval {run} --task lm", f"longspan show text {run} FILE"]
+    # a model that was measured in windows is not used as it was measured there
+    commands += [f"longspan stream {run} FILE"] if record["carries"] else []
+    if isinstance(compared, ComparedAnswers):
+        commands = [f"longspan eval {run}"]
+    answer, *reasons = advice.reasons
+    return Recommendation(answer=answer, reasons=reasons, limits=advice.limits, commands=commands)
 
 
 def _quality_sections(compared: Compared) -> list[Section]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from longspan.report import Table
+from longspan.report import Recommendation, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +71,22 @@ def check_table(checks: Sequence[Check], caption: str = "") -> Table:
         caption=caption,
         state=["pass" if check.passed else "fail" if check.failed else "note" for check in checks],
     )
+
+
+def conclusion(checks: Sequence[Check], reasons: Sequence[str], commands: Sequence[str]) -> Recommendation:
+    """Return what came out of a quickstart, for the beginning of its page.
+
+    Args:
+        checks: of the quickstart.
+        reasons: sentences with what was measured and what it cost.
+        commands: what to run next.
+    """
+    failed = [check.name for check in checks if check.failed]
+    missed = [check.name for check in checks if not (check.passed or check.failed or check.undecided)]
+    undecided = [check.name for check in checks if check.undecided]
+    passed = sum(check.passed for check in checks)
+    answer = f"{passed} of {len(checks)} checks pass"
+    answer += f"; failed: {', '.join(failed)}." if failed else "." if passed == len(checks) else ", none fails."
+    limits = [f"Missed, which fails nothing as other processes can affect it: {name}." for name in missed]
+    limits += [f"The sample is too small to tell: {name}." for name in undecided]
+    return Recommendation(answer=answer, reasons=reasons, limits=limits, commands=commands)

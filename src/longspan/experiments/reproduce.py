@@ -91,7 +91,8 @@ def reproduce(
     _print_outcome(outcome)
     results_folder = output if docs is None else docs / "claims"
     path = claims.save_result(results_folder, claim, chosen, outcome, seconds)
-    console().print(f"all numbers: {path}", markup=False)
+    page = claims.write_page(folder / "report", claim, chosen, outcome)
+    console().print(f"all numbers: {path}\nreport: {page}", markup=False)
     return 0 if docs is None else _write_docs(docs)
 
 
@@ -110,10 +111,9 @@ def _list_claims() -> int:
 
 def _print_outcome(outcome: "claims.Outcome") -> None:
     """Print the tables, the note and the verdict of a claim."""
-    from longspan.report import Table
+    from longspan.experiments.claims.page import figure_table
 
-    rows = [(figure.what, figure.paper, figure.ours) for figure in outcome.figures]
-    for table in (Table(columns=("measured", "paper", "here"), rows=rows), *outcome.tables):
+    for table in (figure_table(outcome), *outcome.tables):
         print_table(table)
     for line in (outcome.note, f"{outcome.verdict}; {outcome.size}"):
         if line:

@@ -4,7 +4,7 @@ Independent of models and runs: numbers and texts go in, files come out. Figures
 which imports matplotlib; this package itself does not.
 """
 
-from longspan.report.blocks import Block, Code, Passage, Picture, Quote, Section, Text
+from longspan.report.blocks import Block, Code, Passage, Picture, Quote, Recommendation, Section, Text
 from longspan.report.page import page, write_report
 from longspan.report.style import DARK, LIGHT, Theme
 from longspan.report.tables import Table, number, si_bytes
@@ -18,6 +18,7 @@ __all__ = [
     "Passage",
     "Picture",
     "Quote",
+    "Recommendation",
     "Section",
     "Table",
     "Text",

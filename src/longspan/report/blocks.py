@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from longspan.report.tables import Table
 from longspan.report.token_text import TokenText
+
+LIMITS, NEXT = "What limits this answer", "Next"
+"""headings within a recommendation"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,37 @@ class Picture:
     kind: ClassVar[str] = "picture"
 
 
-Block: TypeAlias = Text | Code | Quote | Passage | Picture | Table | TokenText
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """The answer of a report, with which it begins: what to take or what came out, why, and what limits that.
+
+    Attributes:
+        answer: in one or two sentences.
+        reasons: further sentences: why, and what it costs.
+        limits: sentences: what was not tried, and what is not settled.
+        commands: what to run next, a line each.
+    """
+
+    answer: str
+    reasons: Sequence[str] = ()
+    limits: Sequence[str] = ()
+    commands: Sequence[str] = ()
+    kind: ClassVar[str] = "recommendation"
+
+    @property
+    def text(self) -> str:
+        """All sentences as lines, for a terminal."""
+        return "\n".join([self.answer, *self.reasons, *self.limits])
+
+    def record(self) -> dict[str, Any]:
+        """Return all fields as plain data for JSON."""
+        return {
+            "answer": self.answer,
+            **{name: list(getattr(self, name)) for name in ("reasons", "limits", "commands")},
+        }
+
+
+Block: TypeAlias = Text | Code | Quote | Passage | Picture | Recommendation | Table | TokenText
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from longspan.report.blocks import Block, Code, Passage, Picture, Quote, Section, Text
+from longspan.report.blocks import LIMITS, NEXT, Block, Code, Passage, Picture, Quote, Recommendation, Section, Text
 from longspan.report.tables import Table
 from longspan.report.token_text import TokenText
 
@@ -34,10 +34,28 @@ def _block(block: Block) -> str:
             return "> " + "".join(f"**{text}**" if marked else text for text, marked in block.pieces)
         case Picture():
             return f"![{block.alt}](figures/{block.name}.png)" + (f"\n\n{block.caption}" if block.caption else "")
+        case Recommendation():
+            return _recommendation(block)
         case Table():
             return table_lines(block)
         case TokenText():
             return "The text token by token is on the page."
+
+
+def _recommendation(block: Recommendation) -> str:
+    """Return the Markdown of a recommendation: the answer, lists of reasons and limits, and the commands."""
+    parts = [f"**{block.answer}**", _list(block.reasons)]
+    if block.limits:
+        parts += [f"{LIMITS}:", _list(block.limits)]
+    if block.commands:
+        commands = "\n".join(block.commands)
+        parts += [f"{NEXT}:", f"```\n{commands}\n```"]
+    return "\n\n".join(filter(None, parts))
+
+
+def _list(sentences: Sequence[str]) -> str:
+    """Return sentences as a list."""
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def table_lines(table: Table) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.files import write_atomically, write_json, write_text
-from longspan.report.blocks import Picture, Section
+from longspan.report.blocks import LIMITS, NEXT, Picture, Recommendation, Section
 from longspan.report.markdown import markdown
 from longspan.report.tables import Table
 from longspan.report.token_text import TokenText
@@ -42,7 +42,7 @@ def page(title: str, sections: Sequence[Section], *, lead: str = "", footer: str
     content["anchors"] = _unique([_anchor(section) for section in sections], "-")
     tables = [_label(block, section) for section in sections for block in section.blocks if isinstance(block, Table)]
     content["next_label"] = iter(_unique(tables, " ")).__next__
-    return template.render(title=title, version=__version__, **content)
+    return template.render(title=title, version=__version__, limits=LIMITS, next=NEXT, **content)
 
 
 def _anchor(section: Section) -> str:
@@ -81,7 +81,7 @@ def write_report(
         folder: to write to; created if it does not exist.
         title: of the page.
         sections: in order.
-        data: content of `report.json`, to which title and version are added.
+        data: content of `report.json`, to which title, version and the recommendation of the page are added.
         lead: paragraph below the title.
         footer: text after the version at the end of the page.
 
@@ -97,7 +97,10 @@ def write_report(
             if isinstance(block, Picture):
                 path = folder / "figures" / f"{block.name}.png"
                 write_atomically(path, functools.partial(Path.write_bytes, data=block.light))
-    write_json(folder / "report.json", {"title": title, "version": __version__, **data})
+    blocks = [block for section in sections for block in section.blocks]
+    answers = [block.record() for block in blocks if isinstance(block, Recommendation)]
+    advice = {"recommendation": answers[0]} if answers else {}
+    write_json(folder / "report.json", {"title": title, "version": __version__, **advice, **data})
     write_text(folder / "report.md", markdown(title, sections, lead=lead))
     html = page(title, sections, lead=lead, footer=footer)
     return write_text(folder / "report.html", html)

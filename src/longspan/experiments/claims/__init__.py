@@ -18,7 +18,7 @@ from longspan.experiments.claims.infini_passkey import INFINI_PASSKEY
 from longspan.experiments.claims.infini_pretrained import INFINI_PRETRAINED
 from longspan.experiments.claims.language_modelling import LANGUAGE_MODELLING
 from longspan.experiments.claims.maps import RMT_MAPS
-from longspan.experiments.claims.page import markdown, read_results, restore, save_result
+from longspan.experiments.claims.page import markdown, read_results, restore, save_result, write_page
 from longspan.experiments.claims.performer_approximation import PERFORMER_APPROXIMATION
 from longspan.experiments.claims.performer_protein import PERFORMER_PROTEIN
 from longspan.experiments.claims.performer_recovery import PERFORMER_RECOVERY
@@ -44,6 +44,7 @@ __all__ = [
     "read_results",
     "restore",
     "save_result",
+    "write_page",
 ]
 
 _ALL = (

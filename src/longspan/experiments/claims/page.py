@@ -1,12 +1,14 @@
 """Saved results of claims, and docs/claims.md, which is generated from them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from longspan.experiments.claims.base import Claim, Outcome, Size
 from longspan.files import read_json, read_object, write_atomically, write_json
+from longspan.report import Recommendation, Section, Table, write_report
+from longspan.report.markdown import table_lines
 from longspan.version import __version__
 
 _HEAD = """# Claims of the papers, reproduced
@@ -45,6 +47,30 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
     return path
 
 
+def write_page(folder: Path, claim: Claim, size: Size, outcome: Outcome) -> Path:
+    """Write the HTML report of a claim to a folder; return the path of the page."""
+    answer = Recommendation(
+        answer=f"{outcome.verdict.capitalize()}: {claim.text}",
+        reasons=[f"{figure.what}: {figure.ours}." for figure in outcome.figures if figure.paper],
+        limits=list(filter(None, [outcome.note, f"Measured with {outcome.size}."])),
+        commands=[_command(claim, size)],
+    )
+    sections = [
+        Section("What came out", [answer]),
+        Section("Numbers", [figure_table(outcome), *outcome.tables]),
+        *([Section("Figures", outcome.pictures)] if outcome.pictures else []),
+    ]
+    data = {"claim": claim.name, "verdict": outcome.verdict, "size": size, "data": outcome.data}
+    lead = f"{claim.text} ({claim.source})"
+    return write_report(folder, f"Claim {claim.name}", sections, data, lead=lead, footer="made by longspan reproduce")
+
+
+def figure_table(outcome: Outcome) -> Table:
+    """Return the measured numbers next to those of the paper as a table."""
+    rows = [(figure.what, figure.paper, figure.ours) for figure in outcome.figures]
+    return Table(columns=("measured", "paper", "here"), rows=rows)
+
+
 def restore(folder: Path, claim: Claim, size: Size, runs: Path) -> int:
     """Write what an earlier result in `folder` measured into a folder for runs; return the number of restored runs.
 
@@ -74,14 +100,6 @@ def read_results(folder: Path, order: Iterable[str]) -> list[dict[str, Any]]:
     return [read_json(folder / f"{name}.json") for name in order if (folder / f"{name}.json").is_file()]
 
 
-def _table(table: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a saved table in Markdown, with its caption above it."""
-    columns, rows = table["columns"], table["rows"]
-    lines = [table["caption"], ""] if table["caption"] else []
-    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
-
-
 def markdown(records: list[dict[str, Any]], folder: str = "claims") -> str:
     """Return the text of docs/claims.md for saved results."""
     lines = [_HEAD, "| claim | system | verdict | command |", "|---|---|---|---|"]
@@ -92,7 +110,7 @@ def markdown(records: list[dict[str, Any]], folder: str = "claims") -> str:
         lines += [f"| {figure['what']} | {figure['paper']} | {figure['ours']} |" for figure in record["figures"]]
         # results of earlier versions have no tables
         for table in record.get("tables", []):
-            lines += ["", *_table(table)]
+            lines += ["", table_lines(Table(**table))]
         lines += ["", f"**{record['verdict'].capitalize()}.** {record['note']}".rstrip(), ""]
         lines += [f"Size: {record['size']}. Command: `{record['command']}` ({record['minutes']:g} minutes)."]
         for drawn in record["pictures"]:

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 from longspan.contract.maps import device_and_dtype
-from longspan.experiments.checks import Check, check_table
+from longspan.experiments.checks import Check, check_table, conclusion
 from longspan.experiments.quickstart.measure import SURE, Reading
 from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.models import Encoder
-from longspan.report import Code, Passage, Picture, Section, Table, Text, write_report
+from longspan.report import Passage, Picture, Section, Table, Text, write_report
 from longspan.report.figures import Mark, Series, interval_series, line_figure, picture_of
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import PLACES
 from longspan.train import read_log
 
 TITLE = "longspan: recall a fact after two million tokens"
+NUMBERS = "All numbers on this page are in report.json next to it, the figures in figures/."
 
 
 def write(
@@ -32,15 +33,13 @@ def write(
     facts = _facts(model, recipe, log, readings, clock)
     most = recipe["train"]["max_segments"]
     sections = [
+        Section("What came out", [conclusion(checks, _reasons(readings, model, clock), _commands(run, output))]),
         Section("Checks", [check_table(checks)]),
         Section("Accuracy", [_accuracy(readings, most), _table(readings), *_example(model, task, readings)]),
         Section("Constant memory, constant speed", _constant(readings)),
         Section("Cost of a dense Transformer", _flops(model, task)),
         Section("Training", [_training(log)]),
-        Section("Details of the run", [Table(columns=("", ""), rows=facts)]),
-        Section(
-            "Next", [Code(_commands(run, output)), Text("All numbers on this page are in report.json next to it.")]
-        ),
+        Section("Details of the run", [Table(columns=("", ""), rows=facts), Text(NUMBERS)]),
     ]
     data = {
         "checks": [check.record() for check in checks],
@@ -252,14 +251,25 @@ def _facts(
     ]
 
 
-def _commands(run: Path, output: Path) -> str:
+def _reasons(readings: list[Reading], model: Any, clock: Clock) -> list[str]:
+    """Say how many questions were answered after the longest texts, and what that cost."""
+    last = readings[-1]
+    answers = [right for kind in last.answers.values() for right in kind.right]
+    state = f"{model.state_nbytes(1, 0):,} bytes per text"
+    return [
+        f"After {last.tokens:,} tokens the model answered {sum(answers)} of {len(answers)} questions.",
+        f"It kept {state} and read {last.tokens_per_second:,.0f} tokens per second.",
+        f"All of this took {clock.total / 60:.1f} minutes on this machine.",
+    ]
+
+
+def _commands(run: Path, output: Path) -> list[str]:
     """Return the commands to try next, as text for a shell."""
     name, folder = shlex.quote(str(run)), shlex.quote(str(output))
-    return "\n".join(
-        [
-            f"longspan eval {name} --segments 16,256 --count 128     # more questions",
-            f"longspan quickstart --reuse -o {folder}      # the same model",
-            "longspan reproduce rmt --full                  # three tasks, three seeds, with intervals",
-            "longspan quickstart-lm                         # a language model that streams a book",
-        ]
-    )
+    return [
+        f"longspan eval {name} --segments 16,256 --count 128     # more questions",
+        f"longspan quickstart --reuse -o {folder}      # the same model",
+        "longspan compare --data FILE                   # which mechanism learns your own text",
+        "longspan reproduce rmt --full                  # three tasks, three seeds, with intervals",
+        "longspan quickstart-lm                         # a language model that streams a book",
+    ]

@@ -8,16 +8,17 @@ from typing import Any
 
 from longspan.cli.console import interval
 from longspan.cli.runs import open_run
-from longspan.experiments.checks import Check, check_table
+from longspan.experiments.checks import Check, check_table, conclusion
 from longspan.experiments.quickstart_lm.plan import HEAD, INFERENCE, Plan
 from longspan.experiments.quickstart_lm.steps import Streamed, Written
 from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
-from longspan.report import Code, Picture, Quote, Section, Table, Text, si_bytes, write_report
+from longspan.report import Picture, Quote, Section, Table, Text, si_bytes, write_report
 from longspan.report.figures import Mark, Series, interval_series, line_figure, picture_of
 from longspan.train import Evaluation, read_log
 
 TITLE = "longspan: one text of any length, in constant memory"
+NUMBERS = "All numbers on this page are in report.json next to it, the figures in figures/."
 
 
 def write(
@@ -27,19 +28,13 @@ def write(
     log = read_log(plan.run / "log.jsonl")
     facts = _facts(plan, log, streamed, clock)
     sections = [
+        Section("What came out", [conclusion(checks, _reasons(plan, memory, streamed, clock), _commands(plan))]),
         Section("Checks", [check_table(checks)]),
         Section("The stream", _stream_blocks(plan, streamed)),
         Section("Length of the memory", _memory_blocks(plan, memory)),
         Section("Training", [_training_picture(log)]),
         Section("Generated text", _writing_blocks(written)),
-        Section("Details of the run", [Table(columns=("", ""), rows=facts)]),
-        Section(
-            "Next",
-            [
-                Code(_commands(plan)),
-                Text("All numbers on this page are in report.json next to it, the figures in figures/."),
-            ],
-        ),
+        Section("Details of the run", [Table(columns=("", ""), rows=facts), Text(NUMBERS)]),
     ]
     data = {
         "checks": [check.record() for check in checks],
@@ -215,15 +210,26 @@ def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clo
     ]
 
 
-def _commands(plan: Plan) -> str:
+def _reasons(plan: Plan, memory: dict[int, Evaluation], streamed: Streamed, clock: Clock) -> list[str]:
+    """Say what the memory saves, how much was read, and what that cost."""
+    longest = max(memory)
+    saved = interval(memory[longest].minus(memory[0]))
+    last = streamed.records[-1]
+    return [
+        f"With a memory of {longest:,} states the loss differs by {saved} bits per byte from that without.",
+        f"The text of {last['bytes']:,} bytes was read at {last['bytes'] / last['seconds']:,.0f} bytes per second.",
+        f"All of this took {clock.total / 60:.1f} minutes on this machine.",
+    ]
+
+
+def _commands(plan: Plan) -> list[str]:
     """Return the commands to try next, as text for a shell."""
     run, folder = shlex.quote(str(plan.run)), shlex.quote(str(plan.folder))
-    return "\n".join(
-        [
-            f"longspan eval {run} FILE                      # bits per byte of your own text",
-            f"longspan stream {run} FILE --save-state s     # any length; resume with --load-state s",
-            f"longspan generate {run} --prompt-file {folder}/prompt.txt",
-            f"longspan train --resume -o {run} --set train.minutes=30",
-            "longspan mixers                                # all mechanisms",
-        ]
-    )
+    return [
+        f"longspan eval {run} FILE                      # bits per byte of your own text",
+        f"longspan stream {run} FILE --save-state s     # any length; resume with --load-state s",
+        f"longspan generate {run} --prompt-file {folder}/prompt.txt",
+        f"longspan train --resume -o {run} --set train.minutes=30",
+        "longspan compare --data FILE                   # which mechanism learns your own text",
+        "longspan mixers                                # all mechanisms",
+    ]
