@@ -45,6 +45,7 @@ def record(bits: Sequence[float] | Array, **fields: Any) -> dict[str, Any]:
         "bounded": True,
         "bytes_per_token": 1.0,
         "mechanism": "window",
+        "made_of": "window(window=256)",
         "training": training,
         **fields,
     }

@@ -169,14 +169,18 @@ def compare(options: CompareOptions) -> int:
       longspan compare --data copy --set task.word=31 --mixers full,gated_delta
     """
     from longspan.comparison.advice import advise
+    from longspan.comparison.maps import look_at
     from longspan.comparison.report import write
 
     out = Path(check_output_folder(options.output, "--output"))
     if options.runs:
-        compared, setting = _existing(options, out)
+        compared, setting, reading = _existing(options, out)
         untried: list[str] = []
     else:
-        compared, setting, untried = _trained(options, out)
+        compared, setting, reading, untried = _trained(options, out)
+    say("looking at what the models read")
+    folders = {name: compared.record(name)["folder"] for name in compared.names}
+    setting = replace(setting, maps=look_at(folders, reading, out))
     advice = advise(compared, untried)
     path = write(out, compared, advice, setting)
     _show(compared, advice, setting, path, options)
@@ -196,7 +200,7 @@ def _reading(options: CompareOptions, *, is_task: bool) -> "Reading":
     return Samples(count=options.documents or Samples.count, reach=options.reach)
 
 
-def _existing(options: CompareOptions, out: Path) -> "tuple[Compared, Setting]":
+def _existing(options: CompareOptions, out: Path) -> "tuple[Compared, Setting, Reading]":
     """Measure existing runs; folders without a run of the same kind as the first are reported and skipped.
 
     Raises:
@@ -241,7 +245,7 @@ def _existing(options: CompareOptions, out: Path) -> "tuple[Compared, Setting]":
         how=[*differences_of(compared), machine()],
         commands=[_command(options)],
     )
-    return compared, setting
+    return compared, setting, reading
 
 
 def _was_trained_on(folder: str, source: str) -> bool:
@@ -253,8 +257,8 @@ def _was_trained_on(folder: str, source: str) -> bool:
     return any(name == source or Path(name).resolve() == Path(source).resolve() for name in names)
 
 
-def _trained(options: CompareOptions, out: Path) -> "tuple[Compared, Setting, list[str]]":
-    """Train and measure models; return them, how they were trained, and the names of recipes that were not.
+def _trained(options: CompareOptions, out: Path) -> "tuple[Compared, Setting, Reading, list[str]]":
+    """Train and measure models; return them, how they were trained, what they read, and the recipes that were not.
 
     Raises:
         ConfigError: an option is wrong.
@@ -282,7 +286,7 @@ def _trained(options: CompareOptions, out: Path) -> "tuple[Compared, Setting, li
     compared = compared_of(records, failures, reading)
     untried = [name for name in families() if name not in names]
     setting = setting_of(compared, plan, workers, data=options.data, command=_command(options))
-    return compared, setting, untried
+    return compared, setting, reading, untried
 
 
 def _workers(options: CompareOptions, began: float, runs: int) -> "Workers":
@@ -421,7 +425,7 @@ def _show(compared: "Compared", advice: "Advice", setting: "Setting", path: Path
     out = console()
     for line in (*advice.reasons, *advice.limits):
         out.print(line, markup=False, highlight=False)
-    tables = [*quality_tables(compared), cost_table(compared, setting.peaks)]
+    tables = [*quality_tables(compared), cost_table(compared, setting)]
     for table in (*tables, *failure_tables(compared)):
         out.print("")
         print_table(table, out)

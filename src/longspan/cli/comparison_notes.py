@@ -55,7 +55,9 @@ def setting_of(compared: "Compared", plan: "Plan", workers: "Workers", *, data: 
     from longspan.comparison.report import Setting
 
     training, model = plan.training, plan.jobs[0].recipe["model"]
-    begin = f"continued from the start {training.init}" if training.init else "from random weights"
+    begin = "from random weights"
+    if training.init:
+        begin = f"continued from the start {training.init} (the weights of a small model that was trained before)"
     sizes = f"Models of {model['num_layers']} layers of {model['dim']}, {begin}, were trained on"
     how = [_of_text(plan, data, sizes), *_exceptions(plan)] if training.is_text else [_of_task(plan, data, sizes)]
     return Setting(
@@ -64,6 +66,7 @@ def setting_of(compared: "Compared", plan: "Plan", workers: "Workers", *, data: 
         how=[*how, machine(workers)],
         commands=[command],
         peaks={name: cost.peak for name, cost in plan.costs.items()},
+        planned={job.name: job.steps * plan.costs[job.name].seconds for job in plan.jobs},
     )
 
 
@@ -81,11 +84,15 @@ def _duration(plan: "Plan") -> str:
 
 def _of_text(plan: "Plan", data: str, sizes: str) -> str:
     """Say how models were trained on a text."""
+    from longspan import tasks
+
     training = plan.training
+    documents = tasks.build(plan.jobs[0].recipe["task"]).documents("train")
     return (
-        f"{sizes} {data}, of which every tenth document is held out (or the last tenth, if there is one document). "
-        f"{_duration(plan)} A step reads {training.length:,} bytes: one piece, or {training.lanes} documents side by "
-        "side if the state is carried. The learning rate is constant and falls to zero in the last tenth."
+        f"{sizes} {data}: {documents.lengths.sum():,} bytes of {len(documents):,} documents, besides every tenth "
+        f"document, which is held out (or the last tenth, if there is one document). {_duration(plan)} A step reads "
+        f"{training.length:,} bytes: one piece, or {training.lanes} documents side by side if the state is carried. "
+        "The learning rate is constant and falls to zero in the last tenth."
     )
 
 

@@ -91,7 +91,7 @@ def _cost(compared: Compared, take: str) -> str:
     if training["seconds"]:
         parts.append(
             f"it was trained in {duration(training['seconds'])} ({training['steps']:,} steps, {training['tokens']:,} "
-            "tokens)"
+            f"{'bytes' if record['bytes_per_token'] == 1 and compared.unit == 'byte' else 'tokens'})"
         )
     parts.append(f"it reads {compared.mean(take, 'bytes_per_second'):,.0f} {compared.unit}s per second here")
     parts.append(f"a text needs {state_text(record['state'])}")

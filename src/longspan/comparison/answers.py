@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from longspan import tasks
-from longspan.comparison.measure import costs_of, fastest, training_of, weights_of
+from longspan.comparison.measure import costs_of, fastest, made_of, training_of, weights_of
 from longspan.comparison.results import Compared
 from longspan.errors import CheckpointError, LongspanError
 from longspan.files import data_digest, read_object, write_json
@@ -92,10 +92,10 @@ def measure_answers(folder: str | Path, asked: Samples, file: Path) -> dict[str,
     if not hasattr(model, "vocab_size") or not model.traits.causal:
         raise CheckpointError(f"{folder}: not a causal language model; `longspan compare` reads such runs only")
     lengths: dict[str, dict[str, Any]] = {}
-    first = _samples(task, folder, 1, asked.count)
+    first = test_samples(task, folder, 1, asked.count)
     answered = _answer(model, first, task.unit)
     for times in TIMES:
-        samples = first if times == 1 else _samples(task, folder, times, asked.count)
+        samples = first if times == 1 else test_samples(task, folder, times, asked.count)
         length = len(samples[0])
         if times > 1 and asked.reach and length > asked.reach:
             break
@@ -123,6 +123,7 @@ def measure_answers(folder: str | Path, asked: Samples, file: Path) -> dict[str,
         **costs_of(model),
         "bytes_per_token": 1.0,
         "mechanism": read_summaries(folder)[0].mechanism,
+        "made_of": made_of(recipe["model"]),
         "training": training_of(folder, recipe),
     }
     write_json(file, record)
@@ -138,14 +139,14 @@ def add_answer_speed(record: dict[str, Any], file: Path) -> dict[str, Any]:
         return record
     folder = Path(record["folder"])
     model, task = load_run(folder)
-    samples = _samples(task, folder, 1, ROWS)
+    samples = test_samples(task, folder, 1, ROWS)
     read = int(samples.lengths.sum())
     record = {**record, "bytes_per_second": read / fastest(lambda: _answer(model, samples, task.unit))}
     write_json(file, record)
     return record
 
 
-def _samples(task: Any, folder: Path, times: int, count: int) -> Documents:
+def test_samples(task: Any, folder: Path, times: int, count: int) -> Documents:
     """Return held-out samples of a task, `times` as long as those of its training.
 
     Args:

@@ -81,6 +81,8 @@ def why(compared: ComparedAnswers, take: str) -> str:
     """Say why a model is taken."""
     accuracy, count = _percent(compared.overall(take)), len(compared.runs)
     lengths = f"over samples of {compared.lengths[0]:,} to {compared.lengths[-1]:,} tokens"
+    reached = _reach(compared, take)
+    lengths += "" if reached is None else f", better than the most frequent answer up to {reached:,}"
     if count == 1:
         return f"{take} is the only model: {accuracy} % of answers {lengths}."
     if take == compared.best:
@@ -107,6 +109,12 @@ def limits(compared: ComparedAnswers) -> list[str]:
             f"Had not learned the task at its training length by the end of training: {', '.join(low)}. What needs "
             "many steps is often learned at once, so more training may change this."
         )
+    above = [name for name in compared.names if (_reach(compared, name) or 0) > compared.lengths[0]]
+    if len(low) < len(compared.names) and not above and len(compared.lengths) > 1:
+        lines.append(
+            f"No model answers samples longer than those of its training, {compared.lengths[0]:,} tokens: what was "
+            "learned depends on the length. Training on samples as long as those that you need would tell more."
+        )
     if compared.unsettled:
         lines.append(
             f"May be as good as {compared.best}: {', '.join(compared.unsettled)}. More samples (--documents) would "
@@ -115,7 +123,17 @@ def limits(compared: ComparedAnswers) -> list[str]:
     return lines
 
 
-def _has_learned(compared: ComparedAnswers, name: str) -> bool:
-    """Return whether a model is better than the most frequent answer at its training length, by the interval."""
-    accuracy = compared.accuracy(name, compared.lengths[0])
+def _has_learned(compared: ComparedAnswers, name: str, length: int = 0) -> bool:
+    """Return whether a model is better than the most frequent answer at a length, by the interval; 0: of training."""
+    accuracy = compared.accuracy(name, length or compared.lengths[0])
     return accuracy is not None and accuracy.low > compared.chance
+
+
+def _reach(compared: ComparedAnswers, name: str) -> int | None:
+    """Return the largest length up to which a model is better than the most frequent answer; None if at none."""
+    reached = None
+    for length in compared.lengths:
+        if not _has_learned(compared, name, length):
+            break
+        reached = length
+    return reached

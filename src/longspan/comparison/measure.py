@@ -128,6 +128,7 @@ def measure_run(folder: str | Path, held_out: HeldOut, file: Path) -> dict[str, 
         **costs_of(opened.model),
         "bytes_per_token": sum(lengths) / max(sum(len(size) for size in cut.sizes), 1),
         "mechanism": read_summaries(folder)[0].mechanism,
+        "made_of": made_of(recipe["model"]),
         "training": training_of(folder, recipe),
     }
     write_json(file, record)
@@ -377,6 +378,21 @@ def costs_of(model: Any) -> dict[str, Any]:
         "state": state,
         "bounded": bool(model.traits.streams and model.traits.bounded),
     }
+
+
+def made_of(model: Mapping[str, Any]) -> str:
+    """Return the mixers of a `[model]` table, and its memory, with the fields that were given: `window(window=256)`."""
+    mixers = dict.fromkeys(_call(mixer) for mixer in model.get("mixers", ()))
+    memory = model.get("memory")
+    parts = [" + ".join(mixers), *([f"recurrent {_call({'name': 'memory', **memory})}"] if memory else [])]
+    return " under ".join(filter(None, parts))
+
+
+def _call(table: Mapping[str, Any]) -> str:
+    """Return a table with a name as a call: `mixed_heads(window(window=128), routing(num_clusters=16))`."""
+    fields = [f"{key}={value}" for key, value in table.items() if key not in ("name", "mixers") and value is not None]
+    inner = [_call(mixer) for mixer in table.get("mixers", ())]
+    return f"{table['name']}({', '.join([*inner, *fields])})" if inner or fields else str(table["name"])
 
 
 def training_of(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:

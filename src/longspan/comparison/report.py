@@ -12,6 +12,7 @@ from typing import Any
 from longspan.comparison import answers_report
 from longspan.comparison.advice import Advice
 from longspan.comparison.answers import ComparedAnswers
+from longspan.comparison.maps import map_section
 from longspan.comparison.measure import COST_LENGTHS
 from longspan.comparison.results import FLAT, Compared
 from longspan.files import write_text
@@ -40,6 +41,10 @@ class Setting:
     """that make the comparison again, or go on from it"""
     peaks: Mapping[str, int] = field(default_factory=dict)
     """largest bytes of tensors in a training step by model, where they were measured"""
+    planned: Mapping[str, float] = field(default_factory=dict)
+    """seconds of training that were planned by model"""
+    maps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """what the models read, `measure_maps` by model"""
 
 
 def write(folder: Path, compared: Compared, advice: Advice, setting: Setting) -> Path:
@@ -58,9 +63,10 @@ def sections_of(compared: Compared, advice: Advice, setting: Setting) -> list[Se
     sections = [
         Section("What to take", [recommendation(compared, advice)]),
         *_quality_sections(compared),
-        Section("Cost", [cost_table(compared, setting.peaks), *_quality_picture(compared)]),
+        Section("Cost", [cost_table(compared, setting), *_quality_picture(compared)]),
         *([] if isinstance(compared, ComparedAnswers) else [Section("Where in a text", _range_pictures(compared))]),
     ]
+    sections += map_section(setting.maps)
     if curves := _curve_picture(compared):
         sections.append(Section("Training", curves))
     if compared.failures:
@@ -79,6 +85,8 @@ def recommendation(compared: Compared, advice: Advice) -> Recommendation:
     commands += [f"longspan stream {run} FILE"] if record["carries"] else []
     if isinstance(compared, ComparedAnswers):
         commands = [f"longspan eval {run}"]
+    steps = 4 * max(record["training"]["steps"], 1)
+    commands.append(f"longspan train --resume -o {run} --set train.steps={steps} --set train.minutes=600")
     answer, *reasons = advice.reasons
     return Recommendation(answer=answer, reasons=reasons, limits=advice.limits, commands=commands)
 
@@ -130,10 +138,17 @@ def loss_table(compared: Compared) -> Table:
     of_far = f"Far context: only bytes whose last {recurrence.CONTEXT} bytes occurred that far back or farther. "
     caption = (
         f"Held-out loss{', the lowest first' if reads_text else ' at the training length'}; differences are to {best}. "
-        f"{of_far if reads_text else ''}Training: the change from 65 % to 90 % of the steps; flat is a change of less "
-        f"than {FLAT}."
+        f"{of_far if reads_text else ''}End of training: the change from 65 % to 90 % of the steps; flat is a change "
+        f"of less than {FLAT}. Runs: their number, and the lowest and highest loss of several."
     )
-    columns = ("model", compared.loss_unit, "difference", *([far_column] if reads_text else []), "training", "seeds")
+    columns = (
+        "model",
+        compared.loss_unit,
+        "difference",
+        *([far_column] if reads_text else []),
+        "end of training",
+        "runs",
+    )
     return Table(columns=columns, rows=rows, caption=caption)
 
 
@@ -145,9 +160,9 @@ def _curve_text(compared: Compared, name: str) -> str:
     return f"{-fall:+.3f}, {compared.trend(name)}".replace("-", "−")
 
 
-def cost_table(compared: Compared, peaks: Mapping[str, int]) -> Table:
+def cost_table(compared: Compared, setting: Setting) -> Table:
     """Return the table of costs: training, reading, state, parameters."""
-    rows = []
+    rows, peaks = [], setting.peaks
     for name in compared.names:
         record = compared.record(name)
         state = record["state"]
@@ -156,6 +171,7 @@ def cost_table(compared: Compared, peaks: Mapping[str, int]) -> Table:
                 name,
                 f"{record['parameters']:,}",
                 duration(compared.mean(name, "training.seconds")),
+                *([duration(setting.planned[name]) if name in setting.planned else ""] if setting.planned else []),
                 *([si_bytes(peaks[name]) if name in peaks else ""] if peaks else []),
                 f"{compared.mean(name, 'bytes_per_second'):,.0f}",
                 f"{record['flops'] / record['bytes_per_token'] / 1e6:,.2f}",
@@ -163,20 +179,16 @@ def cost_table(compared: Compared, peaks: Mapping[str, int]) -> Table:
             )
         )
     unit = "B" if compared.unit == "byte" else compared.unit
-    memory, of_memory = (["memory"], "; its memory: tensors of one step, with the weights") if peaks else ([], "")
     columns = (
-        "model",
-        "parameters",
-        "training",
-        *memory,
-        f"reads {unit}/s",
-        f"MFLOPs/{unit}",
-        "state at 2 k",
-        "at 1 M",
+        *("model", "parameters", "training", *(["planned"] if setting.planned else [])),
+        *(["memory"] if peaks else []),
+        *(f"reads {unit}/s", f"MFLOPs/{unit}", "state at 2 k", "at 1 M"),
     )
     caption = (
-        f"Costs. Training: its time{of_memory}. Reading: {compared.unit}s per second, and FLOPs of one more after "
-        f"{COST_LENGTHS[0]:,} tokens. State: of one text after 2,048 and after a million tokens, in fp32, computed."
+        f"Costs. Training: its time{', and the time that was planned' if setting.planned else ''}"
+        f"{'; its memory: tensors of one step, with the weights' if peaks else ''}. Reading: {compared.unit}s per "
+        f"second, and FLOPs of one more after {COST_LENGTHS[0]:,} tokens. State: what a model keeps of one text while "
+        "it reads on, after 2,048 and after a million tokens, in fp32, computed."
     )
     return Table(columns=columns, rows=rows, right=tuple(range(1, len(columns))), caption=caption)
 
@@ -187,11 +199,18 @@ def method_table(compared: Compared) -> Table:
     for name in compared.names:
         record = compared.record(name)
         training = record["training"]
-        start = training["init"] or "random weights"
+        start, kind = training["init"] or "random weights", record["made_of"] or record["mechanism"]
         rows.append(
-            (name, record["mechanism"], start, f"{training['steps']:,}", f"{training['tokens']:,}", record["reading"])
+            (
+                name,
+                kind,
+                start,
+                f"{training['steps']:,}",
+                f"{training['tokens']:,}",
+                record["reading"],
+            )
         )
-    columns = ("model", "mechanism", "start", "steps", "tokens", "how it reads")
+    columns = ("model", "made of", "start", "steps", "tokens", "how it reads")
     return Table(columns=columns, rows=rows, right=(3, 4))
 
 
@@ -315,6 +334,11 @@ def _intervals_text(compared: Compared) -> str:
     """Say what the intervals are."""
     record = compared.record(compared.best)
     count = len(record["units"])
+    if isinstance(compared, ComparedAnswers):
+        return (
+            f"Brackets of accuracies are 95 % Wilson intervals over {count} samples, those of losses and differences "
+            "bootstrap intervals that resample them; those of differences are paired."
+        )
     what = "whole documents" if compared.blocks == "documents" else "equal parts of the text, as it has few documents"
     if count < 2:
         return "No intervals: the text is too short to be split into parts."

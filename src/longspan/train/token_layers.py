@@ -240,6 +240,16 @@ class LayerWatch:
             for start, offset in zip(range(first, last, size), offsets, strict=True)
         ]
 
+    def mean_weights(self) -> Array | None:
+        """Return the weights of queries and keys, (tokens, tokens) fp64, the mean over layers; None if none has any."""
+        mean = self._mean_weights()
+        return None if mean is None else mean.cpu().double().numpy()
+
+    def _mean_weights(self) -> Tensor | None:
+        """Return the mean weights of the layers that have some."""
+        weighed = [layer.weights for layer in self._layers if layer.weights is not None]
+        return functools.reduce(torch.add, weighed) / len(weighed) if weighed else None
+
     def views(self) -> list[LayerView]:
         """Return the views of the layers in order; if several have weights, first that of their mean, with number 0."""
         of_model = list(self._of_model.diagnostics.values())
@@ -247,7 +257,7 @@ class LayerWatch:
         weighed = [layer.weights for layer in self._layers if layer.weights is not None]
         if len(weighed) > 1:
             mean = _LayerNumbers(0, None, self.span)
-            mean.weights = functools.reduce(torch.add, weighed) / len(weighed)
+            mean.weights = self._mean_weights()
             mean.read = np.logical_or.reduce([layer.read for layer in self._layers])
             views.insert(0, mean.view(of_model))
         return views
