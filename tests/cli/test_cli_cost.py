@@ -109,8 +109,22 @@ def test_a_pretrained_model(longspan: Command, tmp_path: Path) -> None:
     window, infini = figures(longspan, source, "--mixers", "window,infini", *options)["models"]
     assert window["at"][0]["state_bytes"] < original["at"][0]["state_bytes"]
     assert infini["parameters"] == original["parameters"] + 8
-    assert "--training: is measured for recipes" in longspan("cost", source, "--training").error
+    assert "is not a converted model as it is trained" in longspan("cost", source, "--training").error
     assert "leave --mixers out" in longspan("cost", source, "--mixers", "window", "--time").error
+
+
+def test_memory_of_training_a_converted_model(longspan: Command, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from tests.hf.conftest import save_llama
+
+    source, folder = save_llama(tmp_path / "source"), tmp_path / "converted"
+    assert longspan("convert", source, "--to", "infini", "--segment", 64, "-o", folder).code == 0
+    (converted,) = figures(longspan, folder, "--training", "--memory", "1GB")["models"]
+    training = converted["training"]
+    # adapters alone have gradients and states of the optimizer, so most of it grows with the length
+    assert 0 < training["fixed"] < training["per_token"] * 2048
+    refused = longspan("cost", folder, "--training", "--mixers", "window")
+    assert "give that folder without --mixers" in refused.error
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`longspan cost`: parameters, FLOPs and bytes of a model as functions of the length, before anything is trained."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,8 @@ def cost(options: CostOptions) -> None:
 
     The figures are sums over the layers as configured, so mixed and converted models are counted layer by layer, and
     states are exact to the byte. FLOPs count 2 per multiply-add. With --training, the peak memory of a training step
-    is measured at two lengths, since it grows in proportion to the length. It is that of tensors: on Linux a process
+    is measured at two lengths, since it grows in proportion to the length; of a converted model, with the fields of the
+    recipe pretrained. It is that of tensors: on Linux a process
     takes up to twice as much, unless MALLOC_MMAP_THRESHOLD_=65536 makes it give freed memory back. With --time, a few
     training steps, a text of 2,048 tokens and 16 new ones are timed.
 
@@ -241,7 +243,7 @@ def _measure(
     weights = parameters * dtype.itemsize
     # a classifier over a recurrent memory adds one map per text
     model = getattr(counted.model, "recurrent", counted.model)
-    training = _training(counted.recipe, options.batch) if options.training else None
+    training = _training(counted, options) if options.training else None
     return ModelCost(
         name=counted.name,
         parameters=parameters,
@@ -258,6 +260,7 @@ def _speed(counted: Counted, options: CostOptions) -> "Speed":
     """Measure how fast this machine trains, reads and continues a text with a model."""
     from longspan.cli.runs import open_any_run
     from longspan.models import build_model
+    from longspan.models.io import is_converted
     from longspan.train.speed import measure_speed
     from longspan.train.training_memory import text_training
 
@@ -266,21 +269,45 @@ def _speed(counted: Counted, options: CostOptions) -> "Speed":
     say(f"{counted.name}: measuring its speed")
     if counted.recipe is not None:
         return measure_speed(build_model(counted.recipe["model"]), text_training(counted.recipe))
+    if is_converted(options.model):
+        recipe = _tuning(options)
+        return measure_speed(build_model(recipe["model"]), text_training(recipe))
     return measure_speed(open_any_run(options.model, device="cpu")[0], None)
 
 
-def _training(recipe: dict[str, Any] | None, rows: int) -> "TrainingMemory":
-    """Measure the memory of training the model of a recipe with `rows` rows per step."""
+def _training(counted: Counted, options: CostOptions) -> "TrainingMemory":
+    """Measure the memory of training a model with `--batch` rows per step.
+
+    Raises:
+        ConfigError: a pretrained model that is not converted.
+    """
     from dataclasses import replace
 
     from longspan.models import build_model
     from longspan.train.training_memory import text_training, training_memory
 
-    if recipe is None:
+    recipe = counted.recipe or _tuning(options)
+    config = text_training(recipe)
+    # of as many parts as the rows can be split into
+    parts = math.gcd(options.batch, config.accumulation)
+    return training_memory(build_model(recipe["model"]), replace(config, lanes=options.batch, accumulation=parts))
+
+
+def _tuning(options: CostOptions) -> dict[str, Any]:
+    """Return the recipe `pretrained` for a converted model; raises ConfigError if the model is not converted."""
+    from longspan.config import read_toml
+    from longspan.models.io import is_converted
+    from longspan.train import pretrained
+    from longspan.train.recipes import find_recipe
+
+    if options.mixers or not is_converted(options.model):
         raise ConfigError(
-            "--training: is measured for recipes and runs of text, not for pretrained models; leave it out"
+            f"--training: {options.model} is not a converted model as it is trained; convert it, and give that folder "
+            "without --mixers"
         )
-    return training_memory(build_model(recipe["model"]), replace(text_training(recipe), lanes=rows))
+    recipe = read_toml(find_recipe("pretrained.toml"))
+    pretrained.register_kind()
+    return pretrained.complete_recipe({**recipe, "model": {**recipe["model"], "source": options.model}})
 
 
 def _tables(costs: list[ModelCost], lengths: list[int], options: CostOptions) -> "list[tuple[str, Table]]":

@@ -10,12 +10,15 @@ MALLOC_MMAP_THRESHOLD_=65536 it gives them back, at the price of some time.
 import math
 import statistics
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch.distributed._tools.mem_tracker import MemTracker
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from longspan.config import from_dict
 from longspan.errors import UnsupportedError
@@ -103,16 +106,64 @@ def step_cost(model: Any, config: TrainConfig, timed: int = 0) -> StepCost:
         began = time.perf_counter()
         optimization.step(source, 1 + step, 1e-6)
         seconds.append(time.perf_counter() - began)
-    tracker = MemTracker()
-    tracker.track_external(model, optimization.optimizer)
-    with tracker:
+    with PeakBytes(_tensors_of(model, optimization.optimizer)) as tracker:
         optimization.step(source, 1 + timed, 1e-6)
-    (peak,) = tracker.get_tracker_snapshot("peak").values()
     return StepCost(
-        peak=int(peak["Total"]) - weight_bytes(model),
+        peak=tracker.peak - weight_bytes(model),
         seconds=statistics.median(seconds) if seconds else 0.0,
         fastest=min(seconds, default=0.0),
     )
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive at a time while the context is open.
+
+    torch's own `MemTracker` also tells modules and kinds of tensors apart, but cannot track models whose parameters are
+    partly frozen (torch 2.13), such as those with adapters.
+
+    Args:
+        tensors: those that exist already and count.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+        for tensor in tensors:
+            self._add(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count its new tensors."""
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._add, out)
+        return out
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor, until it is freed, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, key, size).atexit = False
+
+    def _remove(self, key: int, size: int) -> None:
+        """Take away a storage that was freed."""
+        self._known.discard(key)
+        self.live -= size
+
+
+def _tensors_of(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Yield the parameters, gradients and buffers of a model, and the state of its optimizer."""
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from model.buffers()
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def step_bytes(model: Any, config: TrainConfig) -> int:
