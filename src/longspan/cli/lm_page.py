@@ -82,9 +82,9 @@ def conclusion(figures: Figures) -> Recommendation:
         if math.isnan(gain.low):
             how = f"differs by {signed(gain)} bits, without an interval"
         elif gain.high < 0 or gain.low > 0:
-            how = f"is {'better' if gain.high < 0 else 'worse'} by {signed(gain)} bits"
+            how = f"is {'better' if gain.high < 0 else 'worse'}: {signed(gain)} bits"
         else:
-            how = f"is not told from it: {signed(gain)} bits"
+            how = f"may be equal: {signed(gain)} bits"
         reasons.append(f"Relative to {other} it {how}.")
     limits = list(figures.notes)
     if math.isnan(loss.low):

@@ -52,7 +52,7 @@ def write_page(folder: Path, claim: Claim, size: Size, outcome: Outcome) -> Path
     answer = Recommendation(
         answer=f"{outcome.verdict.capitalize()}: {claim.text}",
         reasons=[f"{figure.what}: {figure.ours}." for figure in outcome.figures if figure.paper],
-        limits=list(filter(None, [outcome.note, f"Measured with {outcome.size}."])),
+        limits=list(filter(None, [outcome.note, f"Size: {outcome.size}."])),
         commands=[_command(claim, size)],
     )
     sections = [
@@ -61,7 +61,7 @@ def write_page(folder: Path, claim: Claim, size: Size, outcome: Outcome) -> Path
         *([Section("Figures", outcome.pictures)] if outcome.pictures else []),
     ]
     data = {"claim": claim.name, "verdict": outcome.verdict, "size": size, "data": outcome.data}
-    lead = f"{claim.text} ({claim.source})"
+    lead = f"A claim of {claim.source}, about {claim.system}."
     return write_report(folder, f"Claim {claim.name}", sections, data, lead=lead, footer="made by longspan reproduce")
 
 
