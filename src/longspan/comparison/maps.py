@@ -119,12 +119,12 @@ def quantities(views: Sequence[LayerView]) -> list[dict[str, Any]]:
     values: dict[str, list[Array]] = {}
     captions: dict[str, str] = {}
     for view in views:
-        for told in view.diagnostics:
-            finite = told.values[np.isfinite(told.values)]
-            if told.discrete or not len(finite):
+        for diagnostic in view.diagnostics:
+            finite = diagnostic.values[np.isfinite(diagnostic.values)]
+            if diagnostic.discrete or not len(finite):
                 continue
-            values.setdefault(told.name, []).append(finite)
-            captions[told.name] = told.caption
+            values.setdefault(diagnostic.name, []).append(finite)
+            captions[diagnostic.name] = diagnostic.caption
     joined = {name: np.concatenate(parts) for name, parts in values.items()}
     return [
         {
@@ -190,14 +190,14 @@ def _distance_pictures(maps: Mapping[str, Mapping[str, Any]]) -> list[Block]:
 def _quantity_tables(maps: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """Return the table of learned quantities: gates, spans, alphas and the like."""
     rows = [
-        (name, told["name"], f"{told['mean']:.3g}", f"{told['low']:.3g}", f"{told['high']:.3g}", told["caption"])
+        (name, quantity["name"], *(f"{quantity[key]:.3g}" for key in ("mean", "low", "high")), quantity["caption"])
         for name, one in maps.items()
-        for told in one["quantities"]
+        for quantity in one["quantities"]
     ]
     if not rows:
         return []
     columns = ("model", "quantity", "mean", "lowest", "highest", "what it is")
-    caption = "What the mechanisms tell of themselves, over layers, heads and tokens."
+    caption = "Quantities of the mechanisms, over layers, heads and tokens."
     return [Table(columns=columns, rows=rows, right=(2, 3, 4), caption=caption)]
 
 
