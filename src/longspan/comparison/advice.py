@@ -56,7 +56,7 @@ def _why(compared: Compared, take: str) -> str:
     """Say why a model is taken."""
     if isinstance(compared, ComparedAnswers):
         why = answers_report.why(compared, take)
-        return why if take == compared.best else f"{why}{_because(compared, take)}."
+        return why if why.endswith(".") else f"{why}{_because(compared, take)}."
     bits, count = compared.bits(take), len(compared.runs)
     loss = f"{interval(bits, 3)} bits per byte"
     if count == 1:
@@ -89,9 +89,12 @@ def _cost(compared: Compared, take: str) -> str:
     training = record["training"]
     parts = []
     if training["seconds"]:
+        # the log counts what is scored
+        unit = "bytes" if record["bytes_per_token"] == 1 and compared.unit == "byte" else "tokens"
+        unit = "scored tokens" if isinstance(compared, ComparedAnswers) else unit
         parts.append(
             f"it was trained in {duration(training['seconds'])} ({training['steps']:,} steps, {training['tokens']:,} "
-            f"{'bytes' if record['bytes_per_token'] == 1 and compared.unit == 'byte' else 'tokens'})"
+            f"{unit})"
         )
     parts.append(f"it reads {compared.mean(take, 'bytes_per_second'):,.0f} {compared.unit}s per second here")
     parts.append(f"a text needs {state_text(record['state'])}")

@@ -83,6 +83,13 @@ def why(compared: ComparedAnswers, take: str) -> str:
     lengths = f"over samples of {compared.lengths[0]:,} to {compared.lengths[-1]:,} tokens"
     reached = _reach(compared, take)
     lengths += "" if reached is None else f", better than the most frequent answer up to {reached:,}"
+    if not any(_has_learned(compared, name) for name in compared.names):
+        return (
+            f"No model has learned the task, so none is recommended: none is above the {100 * compared.chance:.1f} % "
+            f"of the most frequent answer. The highest accuracy is that of {compared.best}, "
+            f"{_percent(compared.overall(compared.best))} %. Longer training (--budget), an easier task (--set "
+            "task.FIELD=VALUE) or a smaller model may help."
+        )
     if count == 1:
         return f"{take} is the only model: {accuracy} % of answers {lengths}."
     if take == compared.best:
@@ -99,12 +106,7 @@ def limits(compared: ComparedAnswers) -> list[str]:
     """Say what the accuracies do not settle."""
     lines = []
     low = [name for name in compared.names if not _has_learned(compared, name)]
-    if len(low) == len(compared.names):
-        lines.append(
-            f"No model has learned the task: none is above the {100 * compared.chance:.1f} % of the most frequent "
-            "answer. Longer training (--budget), an easier task (--set task.FIELD=VALUE) or a smaller model may help."
-        )
-    elif low:
+    if 0 < len(low) < len(compared.names):
         lines.append(
             f"Had not learned the task at its training length by the end of training: {', '.join(low)}. What needs "
             "many steps is often learned at once, so more training may change this."
