@@ -1,8 +1,8 @@
 """Resident memory that a process takes for a training step, measured at two lengths in processes of their own.
 
 The allocator keeps much of what tensors gave back, by a share that depends on the mechanism: a process of its own for
-each length gives what a training really takes. It grows with the tokens of a row nearly as the
-bytes of tensors do: blocks of 32 MiB and more are given back at once, so long rows may take less or more than a line.
+each length gives what a training really takes. It grows with the tokens of a row nearly as the bytes of tensors do:
+blocks of 32 MiB and more are given back at once, so long rows may take less or more than a line.
 """
 
 import json
