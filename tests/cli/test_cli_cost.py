@@ -9,6 +9,8 @@ from tests.cli.command import Command
 
 from longspan.cli.cost import size
 from longspan.errors import ConfigError
+from longspan.train import process_memory
+from longspan.train.config import TrainConfig
 
 
 def figures(longspan: Command, *arguments: object) -> Any:
@@ -113,14 +115,25 @@ def test_a_pretrained_model(longspan: Command, tmp_path: Path) -> None:
     assert "leave --mixers out" in longspan("cost", source, "--mixers", "window", "--time").error
 
 
-def test_memory_of_training_a_converted_model(longspan: Command, tmp_path: Path) -> None:
+def test_memory_of_training_a_converted_model(
+    longspan: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("peft")
     from tests.hf.conftest import save_llama
 
     source, folder = save_llama(tmp_path / "source"), tmp_path / "converted"
     assert longspan("convert", source, "--to", "infini", "--segment", 64, "-o", folder).code == 0
+
+    def in_a_process(table: dict[str, Any], config: TrainConfig) -> dict[str, int]:
+        """Stands for processes, which take seconds."""
+        assert (table["source"], config.lanes) == (str(folder), 1)
+        return {"resident": 400_000_000, "taken": 1_000_000 + 500 * config.segment_length}
+
+    monkeypatch.setattr(process_memory, "in_a_process", in_a_process)
     (converted,) = figures(longspan, folder, "--training", "--memory", "1GB")["models"]
-    training = converted["training"]
+    training, process = converted["training"], converted["process"]
+    assert (process["fixed"], process["per_token"], process["weights"]) == (1_000_000, 500, 400_000_000)
+    assert converted["longest_trained"] == (1_000_000_000 - 401_000_000) // 500
     # adapters alone have gradients and states of the optimizer, so most of it grows with the length
     assert 0 < training["fixed"] < training["per_token"] * 2048
     refused = longspan("cost", folder, "--training", "--mixers", "window")

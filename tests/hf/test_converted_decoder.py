@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from tests.hf.conftest import ids, make, save_llama
+from tests.laws.checks.cost import COUNTED
+from torch.utils.flop_counter import FlopCounterMode
 
 import longspan as ls
 from longspan import hf
@@ -42,6 +44,18 @@ def test_a_session_streams_a_converted_model() -> None:
     torch.testing.assert_close(nats[1:].double(), losses, rtol=1e-5, atol=1e-5)
     with pytest.raises(DataError, match="must be from 0 to 28"):
         decoder(torch.tensor([[30]]))
+
+
+@pytest.mark.parametrize("mixer", ["window", "lsh", "routing", "adaptive_span", "memorizing", "window_linear"])
+def test_a_first_call_computes_what_is_announced(mixer: str) -> None:
+    """No scores of unused columns of a state, of which these mechanisms have many."""
+    model = make("llama")
+    hf.convert(model, mixer)
+    decoder, text = ConvertedDecoder(model), ids(1, 100)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        _, state = decoder(text)
+    assert decoder.flops(100) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert ls.state.nbytes(state) == decoder.state_nbytes(1, 100, torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -92,7 +92,8 @@ class ModelCost(NamedTuple):
         at: by length.
         streamed: largest number of tokens whose state fits into the memory beside the weights; None = no limit, or no
             memory was given.
-        training: memory of a training step; None = not measured.
+        training: bytes of tensors in a training step; None = not measured.
+        process: bytes that a process takes for one, beyond what is resident before it; None = not measured.
         trained: longest row whose training fits into the memory; None = not measured, or no memory was given.
         speed: of this machine; None = not measured.
     """
@@ -103,6 +104,7 @@ class ModelCost(NamedTuple):
     at: "dict[int, Footprint]"
     streamed: int | None
     training: "TrainingMemory | None"
+    process: "TrainingMemory | None"
     trained: int | None
     speed: "Speed | None"
 
@@ -128,9 +130,9 @@ def cost(options: CostOptions) -> None:
     The figures are sums over the layers as configured, so mixed and converted models are counted layer by layer, and
     states are exact to the byte. FLOPs count 2 per multiply-add. With --training, the peak memory of a training step
     is measured at two lengths, since it grows in proportion to the length; of a converted model, with the fields of the
-    recipe pretrained. It is that of tensors: on Linux a process
-    takes up to twice as much, unless MALLOC_MMAP_THRESHOLD_=65536 makes it give freed memory back. With --time, a few
-    training steps, a text of 2,048 tokens and 16 new ones are timed.
+    recipe pretrained. The first figures are those of its tensors, the others what a process takes beyond imports and
+    weights: on Linux up to twice as much, unless MALLOC_MMAP_THRESHOLD_=65536 makes it give freed memory back. With
+    --time, a few training steps, a text of 2,048 tokens and 16 new ones are timed.
 
     Examples:
       longspan cost lm/window
@@ -243,7 +245,7 @@ def _measure(
     weights = parameters * dtype.itemsize
     # a classifier over a recurrent memory adds one map per text
     model = getattr(counted.model, "recurrent", counted.model)
-    training = _training(counted, options) if options.training else None
+    training, process = _training(counted, options) if options.training else (None, None)
     return ModelCost(
         name=counted.name,
         parameters=parameters,
@@ -251,7 +253,8 @@ def _measure(
         at={length: footprint(model, length, batch_size=options.batch, dtype=dtype) for length in lengths},
         streamed=None if budget is None else longest_state(model, max(budget - weights, 0), dtype),
         training=training,
-        trained=None if training is None or budget is None else training.longest(budget),
+        process=process,
+        trained=None if training is None or budget is None else (process or training).longest(budget),
         speed=_speed(counted, options) if options.time else None,
     )
 
@@ -275,22 +278,32 @@ def _speed(counted: Counted, options: CostOptions) -> "Speed":
     return measure_speed(open_any_run(options.model, device="cpu")[0], None)
 
 
-def _training(counted: Counted, options: CostOptions) -> "TrainingMemory":
-    """Measure the memory of training a model with `--batch` rows per step.
+def _training(counted: Counted, options: CostOptions) -> "tuple[TrainingMemory, TrainingMemory | None]":
+    """Measure the memory of training a model with `--batch` rows per step: of its tensors, and of a process.
+
+    The latter is None on systems that do not report the memory of a process.
 
     Raises:
         ConfigError: a pretrained model that is not converted.
     """
     from dataclasses import replace
 
+    from longspan.errors import UnsupportedError
     from longspan.models import build_model
+    from longspan.train.process_memory import process_memory
     from longspan.train.training_memory import text_training, training_memory
 
     recipe = counted.recipe or _tuning(options)
     config = text_training(recipe)
     # of as many parts as the rows can be split into
     parts = math.gcd(options.batch, config.accumulation)
-    return training_memory(build_model(recipe["model"]), replace(config, lanes=options.batch, accumulation=parts))
+    config = replace(config, lanes=options.batch, accumulation=parts)
+    tensors = training_memory(build_model(recipe["model"]), config)
+    try:
+        return tensors, process_memory(recipe["model"], config)
+    except UnsupportedError as error:
+        say(f"{counted.name}: {error}")
+        return tensors, None
 
 
 def _tuning(options: CostOptions) -> dict[str, Any]:
@@ -329,6 +342,7 @@ def _tables(costs: list[ModelCost], lengths: list[int], options: CostOptions) ->
         columns = ["model", "parameters", "weights"]
         columns += [f"longest text to stream in {options.memory}"] if options.memory else []
         columns += ["training, fixed", "training, per token of a row"] if options.training else []
+        columns += ["process, fixed", "process, per token of a row"] if options.training else []
         columns += [f"longest row to train in {options.memory}"] if options.training and options.memory else []
         pages.append(("", Table(columns=columns, rows=limits, right=tuple(range(1, len(columns))))))
     if options.time:
@@ -398,7 +412,8 @@ def _limits(cost: ModelCost, options: CostOptions) -> list[str]:
     if options.memory:
         line.append("no limit" if cost.streamed is None else f"{cost.streamed:,}")
     if cost.training is not None:
-        line += [si_bytes(cost.training.fixed), si_bytes(cost.training.per_token)]
+        for memory in (cost.training, cost.process):
+            line += ["-", "-"] if memory is None else [si_bytes(memory.fixed), si_bytes(memory.per_token)]
     if cost.trained is not None:
         line.append(f"{cost.trained:,}")
     return line
@@ -428,7 +443,9 @@ def _plain(costs: list[ModelCost], lengths: list[int], options: CostOptions) -> 
                 "weight_bytes": cost.weights,
                 "at": [to_dict(at) for at in cost.at.values()],
                 **({"longest_streamed": cost.streamed} if options.memory else {}),
+                **({"longest_trained": cost.trained} if cost.trained is not None else {}),
                 **({"training": to_dict(cost.training)} if cost.training is not None else {}),
+                **({"process": to_dict(cost.process)} if cost.process is not None else {}),
                 **(_plain_speed(cost) if cost.speed is not None else {}),
             }
             for cost in costs

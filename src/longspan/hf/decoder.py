@@ -181,12 +181,13 @@ class ConvertedDecoder(nn.Module):
         if not is_valid:
             raise DataError(f"a token id is outside the vocabulary: must be from 0 to {self.vocab_size - 1}")
         cache = StateCache([True] * len(self.layers))
-        before = self.init_state(tokens.shape[0]) if state is None else state
         slots = cast(list[StateLayer], cache.layers)
-        # one column per token, so that transformers derives the right positions from it
-        columns = int(before.live.max())
-        for slot, layer_state in zip(slots, before.layers, strict=True):
-            slot.state, slot.columns, slot.is_initialized = layer_state, columns, True
+        # without a state the slots stay empty: mechanisms would compute scores of the unused columns of an empty one
+        if state is not None:
+            # one column per token, so that transformers derives the right positions from it
+            columns = int(state.live.max())
+            for slot, layer_state in zip(slots, state.layers, strict=True):
+                slot.state, slot.columns, slot.is_initialized = layer_state, columns, True
         mask, aux_losses = call.get("mask"), call.get("aux_losses")
         options |= {"attention_mask": None if mask is None else mask.long(), "reset": call.get("reset"), CACHE: cache}
         with all_or_nothing():

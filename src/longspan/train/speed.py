@@ -10,7 +10,7 @@ import torch
 from longspan.cost import Footprint
 from longspan.train.config import TrainConfig
 from longspan.train.reading_cost import reading_cost
-from longspan.train.training_memory import step_cost
+from longspan.train.training_memory import is_language_model, step_cost
 
 BASE = 2_048
 """tokens of the text whose reading is timed"""
@@ -43,8 +43,8 @@ def measure_speed(model: Any, config: TrainConfig | None) -> Speed:
     """Measure a model on random text; its weights change if it is trained.
 
     Args:
-        model: a causal language model on the CPU.
-        config: of the training; None: it is not timed.
+        model: on the CPU.
+        config: of the training; None: it is not timed, nor that of a model that is no causal language model.
     """
     tokens = np.random.default_rng(0).integers(0, min(model.vocab_size, 256), BASE)
     model.eval()
@@ -55,7 +55,7 @@ def measure_speed(model: Any, config: TrainConfig | None) -> Speed:
     else:
         read, written = BASE / min(_seconds_of_a_call(model, tokens) for _ in range(TIMES)), None
     trained = None
-    if config is not None:
+    if config is not None and is_language_model(model):
         model.train()
         step = step_cost(model, config, timed=TIMES)
         trained = config.segment_length * config.bptt_segments * config.lanes / step.fastest

@@ -4,7 +4,8 @@ Everything that a step stores grows in proportion to the tokens of a row, becaus
 all queries times all keys. So two lengths give the line.
 
 Tensors are counted. A process takes up to twice as much on Linux, because glibc keeps freed blocks in a heap; with
-MALLOC_MMAP_THRESHOLD_=65536 it gives them back, at the price of some time.
+MALLOC_MMAP_THRESHOLD_=65536 it gives them back, at the price of some time. `longspan.train.process_memory` measures
+what the process takes.
 """
 
 import math
@@ -81,6 +82,25 @@ def text_training(recipe: Mapping[str, Any]) -> TrainConfig:
     return replace(config, stages=None, init="")
 
 
+def training_on_random_text(model: Any, config: TrainConfig, steps: int) -> tuple[Optimization, DocumentSource]:
+    """Return the optimizer of a model, and random text for so many steps.
+
+    Args:
+        model: a causal language model on the CPU.
+        config: of the training, without stages.
+        steps: to make, at least 1.
+    """
+    tokenizer = Bytes()
+    length = config.segment_length * config.bptt_segments
+    random = np.random.default_rng(0)
+    texts = [
+        TextDocument(random.integers(0, min(model.vocab_size, _BYTES), (2 + steps) * length, dtype=np.uint8), tokenizer)
+        for _ in range(config.lanes)
+    ]
+    documents = Documents(texts, [str(number) for number in range(config.lanes)])
+    return Optimization(model, config, Group()), DocumentSource(model, documents, config, Group())
+
+
 def step_cost(model: Any, config: TrainConfig, timed: int = 0) -> StepCost:
     """Measure a training step after the first one, which creates the state of the optimizer.
 
@@ -91,15 +111,7 @@ def step_cost(model: Any, config: TrainConfig, timed: int = 0) -> StepCost:
         config: of the training; `segment_length`, `lanes`, `bptt_segments`, `accumulation` and `dtype` matter.
         timed: steps that are timed, before the one whose memory is measured.
     """
-    tokenizer = Bytes()
-    length = config.segment_length * config.bptt_segments
-    random = np.random.default_rng(0)
-    texts = [
-        TextDocument(random.integers(0, min(model.vocab_size, _BYTES), (4 + timed) * length, dtype=np.uint8), tokenizer)
-        for _ in range(config.lanes)
-    ]
-    documents = Documents(texts, [str(number) for number in range(config.lanes)])
-    optimization, source = Optimization(model, config, Group()), DocumentSource(model, documents, config, Group())
+    optimization, source = training_on_random_text(model, config, 2 + timed)
     optimization.step(source, 0, 1e-6)
     seconds = []
     for step in range(timed):
@@ -126,7 +138,7 @@ class PeakBytes(TorchDispatchMode):
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: set[int] = set()
         for tensor in tensors:
@@ -186,12 +198,33 @@ def training_memory(model: Any, config: TrainConfig) -> TrainingMemory:
     Raises:
         UnsupportedError: the model does not read tokens of a text.
     """
-    if not hasattr(model, "vocab_size") or not model.traits.causal:
-        raise UnsupportedError("training_memory: only causal language models are measured")
-    segment = model.traits.segment or 1
-    lengths = [segment * -(-length // segment) for length in LENGTHS]
+    check_measurable(model)
+    lengths = measured_lengths(model)
     first, last = (step_bytes(model, replace(config, segment_length=length)) for length in lengths)
-    per_token = (last - first) / (lengths[1] - lengths[0])
-    return TrainingMemory(
-        fixed=first - per_token * lengths[0], per_token=per_token, rows=config.lanes, weights=weight_bytes(model)
-    )
+    return line_through(lengths, (first, last), rows=config.lanes, weights=weight_bytes(model))
+
+
+def is_language_model(model: Any) -> bool:
+    """Return whether a model predicts the next tokens of a text, as the training that is measured requires."""
+    # mechanisms of an encoder have a causal form too
+    return hasattr(model, "vocab_size") and hasattr(model, "last") and bool(model.traits.causal)
+
+
+def check_measurable(model: Any) -> None:
+    """Raise UnsupportedError for a model that does not predict the tokens of a text."""
+    if not is_language_model(model):
+        raise UnsupportedError("training_memory: only causal language models are measured")
+
+
+def measured_lengths(model: Any) -> tuple[int, int]:
+    """Return two numbers of tokens per row at which a model is measured: `LENGTHS` in whole segments."""
+    segment = model.traits.segment or 1
+    first, last = (segment * -(-length // segment) for length in LENGTHS)
+    # segments longer than both give equal lengths
+    return (first, last) if last > first else (first, 2 * first)
+
+
+def line_through(lengths: tuple[int, int], peaks: tuple[int, int], *, rows: int, weights: int) -> TrainingMemory:
+    """Return the memory whose peaks at two lengths are `peaks` bytes."""
+    per_token = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
+    return TrainingMemory(fixed=peaks[0] - per_token * lengths[0], per_token=per_token, rows=rows, weights=weights)
