@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from longspan.comparison import training
 from longspan.errors import LongspanError
-from longspan.experiments.claims import performer_protein, protein_curve, protein_runs, runs, similarity
+from longspan.experiments.claims import performer_protein, protein_curve, protein_runs, similarity
 from longspan.experiments.claims.protein_runs import Point, Shape, TrainedRun
 from longspan.files import read_json
 from longspan.models import EncoderConfig, MaskedLM
@@ -138,7 +139,7 @@ def test_the_claim_runs_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert [curves[name]["residues"] for name in ("1x16", "2x16")] == [[64, 128], [128, 256]]
     assert outcome.data["best"] == min(curves, key=lambda name: float(curves[name]["bits"][-1]))
     assert not [*(tmp_path / "runs").glob("*/checkpoints")], "they are deleted once they are scored"
-    monkeypatch.setattr(runs, "run", None)
+    monkeypatch.setattr(training, "run", None)
     monkeypatch.setattr(protein_runs, "evaluate_text", None)
     monkeypatch.setattr(performer_protein, "attention_between", None)
     assert claim.run(tmp_path / "runs", "small", messages.append).data == outcome.data, "a second call measures nothing"
