@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_the_page(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
     }
     assert json.loads((tmp_path / "page/report.json").read_text())["readings"]["carried"]["context"] is None
     html = (tmp_path / "page/report.html").read_text()
+    assert re.findall(r"<h2[^>]*>([^<]+)", html)[0] == "What came out"
     assert "Loss by context length" in html
     assert "1,500 bytes" not in html
 
@@ -115,6 +117,9 @@ def test_a_converted_model_beside_simpler_attention(
     # keys and values of 2 layers of 2 heads of 4 in fp32, and counts
     assert states["original"] == [2 * 2 * 2 * 4 * 4 * length + 24 for length in (2048, 8192, 32768)]
     assert "Time and memory" in (page / "report.html").read_text()
+    advice = json.loads((page / "report.json").read_text())["recommendation"]
+    assert "Relative to original, which does not read these documents to their end, it " in advice["answer"]
+    assert "nan" not in json.dumps(advice)
 
 
 def test_other_models_that_do_not_fit_are_refused(longspan: Command, byte_run: Path, converted: Path) -> None:

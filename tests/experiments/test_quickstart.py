@@ -1,6 +1,7 @@
 """A quickstart of a few seconds with the code of the real one, `eval` of its run, and `reproduce`."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from longspan.experiments.quickstart import measure
 from longspan.experiments.quickstart.page import mark_all
 from longspan.experiments.tour import Clock
 from longspan.files import read_json
-from longspan.train import MemoryEvaluation, find_recipe, resolve
+from longspan.report.tables import interval
+from longspan.train import MemoryEvaluation, find_recipe, resolve, wilson
 
 SMALL = [
     *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
@@ -48,6 +50,14 @@ def test_the_quickstart_draws_its_page(finished: tuple[Path, int]) -> None:
     names = {path.name for path in (out / "figures").iterdir()}
     assert names == {"accuracy.png", "resident-memory.png", "speed.png", "flops.png", "training.png"}
     html = (out / "report.html").read_text()
+    assert re.findall(r"<h2[^>]*>([^<]+)", html)[0] == "What came out"
+    report = json.loads((out / "report.json").read_text())
+    last = [answer for answer in report["answers"] if answer["segments"] == 64]
+    right, count = sum(answer["k"] for answer in last), sum(answer["n"] for answer in last)
+    share = interval(wilson(right, count), 2)
+    assert f"answered {right} of {count} questions, a share of {share}." in report["recommendation"]["reasons"][0]
+    passed = sum(check["passed"] for check in report["checks"])
+    assert report["recommendation"]["answer"].startswith(f"{passed} of {len(report['checks'])} checks pass")
     assert html.count("data:image/png;base64,") == 4 * len(names), "light and dark, for a laptop and for a phone"
     assert "http" not in without_pixels(html).replace("http-equiv", "")
 

@@ -1,6 +1,7 @@
 """A quickstart of a few seconds with the code of the real one, and its checks on synthetic numbers."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from longspan.experiments.quickstart_lm import checks
 from longspan.experiments.quickstart_lm.plan import make_plan
 from longspan.experiments.quickstart_lm.steps import Streamed
 from longspan.experiments.tour import Clock
+from longspan.report.tables import judged
 from longspan.tasks import resolve as resolve_task
 from longspan.train import Evaluation, find_recipe, resolve
 
@@ -52,6 +54,15 @@ def test_the_quickstart_draws_its_page(finished: tuple[Path, int]) -> None:
     names = {path.name for path in (out / "figures").iterdir()}
     assert names == {"bits-per-byte.png", "resident-memory.png", "speed.png", "memory-length.png", "training.png"}
     html = (out / "report.html").read_text()
+    assert re.findall(r"<h2[^>]*>([^<]+)", html)[0] == "What came out"
+    report = json.loads((out / "report.json").read_text())
+    longest = max(report["memory"], key=int)
+    gain = judged(report["memory"][longest]["minus_none"])
+    assert (
+        f"the loss with a memory of {int(longest):,} bytes {gain} per byte." in report["recommendation"]["reasons"][0]
+    )
+    passed = sum(check["passed"] for check in report["checks"])
+    assert report["recommendation"]["answer"].startswith(f"{passed} of {len(report['checks'])} checks pass")
     assert html.count("data:image/png;base64,") == 4 * len(names), "light and dark, for a laptop and for a phone"
     assert "http" not in without_pixels(html).replace("http-equiv", "")
     assert f"longspan eval {out / 'run'}" in html

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.cli.lm import CARRIED, Figures, about, plain, tables
-from longspan.report import Picture, Recommendation, Section, Text, write_report
-from longspan.report.tables import interval, signed
+from longspan.cli.lm import CARRIED, Figures, about, name_of, plain, tables
+from longspan.models.io import is_converted
+from longspan.report import Picture, Recommendation, Section, Text, si_bytes, write_report
+from longspan.report.tables import interval, judged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from longspan.train import Interval
     from longspan.train.lm_evaluation import Bucket
 
+ORIGINAL = "original"
+"""reading of a converted model with the attention before the conversion"""
 _COSTS = (
     "One text at a time. Seconds are of this machine, from an empty state until the prediction of the first new token; "
     "bytes of the state are exact, computed from the configuration."
@@ -73,29 +76,60 @@ def write_page(figures: Figures, folder: str | Path) -> Path:
 
 
 def conclusion(figures: Figures) -> Recommendation:
-    """Return the loss, what it gains over every other way of reading, and what to run next."""
+    """Return the loss, what it gains over every other way of reading, what it costs, and what to run next.
+
+    The answer of a converted model that was read beside its original attention compares the two.
+    """
     first, *others = figures.readings
     loss = figures.readings[first].figures["bits_per_byte"]
-    reasons = []
-    for other in others:
-        gain = figures.gain[other]
-        if math.isnan(gain.low):
-            how = f"differs by {signed(gain)} bits, without an interval"
-        elif gain.high < 0 or gain.low > 0:
-            how = f"is {'better' if gain.high < 0 else 'worse'}: {signed(gain)} bits"
-        else:
-            how = f"may be equal: {signed(gain)} bits"
-        reasons.append(f"Relative to {other} it {how}.")
+    run = shlex.quote(str(figures.options.run))
+    answer = f"{figures.options.run} ({first}) has {interval(loss)} bits per byte on this text."
+    if ORIGINAL in others:
+        others.remove(ORIGINAL)
+        answer += f" {_relative(figures, ORIGINAL)}"
     limits = list(figures.notes)
     if math.isnan(loss.low):
         limits.append("There are too few documents for intervals; give more files.")
-    run = shlex.quote(str(figures.options.run))
+    elif any(gain.low <= 0 <= gain.high for gain in figures.gain.values()):
+        limits.append("Where losses may be equal, more documents would tell.")
+    if not figures.costs:
+        limits.append("Its speed and its state were not measured; --beside does that.")
+    commands = [f"longspan show text {run} FILE", f"longspan stream {run} FILE"]
+    if ORIGINAL not in figures.readings and is_converted(figures.options.run):
+        commands.insert(0, f"longspan eval {run} FILE --task lm --beside {ORIGINAL}")
     return Recommendation(
-        answer=f"{figures.options.run} ({first}) has {interval(loss)} bits per byte on this text.",
-        reasons=reasons,
+        answer=answer,
+        reasons=[*(_relative(figures, other) for other in others), *_costs(figures)],
         limits=limits,
-        commands=[f"longspan show text {run} FILE", f"longspan stream {run} FILE"],
+        commands=commands,
     )
+
+
+def _relative(figures: Figures, other: str) -> str:
+    """Say whether the first reading is better than another one, at the farthest positions if that reads only a part."""
+    gain = figures.gain[other]
+    if not math.isnan(gain.value):
+        return f"Relative to {other} it {judged(gain)}."
+    common = [bucket for bucket in figures.by_place if other in bucket.gains]
+    common = [bucket for bucket in common if not math.isnan(bucket.gains[other].value)]
+    if not common:
+        return f"{other} reads too little of these documents to be compared."
+    return (
+        f"Relative to {other}, which does not read these documents to their end, it {judged(common[-1].gains[other])} "
+        f"at positions {name_of(common[-1])}, the last range that both read."
+    )
+
+
+def _costs(figures: Figures) -> list[str]:
+    """Say how fast every model reads and what it keeps, in one sentence; none if that was not measured."""
+    parts = []
+    for name, cost in figures.costs.items():
+        length = max(cost.state_bytes)
+        parts.append(
+            f"{name} reads {cost.tokens_per_second:,.0f} tokens per second and keeps "
+            f"{si_bytes(cost.state_bytes[length])} after {length:,}"
+        )
+    return [f"What it costs, one text at a time on this machine: {'; '.join(parts)}."] if parts else []
 
 
 def _bucket_pictures(

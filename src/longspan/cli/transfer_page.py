@@ -42,7 +42,9 @@ def conclusion(report: dict[str, Any], output: Path) -> Recommendation:
     before, after = (_mean(report, name) for name in ("error_before", "error_after"))
     count = len(report["layers"])
     change = "fell" if after < before else "did not fall:"
-    worst = max(report["layers"], key=lambda line: line["error_after"])
+    # layers that compute softmax again have no error any more
+    converted = [line for line in report["layers"] if line["layer"] not in report["softmax_layers"]]
+    worst = max(converted, key=lambda line: line["error_after"])
     reasons = [f"The largest error that is left is that of layer {worst['layer']}, {worst['error_after']:.3g}."]
     if report["divergence"] is not None:
         first, last = report["divergence"]

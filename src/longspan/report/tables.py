@@ -51,6 +51,24 @@ def signed(difference: Sequence[float], digits: int = 4) -> str:
     return value if math.isnan(difference[1]) else f"{value} [{low}, {high}]"
 
 
+def judged(difference: Sequence[float], digits: int = 4) -> str:
+    """Say what a (value, low, high) difference of losses shows: `is better: −0.0123 [−0.0200, −0.0040] bits`.
+
+    It is "better" or "worse" only where the interval is on one side of zero; without an interval it is neither.
+
+    Args:
+        difference: of two losses in bits, that of what is judged minus that of the other.
+        digits: decimals.
+    """
+    _, low, high = difference
+    bits = f"{signed(difference, digits)} bits"
+    if math.isnan(low):
+        return f"differs by {bits}, without an interval"
+    if high < 0 or low > 0:
+        return f"is {'better' if high < 0 else 'worse'}: {bits}"
+    return f"may be equal: {bits}"
+
+
 def plain_interval(values: Sequence[float]) -> dict[str, float | None]:
     """Return a (value, low, high) triple as a dict for JSON, with None instead of NaN."""
     return {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), values, strict=True)}

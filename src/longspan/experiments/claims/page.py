@@ -51,7 +51,9 @@ def write_page(folder: Path, claim: Claim, size: Size, outcome: Outcome) -> Path
     """Write the HTML report of a claim to a folder; return the path of the page."""
     answer = Recommendation(
         answer=f"{outcome.verdict.capitalize()}: {claim.text}",
-        reasons=[f"{figure.what}: {figure.ours}." for figure in outcome.figures if figure.paper],
+        reasons=[
+            f"{figure.what}: {figure.ours}; in the paper: {figure.paper}." for figure in outcome.figures if figure.paper
+        ],
         limits=list(filter(None, [outcome.note, f"Size: {outcome.size}."])),
         commands=[_command(claim, size)],
     )

@@ -17,9 +17,10 @@ from longspan.files import read_json
 from longspan.models import Encoder
 from longspan.report import Passage, Picture, Section, Table, Text, write_report
 from longspan.report.figures import Mark, Series, interval_series, line_figure, picture_of
+from longspan.report.tables import interval
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import PLACES
-from longspan.train import read_log
+from longspan.train import read_log, wilson
 
 TITLE = "longspan: recall a fact after two million tokens"
 NUMBERS = "All numbers on this page are in report.json next to it, the figures in figures/."
@@ -257,7 +258,8 @@ def _reasons(readings: list[Reading], model: Any, clock: Clock) -> list[str]:
     answers = [right for kind in last.answers.values() for right in kind.right]
     state = f"{model.state_nbytes(1, 0):,} bytes per text"
     return [
-        f"After {last.tokens:,} tokens the model answered {sum(answers)} of {len(answers)} questions.",
+        f"After {last.tokens:,} tokens the model answered {sum(answers)} of {len(answers)} questions, a share of "
+        f"{interval(wilson(sum(answers), len(answers)), 2)}.",
         f"It kept {state} and read {last.tokens_per_second:,.0f} tokens per second.",
         f"All of this took {clock.total / 60:.1f} minutes on this machine.",
     ]

@@ -15,6 +15,7 @@ from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.report import Picture, Quote, Section, Table, Text, si_bytes, write_report
 from longspan.report.figures import Mark, Series, interval_series, line_figure, picture_of
+from longspan.report.tables import judged
 from longspan.train import Evaluation, read_log
 
 TITLE = "longspan: one text of any length, in constant memory"
@@ -213,10 +214,10 @@ def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clo
 def _reasons(plan: Plan, memory: dict[int, Evaluation], streamed: Streamed, clock: Clock) -> list[str]:
     """Say what the memory saves, how much was read, and what that cost."""
     longest = max(memory)
-    saved = interval(memory[longest].minus(memory[0]))
+    gain = judged(memory[longest].minus(memory[0]))
     last = streamed.records[-1]
     return [
-        f"With a memory of {longest:,} states the loss differs by {saved} bits per byte from that without.",
+        f"Relative to no memory, the loss with a memory of {longest:,} bytes {gain} per byte.",
         f"The text of {last['bytes']:,} bytes was read at {last['bytes'] / last['seconds']:,.0f} bytes per second.",
         f"All of this took {clock.total / 60:.1f} minutes on this machine.",
     ]
