@@ -90,15 +90,17 @@ def transferred(after: float, **fields: Any) -> dict[str, Any]:
 
 def test_a_transfer_says_what_its_layers_reached(tmp_path: Path) -> None:
     learned = transfer_page.conclusion(transferred(0.2), tmp_path)
-    assert learned.answer == "The mean relative error of 2 layers fell from 0.8 to 0.3."
+    assert learned.answer == "The mean relative error of 2 converted layers fell from 0.8 to 0.3."
     assert "layer 1, 0.4" in learned.reasons[0]
     assert any("--distill" in limit for limit in learned.limits)
     worse = transfer_page.conclusion(transferred(0.9, divergence=(0.5, 0.25), softmax_layers=[1]), tmp_path)
-    assert worse.answer == "The mean relative error of 2 layers did not fall: from 0.8 to 1.35."
+    assert worse.answer == "The mean relative error of 1 converted layer did not fall: from 0.8 to 0.9."
     assert any("0.25 nats per token" in reason for reason in worse.reasons)
     assert "layer 0, 0.9" in worse.reasons[0], "layer 1 has the larger error, but computes softmax again"
     assert any("Layers 1 keep softmax" in reason for reason in worse.reasons)
     assert not any("--distill" in limit for limit in worse.limits)
+    none = transfer_page.conclusion(transferred(0.2, softmax_layers=[0, 1]), tmp_path)
+    assert none.answer == "All layers compute softmax again."
     path = transfer_page.write_page(transferred(0.2), tmp_path / "out")
     assert path == tmp_path / "out" / "report" / "report.html"
     assert headings(path.read_text())[0] == "What came out"

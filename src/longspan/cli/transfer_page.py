@@ -39,13 +39,16 @@ def next_commands(output: Path) -> list[str]:
 
 def conclusion(report: dict[str, Any], output: Path) -> Recommendation:
     """Return what the transfer reached, what limits that, and what to run next."""
-    before, after = (_mean(report, name) for name in ("error_before", "error_after"))
-    count = len(report["layers"])
-    change = "fell" if after < before else "did not fall:"
     # layers that compute softmax again have no error any more
     converted = [line for line in report["layers"] if line["layer"] not in report["softmax_layers"]]
-    worst = max(converted, key=lambda line: line["error_after"])
-    reasons = [f"The largest error that is left is that of layer {worst['layer']}, {worst['error_after']:.3g}."]
+    answer, reasons = "All layers compute softmax again.", list[str]()
+    if converted:
+        before, after = (_mean(converted, name) for name in ("error_before", "error_after"))
+        change = "fell" if after < before else "did not fall:"
+        count = f"{len(converted)} converted layer{'s' if len(converted) > 1 else ''}"
+        answer = f"The mean relative error of {count} {change} from {before:.3g} to {after:.3g}."
+        worst = max(converted, key=lambda line: line["error_after"])
+        reasons.append(f"The largest error that is left is that of layer {worst['layer']}, {worst['error_after']:.3g}.")
     if report["divergence"] is not None:
         first, last = report["divergence"]
         reasons.append(
@@ -64,16 +67,16 @@ def conclusion(report: dict[str, Any], output: Path) -> Recommendation:
     if report["divergence"] is None:
         limits.append("The model was not tuned as a whole (--distill); the last command does that.")
     return Recommendation(
-        answer=f"The mean relative error of {count} layers {change} from {before:.3g} to {after:.3g}.",
+        answer=answer,
         reasons=reasons,
         limits=limits,
         commands=next_commands(output),
     )
 
 
-def _mean(report: dict[str, Any], name: str) -> float:
-    """Return the mean of a figure over the layers."""
-    values = [line[name] for line in report["layers"]]
+def _mean(layers: Sequence[dict[str, Any]], name: str) -> float:
+    """Return the mean of a figure over layers."""
+    values = [line[name] for line in layers]
     return float(sum(values) / len(values))
 
 
