@@ -203,7 +203,7 @@ def test_jobs_and_size_reach_the_claim_and_tables_the_page(tmp_path: Any) -> Non
     (record,) = claims.read_results(tmp_path, ["some"])
     assert record["tables"][0]["rows"] == [["window", "2.5"]]
     page = claims.markdown([record])
-    assert "\nLosses.\n\n| model | bits |\n|---|---|\n| window | 2.5 |\n" in page
+    assert "\nLosses.\n\n| model | bits |\n| --- | --- |\n| window | 2.5 |\n" in page
     assert "**Undecided.**" in page
     assert "`longspan reproduce some --size tiny`" in page
     del record["tables"]
