@@ -166,7 +166,7 @@ def compare(options: CompareOptions) -> int:
     Examples:
       longspan compare --data book.txt --mixers window,infini,gated_delta --budget 5min
       longspan compare runs/first runs/larger --data book.txt -o out/compared
-      longspan compare --data copy --set task.word=31 --mixers full,gated_delta
+      longspan compare --data copy --set task.word=31 --mixers full,gated_delta -o out/copy
     """
     from longspan.comparison.advice import advise
     from longspan.comparison.maps import look_at
