@@ -151,7 +151,9 @@ def test_the_advice_names_accuracy_and_what_was_not_learned() -> None:
     assert advice.reasons[0].startswith("Take good: it has the highest accuracy of 2 models, 85.0 [")
     assert any("Had not learned the task" in line and "bad" in line for line in advice.limits)
     assert not any("bits" in line for line in advice.limits)
-    none = advise(ComparedAnswers({"bad": [not_learned], "worse": [answered(0.05, 0.1)]}))
+    none = advise(ComparedAnswers({"bad": [not_learned], "worse": [answered(0.05, 0.1, bytes_per_second=9000.0)]}))
+    # not the fastest of those that are equally bad
+    assert none.take == "bad"
     assert none.reasons[0].startswith("No model has learned the task, so none is recommended: none is above the 10.0 %")
 
 

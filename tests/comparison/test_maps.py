@@ -92,6 +92,9 @@ def test_a_problem_loses_no_report(runs: dict[str, str], tmp_path: Path, monkeyp
     assert maps["window"]["problem"] == "reads whole texts only"
     (section,) = map_section(maps)
     assert any(isinstance(block, Text) and block.text == "window: reads whole texts only" for block in section.blocks)
+    # nothing is kept of it
+    monkeypatch.undo()
+    assert look_at({"window": runs["window"]}, HeldOut(reach=100), tmp_path)["window"]["problem"] == ""
 
 
 def test_models_are_described_by_their_fields() -> None:

@@ -17,7 +17,7 @@ from longspan.experiments.checks import Check, conclusion
 from longspan.experiments.claims.base import Figure, Outcome
 from longspan.report import Recommendation, Section, Text, page, write_report
 from longspan.report.markdown import markdown
-from longspan.report.tables import judged
+from longspan.report.tables import judged, signed
 from longspan.train import Interval
 from longspan.train.lm_evaluation import Bucket, TextCounts
 from longspan.train.reading_cost import ReadingCost
@@ -187,3 +187,7 @@ def test_an_evaluation_compares_where_both_models_read() -> None:
     nothing = lm_page.conclusion(evaluated(UNKNOWN, UNKNOWN, by_place=[]))
     assert "original reads too little of these documents" in nothing.answer
     assert not any("nan" in said.text for said in (partly, first, nothing))
+
+
+def test_a_rounded_zero_has_no_minus() -> None:
+    assert signed((-0.00001, -0.2, 0.00001), 1) == "+0.0 [−0.2, +0.0]"

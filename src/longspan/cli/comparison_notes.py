@@ -12,9 +12,15 @@ if TYPE_CHECKING:
 
 def differences_of(compared: "Compared") -> list[str]:
     """Name what differs between the trainings of runs, beside the models: then their order is that of runs."""
-    names = {"text": "texts", "init": "starts", "seconds": "times", "tokens": "numbers of tokens"}
+    from longspan.comparison.advice import UNEQUAL
+
+    names = {"text": "texts", "init": "starts", "tokens": "numbers of tokens"}
     trainings = [compared.record(name)["training"] for name in compared.names]
     different = [words for key, words in names.items() if len({str(training[key]) for training in trainings}) > 1]
+    seconds = [training["seconds"] for training in trainings]
+    # measured times are never equal
+    if max(seconds) > UNEQUAL * min(seconds):
+        different.append("times")
     if not different or len(trainings) < 2:
         return []
     return [f"The runs were trained with different {', '.join(different)}, so this is an order of runs, not of models."]

@@ -47,6 +47,8 @@ def advise(compared: Compared, untried: Sequence[str] = ()) -> Advice:
 
 def choose(compared: Compared) -> str:
     """Return the name of the model to take; see `advise`."""
+    if isinstance(compared, ComparedAnswers) and not answers_report.some_have_learned(compared):
+        return compared.best
     good = compared.as_good
     constant = [name for name in good if compared.record(name)["bounded"]]
     return max(constant or good, key=lambda name: compared.mean(name, "bytes_per_second"))

@@ -83,7 +83,7 @@ def why(compared: ComparedAnswers, take: str) -> str:
     lengths = f"over samples of {compared.lengths[0]:,} to {compared.lengths[-1]:,} tokens"
     reached = _reach(compared, take)
     lengths += "" if reached is None else f", better than the most frequent answer up to {reached:,}"
-    if not any(_has_learned(compared, name) for name in compared.names):
+    if not some_have_learned(compared):
         return (
             f"No model has learned the task, so none is recommended: none is above the {100 * compared.chance:.1f} % "
             f"of the most frequent answer. The highest accuracy is that of {compared.best}, "
@@ -123,6 +123,11 @@ def limits(compared: ComparedAnswers) -> list[str]:
             "tell."
         )
     return lines
+
+
+def some_have_learned(compared: ComparedAnswers) -> bool:
+    """Return whether a model is better than the most frequent answer at its training length, by the interval."""
+    return any(_has_learned(compared, name) for name in compared.names)
 
 
 def _has_learned(compared: ComparedAnswers, name: str, length: int = 0) -> bool:

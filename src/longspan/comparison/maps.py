@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longspan.comparison.answers import Samples, test_samples
-from longspan.comparison.measure import open_for_reading, weights_of
+from longspan.comparison.measure import open_for_reading, text_stamps, weights_of
 from longspan.comparison.reading import Reading
 from longspan.errors import LongspanError
 from longspan.files import data_digest, read_object, write_json
@@ -56,7 +56,8 @@ def measure_maps(folder: str | Path, reading: Reading, file: Path) -> dict[str, 
         `caption`, `mean`, `low` and `high` over layers, heads and tokens; `problem`, why nothing could be measured.
     """
     folder = Path(folder)
-    key = data_digest([weights_of(folder), asdict(reading), BEFORE, SPAN, MAP, __version__])
+    text = None if isinstance(reading, Samples) else text_stamps(reading.source, reading.pattern)
+    key = data_digest([weights_of(folder), asdict(reading), text, BEFORE, SPAN, MAP, __version__])
     if file.is_file() and (saved := read_object(file)).get("key") == key:
         return saved
     record: dict[str, Any] = {"key": key, "distances": None, "map": None, "quantities": [], "problem": ""}
@@ -64,8 +65,9 @@ def measure_maps(folder: str | Path, reading: Reading, file: Path) -> dict[str, 
         piece = _piece(folder, reading)
         watch = LayerWatch(piece.model, piece.span)
         read_span(piece.model, piece.tokens, piece.span, segment=piece.segment, watch=watch.see)
-    except LongspanError as error:
-        record["problem"] = str(error)
+    except (LongspanError, RuntimeError, KeyError, ValueError) as error:
+        # the report is worth more than this section; the next call tries again
+        return {**record, "problem": str(error)}
     else:
         weights = watch.mean_weights()
         if weights is not None:

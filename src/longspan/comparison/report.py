@@ -85,8 +85,12 @@ def recommendation(compared: Compared, advice: Advice) -> Recommendation:
     commands += [f"longspan stream {run} FILE"] if record["carries"] else []
     if isinstance(compared, ComparedAnswers):
         commands = [f"longspan eval {run}"]
+    # a copy, as the comparison would measure the longer run beside the others
+    copied = shlex.quote(f"{record['folder']}-longer")
     steps = 4 * max(record["training"]["steps"], 1)
-    commands.append(f"longspan train --resume -o {run} --set train.steps={steps} --set train.minutes=600")
+    minutes = max(600, round(8 * record["training"]["seconds"] / 60))
+    longer = f"longspan train --resume -o {copied} --set train.steps={steps} --set train.minutes={minutes}"
+    commands += [f"cp -r {run} {copied}", longer]
     answer, *reasons = advice.reasons
     return Recommendation(answer=answer, reasons=reasons, limits=advice.limits, commands=commands)
 

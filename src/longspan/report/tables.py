@@ -47,7 +47,7 @@ def interval(values: Sequence[float], digits: int = 4) -> str:
 
 def signed(difference: Sequence[float], digits: int = 4) -> str:
     """Format a (value, low, high) triple with signs: `+0.0123 [+0.0040, +0.0200]`; only the value if `low` is NaN."""
-    value, low, high = (f"{bound:+.{digits}f}".replace("-", "−") for bound in difference)
+    value, low, high = (f"{round(bound, digits) + 0.0:+.{digits}f}".replace("-", "−") for bound in difference)
     return value if math.isnan(difference[1]) else f"{value} [{low}, {high}]"
 
 
