@@ -33,8 +33,10 @@ def test_quantities_are_over_layers_heads_and_tokens() -> None:
 
     (gate,) = quantities([view(1, [0.25, 0.75]), view(2, [[0.5, np.nan]])])
     assert gate == {"name": "gate", "caption": "What it is.", "mean": 0.5, "low": 0.25, "high": 0.75}
-    # names of buckets have no mean
-    assert quantities([view(1, [1.0, 2.0], discrete=True)]) == []
+    # names of clusters have no mean: the first head uses two of them, the second one
+    (clusters,) = quantities([view(1, [[3.0, 7.0, 3.0], [2.0, np.nan, 2.0]], discrete=True)])
+    assert clusters["name"] == "gate, different ones"
+    assert (clusters["mean"], clusters["low"], clusters["high"]) == (1.5, 1.0, 2.0)
 
 
 @pytest.fixture(scope="module")

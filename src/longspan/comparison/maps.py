@@ -122,11 +122,15 @@ def quantities(views: Sequence[LayerView]) -> list[dict[str, Any]]:
     captions: dict[str, str] = {}
     for view in views:
         for diagnostic in view.diagnostics:
-            finite = diagnostic.values[np.isfinite(diagnostic.values)]
-            if diagnostic.discrete or not len(finite):
+            name, finite = diagnostic.name, diagnostic.values[np.isfinite(diagnostic.values)]
+            if not len(finite):
                 continue
-            values.setdefault(diagnostic.name, []).append(finite)
-            captions[diagnostic.name] = diagnostic.caption
+            if diagnostic.discrete:
+                # names, such as those of clusters, have no mean: how many of them a head uses
+                by_head = np.atleast_2d(diagnostic.values)
+                name, finite = f"{name}, different ones", np.array([_different(row) for row in by_head])
+            values.setdefault(name, []).append(finite)
+            captions[name] = diagnostic.caption
     joined = {name: np.concatenate(parts) for name, parts in values.items()}
     return [
         {
@@ -138,6 +142,11 @@ def quantities(views: Sequence[LayerView]) -> list[dict[str, Any]]:
         }
         for name, all_values in joined.items()
     ]
+
+
+def _different(names: Array) -> float:
+    """Return how many different numbers there are, NaN aside."""
+    return float(len(np.unique(names[np.isfinite(names)])))
 
 
 def map_section(maps: Mapping[str, Mapping[str, Any]]) -> list[Section]:
